@@ -1,0 +1,47 @@
+# make demo · make test · make lab · make bench: each makes .venv and installs what it needs the first time.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test lab bench book weights results clean
+
+.venv/installed: settings.ini setup.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+.venv/installed-notebook: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[notebook]"
+	@touch $@
+
+demo: .venv/installed  ## the main job: train, guard, sample, count
+	$(BIN)/cpsample demo $(ARGS)
+
+test: .venv/installed-dev  ## lint, freshness, unit tests, every notebook
+	$(BIN)/ruff check .
+	$(BIN)/python tools/book.py check
+	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+
+lab: .venv/installed-notebook  ## JupyterLab on the book
+	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+
+bench: .venv/installed-dev  ## timings as ratios, into data/results/bench.json
+	$(BIN)/python tools/bench.py
+
+book: .venv/installed-dev  ## run every notebook, export the package, write the README
+	$(BIN)/python tools/book.py run $(ARGS)
+	$(BIN)/python tools/book.py write
+
+weights: .venv/installed-dev  ## train the shipped weights again
+	$(BIN)/python tools/weights.py
+
+results: .venv/installed-dev  ## measure the numbers of the README again
+	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
+
+clean:
+	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -1,0 +1,33 @@
+"Everything about the package stands in settings.ini; this file only hands it to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+ini = ConfigParser(delimiters=["="])
+ini.read("settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("diffusers", "metrics", "baselines", "notebook")}
+extras["dev"] = cfg["dev_requirements"].split() + sum(extras.values(), [])
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    # data/ travels inside the package as cpsample/_files
+    packages=["cpsample", "cpsample._files"],
+    package_dir={"cpsample._files": "data"},
+    package_data={"cpsample._files": ["**/*.json", "**/*.safetensors"]},
+    entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
+)
