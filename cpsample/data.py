@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXTURES', 'SHAPES', 'IMAGE_SETS', 'GaussianMixture', 'noised', 'exact_denoiser', 'toy', 'load_digits', 'load_images',
-           'check_images', 'fingerprint', 'Split', 'split', 'random_labels', 'plant_duplicates', 'distinct', 'atomic',
-           'save_json', 'data_path', 'show_grid']
+           'show_grid', 'check_images', 'fingerprint', 'Split', 'split', 'random_labels', 'plant_duplicates',
+           'distinct', 'atomic', 'save_json', 'data_path']
 
 # %% ../nbs/01_data.ipynb #e52f4af0
 import contextlib, hashlib, json, math, os, tempfile
@@ -73,9 +73,9 @@ MIXTURES = {
     "grid": lambda: _round_mixture([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1.5, -0.5, 0.5, 1.5)], 0.1),
 }
 
-# %% ../nbs/01_data.ipynb #ee05fd91
+# %% ../nbs/01_data.ipynb #2a84ca12
 def _moons(n, rng):
-    return sk.make_moons(n, noise=0.08, random_state=rng)[0] * 1.2 - (0.6, 0.3)
+    return sk.make_moons(n, noise=0.08, random_state=int(rng.integers(2**31)))[0] * 1.2 - (0.6, 0.3)
 
 def _rings(n, rng):
     angle, radius = rng.uniform(0, 2 * np.pi, n), rng.choice([0.6, 1.6], n) + 0.06 * rng.standard_normal(n)
@@ -115,6 +115,16 @@ def load_images(name):
     "Images [N, C, H, W] in [−1, 1] and classes [N] of the image set `name`. Raises ValueError for an unknown name."
     if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
+
+# %% ../nbs/01_data.ipynb #2478713b
+def show_grid(images, ax=None, columns=10, title=None):
+    "Draw images [N, C, H, W] in [−1, 1] as a grid. Returns the axes."
+    ax = ax or plt.subplots(figsize=(columns * 0.7, 0.7 * math.ceil(len(images) / columns)))[1]
+    grid = make_grid(images.detach().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
+    ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    ax.set_axis_off()
+    if title: ax.set_title(title, fontsize=10)
+    return ax
 
 # %% ../nbs/01_data.ipynb #ad013bf6
 def check_images(x, name="images"):
@@ -202,13 +212,3 @@ def data_path(name):
     for root in (here / "_files", here.parent / "data"):
         if (root / name).exists(): return root / name
     raise FileNotFoundError(f"{name} is not among the project's data files: reinstall cpsample")
-
-# %% ../nbs/01_data.ipynb #2478713b
-def show_grid(images, ax=None, columns=10, title=None):
-    "Draw images [N, C, H, W] in [−1, 1] as a grid. Returns the axes."
-    ax = ax or plt.subplots(figsize=(columns * 0.7, 0.7 * math.ceil(len(images) / columns)))[1]
-    grid = make_grid(images.detach().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
-    ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
-    ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=10)
-    return ax

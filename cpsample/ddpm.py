@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
     def forward(self, h, emb):
         return h + self.fc2(F.silu(self.fc1(self.norm(h)) + self.time(emb)))
 
-# %% ../nbs/02_ddpm.ipynb #9680a3fb
+# %% ../nbs/02_ddpm.ipynb #f494654d
 class ResidualMLP(nn.Module):
     "A function of (x [B, ...], t [B]) with `d_out` numbers per row: residual blocks on the flattened x."
     def __init__(self, d_in, d_out, width=256, depth=3):
@@ -48,7 +48,7 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t):
-        emb, h = self.embed(time_embedding(t)), self.inp(x.flatten(1))
+        emb, h = self.embed(time_embedding(t).to(x.dtype)), self.inp(x.flatten(1))
         for block in self.blocks: h = block(h, emb)
         return self.out(F.silu(self.norm(h)))
 

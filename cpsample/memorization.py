@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ideal_denoiser', 'nearest', 'proportion_ci', 'describe_rate', 'CopyReport', 'copy_test', 'carlini_test',
-           'cosine_test', 'frechet_distance', 'DigitsEncoder', 'class_loss', 'fit_encoder', 'digit_features',
+           'DigitsEncoder', 'class_loss', 'fit_encoder', 'digit_features', 'cosine_test', 'frechet_distance',
            'reject_copies']
 
 # %% ../nbs/03_memorization.ipynb #221b9f2e
@@ -100,26 +100,6 @@ def carlini_test(x, x_train, k=50, factor=0.5, threshold=1.0):
     usual = nearest(kept, kept, min(k, len(kept) - 1) + 1)[0][:, 1:].mean(1)
     return CopyReport(d[:, 0] / (factor * usual[rows[:, 0]]), keep[rows[:, 0]], threshold)
 
-# %% ../nbs/03_memorization.ipynb #a8ffe609
-def cosine_test(features, train_features, threshold=0.97):
-    """Copies have feature cosine similarity above `threshold` to a training image (CPSample, section 5: 0.97 on CIFAR-10).
-
-    features [B, D], train_features [N, D]. The report's score is 1 − similarity.
-    """
-    similarity, rows = (F.normalize(features, dim=1) @ F.normalize(train_features, dim=1).T).max(1)
-    return CopyReport(1 - similarity, rows, 1 - threshold)
-
-# %% ../nbs/03_memorization.ipynb #202e161b
-def frechet_distance(a, b):
-    """Fréchet distance of Gaussians fitted to two feature sets [n, D], [m, D] (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
-
-    Called FID only when the features are Inception's. Biased upwards for small n: compare at equal n.
-    """
-    a, b = (np.asarray(f.detach().cpu(), dtype=np.float64) for f in (a, b))
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    cross = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca) + np.trace(cb) - 2 * cross)
-
 # %% ../nbs/03_memorization.ipynb #17d3e99a
 class DigitsEncoder(nn.Module):
     "The feature space `digits-mlp-64`: the last hidden layer (64 numbers) of a small network that reads 8×8 digits."
@@ -147,6 +127,26 @@ def digit_features(x):
     encoder = DigitsEncoder()
     encoder.load_state_dict(load_file(data_path("weights/digits_encoder.safetensors")))
     return encoder.features(x)
+
+# %% ../nbs/03_memorization.ipynb #a8ffe609
+def cosine_test(features, train_features, threshold=0.97):
+    """Copies have feature cosine similarity above `threshold` to a training image (CPSample, section 5: 0.97 on CIFAR-10).
+
+    features [B, D], train_features [N, D]. The report's score is 1 − similarity.
+    """
+    similarity, rows = (F.normalize(features, dim=1) @ F.normalize(train_features, dim=1).T).max(1)
+    return CopyReport(1 - similarity, rows, 1 - threshold)
+
+# %% ../nbs/03_memorization.ipynb #202e161b
+def frechet_distance(a, b):
+    """Fréchet distance of Gaussians fitted to two feature sets [n, D], [m, D] (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+
+    Called FID only when the features are Inception's. Biased upwards for small n: compare at equal n.
+    """
+    a, b = (np.asarray(f.detach().cpu(), dtype=np.float64) for f in (a, b))
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca) + np.trace(cb) - 2 * cross)
 
 # %% ../nbs/03_memorization.ipynb #eebdc93e
 def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):

@@ -9,9 +9,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from cpsample.data import load_images, save_json, split
-from cpsample.demo import DEFAULTS, draw_arms, fit_denoiser, measure, provenance
+from cpsample.demo import DEFAULTS, draw, draw_arms, fit_denoiser, measure, provenance
 from cpsample.memorization import proportion_ci
-from cpsample.protect import Guard, fit_guard
+from cpsample.protect import Guard, fit_guard, protect
 from cpsample.schedule import make_schedule
 
 SEEDS = (100, 101, 102)
@@ -27,11 +27,13 @@ def one_seed(seed):
     model, found = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed), {}
     for name, how in TRAINED.items():
         guard = fit_guard(members, schedule, reference if how["reference"] else None, steps=DEFAULTS["guard_steps"], seed=seed, K=how["K"])
+        if not found:
+            arms, _ = draw_arms(model, guard, members, 1000, 100, seed)
+            found = {(arm,): measure(arms[arm][0], members, held_out) for arm in ("unguarded", "rejection")}
         for alpha, scale in tqdm(GRID, desc=f"seed {seed}, {name}"):
-            arms, certain = draw_arms(model, Guard(guard.classifier, schedule, alpha, scale, "toward", guard.t_max), members, 1000, 100, seed)
-            for arm in ("unguarded", "rejection"):
-                if (arm,) not in found: found[arm,] = measure(arms[arm][0], members, held_out)
-            found[name, alpha, scale] = measure(arms["guarded"][0], members, held_out) | {"certain": certain}
+            guarded = protect(model, Guard(guard.classifier, schedule, alpha, scale, "toward", guard.t_max))
+            images = draw(guarded, schedule, (1000, 1, 8, 8), 100, 1000 * seed)
+            found[name, alpha, scale] = measure(images, members, held_out)
     return found
 
 
