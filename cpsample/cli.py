@@ -39,6 +39,25 @@ def writable(folder):
     (Path(folder) / "probe").unlink()
     return Path(folder)
 
+# %% ../nbs/cli.ipynb #cc35263f
+@contextmanager
+def one_line_errors():
+    "Turn the errors a user can act on into one line on standard error and an exit status."
+    try: yield
+    except KeyboardInterrupt:
+        typer.echo("cpsample: interrupted, nothing was written", err=True)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        typer.echo(f"cpsample: {error}", err=True)
+        raise SystemExit(2) from None
+
+def writable(folder):
+    "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with atomic(Path(folder) / "probe") as tmp: tmp.write_text("")
+    (Path(folder) / "probe").unlink()
+    return Path(folder)
+
 # %% ../nbs/cli.ipynb #fae9f429
 @app.command()
 def demo(

@@ -7,7 +7,7 @@ __all__ = ['MIXTURES', 'SHAPES', 'IMAGE_SETS', 'GaussianMixture', 'noised', 'exa
            'show_grid', 'check_images', 'fingerprint', 'Split', 'split', 'random_labels', 'plant_duplicates',
            'distinct', 'atomic', 'save_json', 'data_path']
 
-# %% ../nbs/01_data.ipynb #e52f4af0
+# %% ../nbs/01_data.ipynb #57638e4c
 import contextlib, hashlib, json, math, os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from sklearn import datasets as sk
 from torchvision.utils import make_grid
+
+import cpsample
 
 # %% ../nbs/01_data.ipynb #80f4968f
 @dataclass(frozen=True, eq=False)
@@ -116,12 +118,12 @@ def load_images(name):
     if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
 
-# %% ../nbs/01_data.ipynb #2478713b
+# %% ../nbs/01_data.ipynb #ed6e2c1d
 def show_grid(images, ax=None, columns=10, title=None):
     "Draw images [N, C, H, W] in [−1, 1] as a grid. Returns the axes."
     ax = ax or plt.subplots(figsize=(columns * 0.7, 0.7 * math.ceil(len(images) / columns)))[1]
     grid = make_grid(images.detach().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
-    ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_axis_off()
     if title: ax.set_title(title, fontsize=10)
     return ax
@@ -154,7 +156,7 @@ class Split:
         if fingerprint(x) != self.data: raise ValueError("this split was made for other data: its fingerprint differs; split again")
         return x[self.indices[name]]
 
-# %% ../nbs/01_data.ipynb #c51c6ee6
+# %% ../nbs/01_data.ipynb #e38d235f
 def split(x, sizes, seed=0):
     """Split the rows of x into named parts by a seeded shuffle of their indices.
 
@@ -162,9 +164,9 @@ def split(x, sizes, seed=0):
     Raises ValueError when more rows are asked for than there are.
     """
     asked = sum(n for n in sizes.values() if n is not None)
-    if asked > len(x) or any(n is not None and n < 1 for n in sizes.values()):
-        raise ValueError(f"cannot split {len(x)} images into {sizes}: each part needs at least 1, and all together at most {len(x)}")
     counts = [len(x) - asked if n is None else n for n in sizes.values()]
+    if min(counts) < 1 or sum(counts) > len(x):
+        raise ValueError(f"cannot split {len(x)} images into {sizes}: each part needs at least 1, and all together at most {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = order[: sum(counts)].split(counts)
     return Split({name: part.tolist() for name, part in zip(sizes, parts)}, seed, fingerprint(x))
@@ -205,10 +207,10 @@ def save_json(path, record):
     "Write `record` as JSON, whole or not at all."
     with atomic(path) as tmp: tmp.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
-# %% ../nbs/01_data.ipynb #cea27af8
+# %% ../nbs/01_data.ipynb #5658a579
 def data_path(name):
     "Where the file `name` of the project's data folder is, in a checkout or in an installed package."
-    here = Path(__file__).parent
+    here = Path(cpsample.__file__).parent
     for root in (here / "_files", here.parent / "data"):
         if (root / name).exists(): return root / name
     raise FileNotFoundError(f"{name} is not among the project's data files: reinstall cpsample")

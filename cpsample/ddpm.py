@@ -6,7 +6,7 @@
 __all__ = ['time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'ddpm_loss', 'TrainStep', 'train', 'run', 'seeded',
            'timesteps', 'SampleStep', 'sample', 'last']
 
-# %% ../nbs/02_ddpm.ipynb #5b6da24c
+# %% ../nbs/02_ddpm.ipynb #62c0e8e1
 import math
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import check_images
-from .schedule import eps_to_x0, noisify, randn, x0_to_eps
+from .schedule import noisify, randn
 
 # %% ../nbs/02_ddpm.ipynb #4c6cf62e
 def time_embedding(t, dim=64):
@@ -137,28 +137,26 @@ class SampleStep(NamedTuple):
     x_t: torch.Tensor
     x0_pred: torch.Tensor
 
-# %% ../nbs/02_ddpm.ipynb #06af4b25
+# %% ../nbs/02_ddpm.ipynb #c0b27c9f
 @torch.no_grad()
-def sample(model, schedule, shape, steps=100, eta=1.0, clip=None, generator=None, device="cpu"):
+def sample(model, schedule, shape, steps=100, eta=1.0, clip=None, generator=None, device="cpu", dtype=torch.float32):
     """Sample by DDIM (Song et al. 2021, eq. 12); eta=1 is DDPM, eta=0 is deterministic. Yields a `SampleStep` per level.
 
     model(x_t, t) → eps; shape (n, ...); steps: see `timesteps`; clip: bound on |x0| (1 for images; default None).
     The last x0_pred is the sample: `last(sample(...))`. Raises FloatingPointError when it is not finite.
     """
     levels = timesteps(schedule.T, steps)
-    x = randn(shape, generator, device)
+    x = randn(shape, generator, device, dtype)
     for t, t_next in zip(levels, levels[1:] + [None]):
         abar, abar_next = schedule.abar[t].item(), 1.0 if t_next is None else schedule.abar[t_next].item()
-        t_rows = torch.full(shape[:1], t, device=device)
-        eps = model(x, t_rows)
-        x0 = eps_to_x0(x, t_rows, eps, schedule)
-        if clip is not None:
-            x0 = x0.clamp(-clip, clip)
-            eps = x0_to_eps(x, t_rows, x0, schedule)
+        signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
+        eps = model(x, torch.full(shape[:1], t, device=device))
+        x0 = torch.sub(x, eps, alpha=noise).div_(signal)  # eps_to_x0
+        if clip is not None: eps = torch.sub(x, x0.clamp_(-clip, clip), alpha=signal).div_(noise)  # x0_to_eps
         yield SampleStep(t, x, x0)
         sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))
-        x = math.sqrt(abar_next) * x0 + math.sqrt(max(0.0, 1 - abar_next - sigma**2)) * eps
-        if sigma > 0: x = x + sigma * randn(shape, generator, device)
+        x = (math.sqrt(abar_next) * x0).add_(eps, alpha=math.sqrt(max(0.0, 1 - abar_next - sigma**2)))
+        if sigma > 0: x.add_(randn(shape, generator, device, dtype), alpha=sigma)
     if not torch.isfinite(x).all(): raise FloatingPointError("the samples are not finite: check the model's weights for NaN")
 
 # %% ../nbs/02_ddpm.ipynb #f95c4a66

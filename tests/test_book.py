@@ -1,0 +1,70 @@
+"The book: solutions pass their checks, links lead somewhere, the owner stands once; the package stays light."
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = sorted((ROOT / "nbs").glob("*.ipynb"))
+LESSONS = [p for p in BOOK if p.stem != "index"]
+
+
+def cells(path, kind): return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_solutions_pass_their_checks(path):
+    "Runs the import cells, the package's exports, the check cell and the folded solutions; every check must be used."
+    code, prose = cells(path, "code"), "\n".join(cells(path, "markdown"))
+    imports = "\n".join(line for c in code if "%pip" not in c for line in c.splitlines() if re.match(r"(import|from) ", line))
+    module = next(m.group(1) for c in code if (m := re.search(r"#\| default_exp (\w+)", c)))
+    check = next(c for c in code if c.startswith("# check"))
+    solutions = "\n".join(re.findall(r"~~~python\n(.*?)~~~", prose[prose.index("<summary>Solutions") :], flags=re.S))
+    space = {"answer_1": None}
+    exec(f"{imports}\nfrom cpsample.{module} import *\n", space)
+    definitions, loop = check.split("\nfor check, answer in ")
+    exec(definitions, space)
+    names = re.findall(r"def (check_\d)", definitions)
+    assert len(names) >= 2 and all(f"{name}(" in solutions and f"({name}, " in loop for name in names)
+    exec(solutions, space)
+
+
+@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", "\n".join(cells(path, "markdown"))):
+        if not target.startswith("http"): assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+def test_first_code_cell_installs_and_badge_is_derived(path):
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    user, repo, branch = (ini["DEFAULT"][k] for k in ("user", "repo", "branch"))
+    assert f"github/{user}/{repo}/blob/{branch}/nbs/{path.name}" in "\n".join(cells(path, "markdown"))
+    assert f"%pip install -q git+https://github.com/{user}/{repo}" in cells(path, "code")[0]
+
+
+def test_changing_the_owner_changes_every_link(monkeypatch):
+    sys.path.insert(0, str(ROOT / "tools"))
+    import book
+    monkeypatch.setattr(book, "owner", lambda: ("someone", "fork", "dev"))
+    for path in BOOK:
+        text = book.link("\n".join(cells(path, "markdown") + cells(path, "code")), path.name)
+        assert f"github/someone/fork/blob/dev/nbs/{path.name}" in text and "git+https://github.com/someone/fork" in text
+
+
+def test_the_package_needs_none_of_the_extras():
+    "Imported with every optional package blocked."
+    blocked = "nbdev execnb fastcore diffusers transformers accelerate torchmetrics torch_fidelity opacus jupyterlab ipywidgets pytest hypothesis".split()
+    modules = sorted(p.stem for p in (ROOT / "cpsample").glob("*.py") if not p.stem.startswith("_"))
+    program = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + "\n".join(f"import cpsample.{m}" for m in modules)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
+
+
+def test_exports_stay_small():
+    lines = {p.stem: len(p.read_text().splitlines()) for p in (ROOT / "cpsample").glob("*.py") if p.stem != "_modidx"}
+    assert max(lines.values()) <= 260 and sum(lines.values()) <= 2500, lines

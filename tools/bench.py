@@ -1,0 +1,67 @@
+"""Timings as ratios of interleaved pairs, into data/results/bench.json: python tools/bench.py
+
+sampler_over_network: our sampler against nothing but the calls of the network that it makes, same batch, same steps, for
+DDIM (eta 0) and DDPM (eta 1, which also draws a batch of normal numbers per step) on the demo's network and a wider one.
+noise_over_network: how much of that is the drawing of those numbers alone.
+guarded_over_unguarded: the same sampler with the demo's guard.
+"""
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from cpsample.data import load_digits, save_json, split
+from cpsample.ddpm import MLPDenoiser, last, sample, seeded, timesteps
+from cpsample.demo import DEFAULTS, fit_denoiser, provenance
+from cpsample.protect import fit_guard, protect
+from cpsample.schedule import make_schedule
+
+N, STEPS, PAIRS = 1000, 100, 21
+schedule = make_schedule()
+
+
+def seconds(job):
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def ratio(a, b, pairs=PAIRS):
+    "Median, minimum and maximum of time(a) / time(b) over interleaved pairs, after one warm-up of each."
+    a(), b()
+    found = [x / y for x, y in ((seconds(a), seconds(b)) for _ in range(pairs))]
+    return {"median": statistics.median(found), "min": min(found), "max": max(found), "pairs": pairs}
+
+
+@torch.no_grad()
+def calls_only(model):
+    x = torch.randn(N, 1, 8, 8)
+    for t in timesteps(schedule.T, STEPS): model(x, torch.full((N,), t))
+
+
+@torch.no_grad()
+def calls_and_noise(model):
+    x, generator = torch.randn(N, 1, 8, 8), torch.Generator().manual_seed(0)
+    for t in timesteps(schedule.T, STEPS): model(x, torch.full((N,), t)), torch.randn(x.shape, generator=generator)
+
+
+def draw(model, eta): return last(sample(model, schedule, (N, 1, 8, 8), STEPS, eta=eta, clip=1, generator=torch.Generator().manual_seed(0)))
+
+
+if __name__ == "__main__":
+    ratios = {}
+    for width in (256, 512):
+        network = seeded(0, lambda: MLPDenoiser((1, 8, 8), width)).requires_grad_(False)
+        for eta in (0, 1):
+            ratios[f"sampler_over_network_eta{eta}_width{width}"] = ratio(lambda: draw(network, eta), lambda: calls_only(network))
+        ratios[f"noise_over_network_width{width}"] = ratio(lambda: calls_and_noise(network), lambda: calls_only(network))
+    x, _ = load_digits()
+    parts = split(x, {"members": 100, "reference": 697, "held_out": None}, 0)
+    members, reference = parts.of(x, "members"), parts.of(x, "reference")
+    model = fit_denoiser(members, schedule, DEFAULTS["train_steps"])
+    guarded = protect(model, fit_guard(members, schedule, reference))
+    ratios["guarded_over_unguarded"] = ratio(lambda: draw(guarded, 1), lambda: draw(model, 1))
+    save_json(Path(__file__).resolve().parent.parent / "data" / "results" / "bench.json",
+              {"name": "bench", "command": "make bench", **provenance(), "settings": {"n": N, "steps": STEPS, "network": "MLPDenoiser((1, 8, 8), width)"}, "ratios": ratios})
+    for name, r in ratios.items(): print(f"{name:34} {r['median']:.3f}  [{r['min']:.3f}, {r['max']:.3f}]  {r['pairs']} pairs")
