@@ -5,64 +5,45 @@
 # %% auto #0
 __all__ = ['app', 'one_line_errors', 'writable', 'demo']
 
-# %% ../nbs/cli.ipynb #ba2a1eb8
-import shlex, sys
+# %% ../nbs/cli.ipynb #71e7f202
+import shlex, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
 from .data import atomic, save_json
-from .demo import DEFAULTS, run_demo, show_arms, table
+from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
 
 app = typer.Typer(help="Keep a diffusion model from handing out its training images.", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.callback()
 def _root(): pass
 
-# %% ../nbs/cli.ipynb #8c0399c6
+# %% ../nbs/cli.ipynb #d98f87f8
 @contextmanager
 def one_line_errors():
     "Turn the errors a user can act on into one line on standard error and an exit status."
     try: yield
     except KeyboardInterrupt:
-        typer.echo("cpsample: interrupted, nothing was written", err=True)
+        typer.echo("cpsample: interrupted; files appear only when they are complete", err=True)
         raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         typer.echo(f"cpsample: {error}", err=True)
         raise SystemExit(2) from None
 
+# %% ../nbs/cli.ipynb #4b0406d5
 def writable(folder):
     "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic(Path(folder) / "probe") as tmp: tmp.write_text("")
-    (Path(folder) / "probe").unlink()
+    with tempfile.TemporaryFile(dir=folder): pass
     return Path(folder)
 
-# %% ../nbs/cli.ipynb #cc35263f
-@contextmanager
-def one_line_errors():
-    "Turn the errors a user can act on into one line on standard error and an exit status."
-    try: yield
-    except KeyboardInterrupt:
-        typer.echo("cpsample: interrupted, nothing was written", err=True)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        typer.echo(f"cpsample: {error}", err=True)
-        raise SystemExit(2) from None
-
-def writable(folder):
-    "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic(Path(folder) / "probe") as tmp: tmp.write_text("")
-    (Path(folder) / "probe").unlink()
-    return Path(folder)
-
-# %% ../nbs/cli.ipynb #fae9f429
+# %% ../nbs/cli.ipynb #f1d4e998
 @app.command()
 def demo(
     seed: list[int] = typer.Option([0], help="Random seed; give it several times to pool seeds."),
-    images: int = typer.Option(DEFAULTS["images"], help="Training images."),
+    images: int = typer.Option(DEFAULTS["images"], help="Number of training images (members)."),
     samples: int = typer.Option(DEFAULTS["samples"], help="Samples per arm and seed."),
     train_steps: int = typer.Option(DEFAULTS["train_steps"], help="Training steps of the denoiser."),
     guard_steps: int = typer.Option(DEFAULTS["guard_steps"], help="Training steps of the guard."),
@@ -70,17 +51,20 @@ def demo(
     alpha: float = typer.Option(DEFAULTS["alpha"], help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5)."),
     scale: float = typer.Option(DEFAULTS["scale"], "--scale", "-s", help="Strength s of the push."),
     labels: int = typer.Option(DEFAULTS["K"], "--labels", "-K", help="Random labels per image, K."),
-    data: str = typer.Option(DEFAULTS["data"], help="Data set."),
+    data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."),
     schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),
     out: Path = typer.Option(Path("cpsample-demo"), help="Folder for the picture."),
     json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
 ):
-    "Train a model that copies 100 real digits, guard it, and count the copies with and without the guard."
+    "Train a model until it copies real digits, guard it, and count the copies with and without the guard."
     with one_line_errors():
-        folders = [writable(f) for f in (out, *([json_file.parent] if json_file else []))]
-        record, pictures, members = run_demo(seed, True, "cpsample " + shlex.join(sys.argv[1:]), images=images, samples=samples, train_steps=train_steps,
-            guard_steps=guard_steps, sample_steps=sample_steps, alpha=alpha, scale=scale, K=labels, data=data, schedule=schedule)
-        print(table(record))
-        with atomic(folders[0] / "demo.png") as tmp: show_arms(pictures, members).savefig(tmp, dpi=100, bbox_inches="tight")
+        settings = dict(images=images, samples=samples, train_steps=train_steps, guard_steps=guard_steps, sample_steps=sample_steps,
+                        alpha=alpha, scale=scale, K=labels, data=data, schedule=schedule)
+        check_demo(DEFAULTS | settings)
+        if json_file and json_file.is_dir(): raise ValueError(f"--json needs a file, {json_file} is a folder")
+        for folder in (out, json_file.parent if json_file else out): writable(folder)
+        record, pictures, members = run_demo(seed, True, "cpsample " + shlex.join(sys.argv[1:]), **settings)
         if json_file: save_json(json_file, record)
+        with atomic(out / "demo.png") as tmp: show_arms(pictures, members).savefig(tmp, dpi=100, bbox_inches="tight")
+        print(table(record))
         print(f"Samples beside their nearest training images: {out / 'demo.png'}")

@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['MIXTURES', 'SHAPES', 'IMAGE_SETS', 'GaussianMixture', 'noised', 'exact_denoiser', 'toy', 'load_digits', 'load_images',
            'show_grid', 'check_images', 'fingerprint', 'Split', 'split', 'random_labels', 'plant_duplicates',
-           'distinct', 'atomic', 'save_json', 'data_path']
+           'first_rows', 'distinct', 'atomic', 'save_json', 'data_path']
 
-# %% ../nbs/01_data.ipynb #57638e4c
+# %% ../nbs/01_data.ipynb #7f68d26a
 import contextlib, hashlib, json, math, os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from sklearn import datasets as sk
-from torchvision.utils import make_grid
 
 import cpsample
 
@@ -75,9 +72,10 @@ MIXTURES = {
     "grid": lambda: _round_mixture([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1.5, -0.5, 0.5, 1.5)], 0.1),
 }
 
-# %% ../nbs/01_data.ipynb #2a84ca12
+# %% ../nbs/01_data.ipynb #54e2c393
 def _moons(n, rng):
-    return sk.make_moons(n, noise=0.08, random_state=int(rng.integers(2**31)))[0] * 1.2 - (0.6, 0.3)
+    from sklearn.datasets import make_moons
+    return make_moons(n, noise=0.08, random_state=int(rng.integers(2**31)))[0] * 1.2 - (0.6, 0.3)
 
 def _rings(n, rng):
     angle, radius = rng.uniform(0, 2 * np.pi, n), rng.choice([0.6, 1.6], n) + 0.06 * rng.standard_normal(n)
@@ -92,11 +90,11 @@ def _checkerboard(n, rng):
     x, row = rng.uniform(-2, 2, n), rng.integers(0, 2, n)
     return np.stack([x, rng.uniform(0, 1, n) + 2 * row - 2 + np.floor(x) % 2], 1)
 
-# %% ../nbs/01_data.ipynb #dffa2937
+# %% ../nbs/01_data.ipynb #96dc4bb8
 SHAPES = {"moons": _moons, "rings": _rings, "spirals": _spirals, "checkerboard": _checkerboard}
 
 def toy(name, n, seed=0):
-    """n points [n, 2] of the toy set `name`, about two units wide: a key of `MIXTURES` or of `SHAPES`.
+    """n points [n, 2] of the toy set `name`, within about ±2 on both axes: a key of `MIXTURES` or of `SHAPES`.
 
     Raises ValueError for an unknown name.
     """
@@ -104,10 +102,11 @@ def toy(name, n, seed=0):
     if name not in SHAPES: raise ValueError(f"unknown toy set {name!r}: choose one of {', '.join([*MIXTURES, *SHAPES])}")
     return torch.as_tensor(SHAPES[name](n, np.random.default_rng(seed)), dtype=torch.float32)
 
-# %% ../nbs/01_data.ipynb #6829219b
+# %% ../nbs/01_data.ipynb #28f55a94
 def load_digits():
     "scikit-learn's 1,797 handwritten digits: images float32 [1797, 1, 8, 8] in [−1, 1], classes int64 [1797]."
-    digits = sk.load_digits()
+    from sklearn import datasets
+    digits = datasets.load_digits()
     return torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.as_tensor(digits.target)
 
 # %% ../nbs/01_data.ipynb #c3a4e630
@@ -118,9 +117,11 @@ def load_images(name):
     if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
 
-# %% ../nbs/01_data.ipynb #ed6e2c1d
+# %% ../nbs/01_data.ipynb #df0cdd9d
 def show_grid(images, ax=None, columns=10, title=None):
     "Draw images [N, C, H, W] in [−1, 1] as a grid. Returns the axes."
+    import matplotlib.pyplot as plt
+    from torchvision.utils import make_grid
     ax = ax or plt.subplots(figsize=(columns * 0.7, 0.7 * math.ceil(len(images) / columns)))[1]
     grid = make_grid(images.detach().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -137,11 +138,11 @@ def check_images(x, name="images"):
     if bad.any(): raise ValueError(f"{name} hold NaN or infinity in {int(bad.sum())} rows, first in row {int(bad.nonzero()[0])}: remove them first")
     return x
 
-# %% ../nbs/01_data.ipynb #e81264dc
+# %% ../nbs/01_data.ipynb #2a25a1b4
 def fingerprint(x):
     "A short hash of a tensor's shape and values: the same data, the same 16 characters."
     x = x.detach().cpu().contiguous()
-    return hashlib.sha256(str((tuple(x.shape), x.dtype)).encode() + x.numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(str((tuple(x.shape), x.dtype)).encode() + x.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #ae858f2c
 @dataclass(frozen=True)
@@ -171,33 +172,42 @@ def split(x, sizes, seed=0):
     parts = order[: sum(counts)].split(counts)
     return Split({name: part.tolist() for name, part in zip(sizes, parts)}, seed, fingerprint(x))
 
-# %% ../nbs/01_data.ipynb #cdb48714
+# %% ../nbs/01_data.ipynb #a5e36edd
 def random_labels(n, K=8, seed=0):
-    "K random labels for each of n images, 0. or 1., float32 [n, K]. Row i depends on `seed` and i alone, never on batch order or n."
+    "K random labels for each of n images, 0. or 1., float32 [n, K]. Row i depends on `seed`, `K` and i alone, never on batch order or n."
     return torch.randint(0, 2, (n, K), generator=torch.Generator().manual_seed(seed)).float()
 
-# %% ../nbs/01_data.ipynb #008ee0ac
+# %% ../nbs/01_data.ipynb #33685a84
 def plant_duplicates(x, k, copies=1, seed=0):
     "Append `copies` exact copies of k random rows of x. Returns (the larger set, the k row numbers copied)."
     if not 0 < k <= len(x): raise ValueError(f"cannot duplicate {k} of {len(x)} images")
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
     return torch.cat([x, x[rows].repeat(copies, *[1] * (x.dim() - 1))]), rows
 
-def distinct(x):
-    "The row numbers of x without exact repeats: int64, the first appearance of each, ascending."
-    _, first = np.unique(x.detach().cpu().flatten(1).numpy(), axis=0, return_index=True)
-    return torch.as_tensor(np.sort(first))
+def first_rows(x):
+    "For each row of x the number of the first row that equals it exactly: int64 [N]."
+    seen = {}
+    rows = x.detach().cpu().flatten(1).contiguous().view(torch.uint8)
+    return torch.tensor([seen.setdefault(row.tobytes(), i) for i, row in enumerate(rows.numpy())])
 
-# %% ../nbs/01_data.ipynb #6db5eded
+def distinct(x):
+    "The row numbers of x without exact repeats: int64, ascending. Near-duplicates (re-encoded images) count as distinct."
+    return first_rows(x).unique()
+
+# %% ../nbs/01_data.ipynb #3075b281
 @contextlib.contextmanager
-def atomic(path):
-    "A temporary path beside `path`, renamed to it when the block ends well and deleted when it does not."
-    path = Path(path)
+def atomic(path, mode=None):
+    """A temporary path beside `path`, renamed to it when the block ends well and deleted when it does not.
+
+    mode: permissions of the new file, such as 0o600 (default: what the umask leaves of 0o666).
+    """
+    path, umask = Path(path).resolve(), os.umask(0)
+    os.umask(umask)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)
+        os.chmod(name, 0o666 & ~umask if mode is None else mode)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -6,8 +6,8 @@
 __all__ = ['time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'ddpm_loss', 'TrainStep', 'train', 'run', 'seeded',
            'timesteps', 'SampleStep', 'sample', 'last']
 
-# %% ../nbs/02_ddpm.ipynb #62c0e8e1
-import math
+# %% ../nbs/02_ddpm.ipynb #6cb4a807
+import math, numbers
 from typing import NamedTuple
 
 import torch
@@ -77,12 +77,12 @@ class TrainStep(NamedTuple):
 def _learning_rate(step, steps, lr, warmup=100):
     return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
-# %% ../nbs/02_ddpm.ipynb #2345afd9
+# %% ../nbs/02_ddpm.ipynb #000fd3e3
 def train(model, loss, data, steps, batch_size=256, lr=1e-3, weights=None, generator=None):
     """Train `model` and yield a `TrainStep` after each of `steps` Adam steps (warm-up, then cosine decay to 0).
 
     loss(model, *batch, generator=...) → scalar; data: a tuple of tensors with equally many rows;
-    weights [N]: how often each row is drawn (default: equally often).
+    weights [N]: how often each row is drawn (default: equally often); generator: on the CPU, as are the weights.
     Raises ValueError for NaN images or unequal rows, FloatingPointError when the loss is no longer finite.
     """
     check_images(data[0])
@@ -90,7 +90,7 @@ def train(model, loss, data, steps, batch_size=256, lr=1e-3, weights=None, gener
     opt = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     p = torch.ones(len(data[0])) if weights is None else weights
     for step in range(steps):
-        rows = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        rows = torch.multinomial(p, batch_size, replacement=True, generator=generator).to(data[0].device)
         opt.param_groups[0]["lr"] = _learning_rate(step, steps, lr)
         value = loss(model, *(d[rows] for d in data), generator=generator)
         if not torch.isfinite(value): raise FloatingPointError(f"the loss became {value.item()} at step {step + 1}: lower the learning rate ({lr})")
@@ -99,35 +99,37 @@ def train(model, loss, data, steps, batch_size=256, lr=1e-3, weights=None, gener
         opt.step()
         yield TrainStep(step + 1, value.item(), opt.param_groups[0]["lr"])
 
-# %% ../nbs/02_ddpm.ipynb #df147213
+# %% ../nbs/02_ddpm.ipynb #116c9b0f
 def run(training, steps, name="training", progress=True):
     "Drain a `train` generator behind a progress bar; return the losses as a list."
     losses = []
     with tqdm(training, total=steps, desc=name, disable=not progress, mininterval=0.5) as bar:
         for record in bar:
             losses.append(record.loss)
-            if record.step % 100 == 0: bar.set_postfix(loss=f"{sum(losses[-100:]) / 100:.4f}")
+            if record.step % 100 == 0: bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
     return losses
 
-# %% ../nbs/02_ddpm.ipynb #271e78bf
+# %% ../nbs/02_ddpm.ipynb #77b8ab21
 def seeded(seed, build):
     "`build()` with torch's global random state seeded, and put back afterwards: reproducible initial weights."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build()
 
-# %% ../nbs/02_ddpm.ipynb #01e73346
+# %% ../nbs/02_ddpm.ipynb #9595f8a7
 def timesteps(T, steps):
-    """The noise levels that sampling visits: an int is that many, equally spaced from T−1 to 0; a list is checked.
+    """The noise levels that sampling visits: an int (2 … T) is that many, equally spaced from T−1 to 0.
+
+    A list is checked; it should start near T−1, since sampling starts from pure noise.
 
     Raises ValueError unless they fall strictly, lie within 0 … T−1 and end at 0.
     """
-    if isinstance(steps, int):
-        if not 1 <= steps <= T: raise ValueError(f"steps must be between 1 and T={T}, got {steps}")
-        return torch.linspace(T - 1, 0, steps).round().long().tolist() if steps > 1 else [0]
+    if isinstance(steps, numbers.Integral):
+        if not 2 <= steps <= T: raise ValueError(f"steps must be between 2 and T={T}, got {steps}")
+        return torch.linspace(T - 1, 0, steps).round().long().tolist()
     levels = [int(t) for t in steps]
     if not levels or levels[-1] != 0 or levels[0] >= T or any(a <= b for a, b in zip(levels, levels[1:])):
-        raise ValueError(f"timesteps must fall strictly from below T={T} and end at 0, or the samples stay noisy: got {levels[:3]} … {levels[-3:]}")
+        raise ValueError(f"timesteps must start below T={T}, fall strictly and end at 0, or the samples stay noisy: got {levels[:3]} … {levels[-3:]}")
     return levels
 
 # %% ../nbs/02_ddpm.ipynb #a05e1c7d
@@ -137,7 +139,7 @@ class SampleStep(NamedTuple):
     x_t: torch.Tensor
     x0_pred: torch.Tensor
 
-# %% ../nbs/02_ddpm.ipynb #c0b27c9f
+# %% ../nbs/02_ddpm.ipynb #6a7369e6
 @torch.no_grad()
 def sample(model, schedule, shape, steps=100, eta=1.0, clip=None, generator=None, device="cpu", dtype=torch.float32):
     """Sample by DDIM (Song et al. 2021, eq. 12); eta=1 is DDPM, eta=0 is deterministic. Yields a `SampleStep` per level.
@@ -145,6 +147,7 @@ def sample(model, schedule, shape, steps=100, eta=1.0, clip=None, generator=None
     model(x_t, t) → eps; shape (n, ...); steps: see `timesteps`; clip: bound on |x0| (1 for images; default None).
     The last x0_pred is the sample: `last(sample(...))`. Raises FloatingPointError when it is not finite.
     """
+    if not 0 <= eta <= 1: raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta}")
     levels = timesteps(schedule.T, steps)
     x = randn(shape, generator, device, dtype)
     for t, t_next in zip(levels, levels[1:] + [None]):

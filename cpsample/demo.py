@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'DEFAULTS', 'fit_denoiser', 'draw', 'draw_arms', 'measure', 'check_demo', 'run_seed', 'pool', 'provenance',
-           'run_demo', 'table', 'readme_table', 'show_arms']
+           'run_demo', 'arm_copies', 'table', 'readme_table', 'show_arms']
 
-# %% ../nbs/demo.ipynb #11de3f24
-import datetime, itertools, os, subprocess, time
+# %% ../nbs/demo.ipynb #594f833f
+import contextlib, datetime, itertools, os, subprocess, time, warnings
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
@@ -33,7 +32,7 @@ def fit_denoiser(x, schedule, steps, lr=2e-3, seed=0, progress=False):
     run(training, steps, "denoiser", progress)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/demo.ipynb #0959708c
+# %% ../nbs/demo.ipynb #31a3994d
 def draw(denoiser, schedule, shape, steps, seed, progress=False):
     "Images [n, ...] in [−1, 1] by DDPM sampling from the noise of `seed`."
     trail = sample(denoiser, schedule, shape, steps, clip=1, generator=torch.Generator().manual_seed(seed))
@@ -50,7 +49,10 @@ def draw_arms(model, guard, members, n, steps, seed, progress=False):
                        ("rejection", lambda: reject_copies(lambda: arm(model, next(seeds)), members, n)[0]),
                        ("guarded", lambda: arm(guarded, 1000 * seed))):
         start = time.perf_counter()
-        arms[name] = make(), time.perf_counter() - start
+        try: arms[name] = make(), time.perf_counter() - start
+        except ValueError as error:
+            if name != "rejection": raise
+            warnings.warn(f"no arm of exact rejection: {error}", stacklevel=2)
     return arms, guarded.certain / guarded.rows
 
 # %% ../nbs/demo.ipynb #6dad9f70
@@ -60,14 +62,17 @@ def measure(x, members, held_out):
     fd = frechet_distance(digit_features(x), digit_features(held_out))
     return {"n": len(x), "copies": report.copies, "copy_rate": report.rate, "copy_ci": list(report.ci), "fd": fd}
 
-# %% ../nbs/demo.ipynb #812f226d
+# %% ../nbs/demo.ipynb #92483b9b
 def check_demo(s):
     "Raise ValueError for settings `s` (see `DEFAULTS`) that cannot work, before any time is spent on them."
     if unknown := s.keys() - DEFAULTS.keys(): raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(DEFAULTS)}")
-    check_settings(s["alpha"], s["scale"], s["form"])
-    for name, least in dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1).items():
+    T = make_schedule(s["schedule"]).T
+    check_settings(s["alpha"], s["scale"], s["form"], s["t_max"], T)
+    for name, least in dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1).items():
         if s[name] < least: raise ValueError(f"{name} must be at least {least}, got {s[name]}")
-    timesteps(make_schedule(s["schedule"]).T, s["sample_steps"])
+    timesteps(T, s["sample_steps"])
+    left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
+    if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
 # %% ../nbs/demo.ipynb #ec02d454
 def run_seed(seed, s, progress=False):
@@ -96,56 +101,69 @@ def pool(runs):
     return {"n": n, "copies": copies, "copy_rate": copies / n, "copy_ci": list(proportion_ci(copies, n)), **mean,
             "copies_seeds": [r["copies"] for r in runs], "fd_seeds": [r["fd"] for r in runs], "settings": runs[0].get("settings", {})}
 
-# %% ../nbs/demo.ipynb #f18d256f
+# %% ../nbs/demo.ipynb #00ce6078
 def provenance():
     "Where and when a result was made: commit (or version), hardware, date."
     checkout, commit = Path(cpsample.__file__).parent.parent, f"v{cpsample.__version__}"
     if (checkout / ".git").exists():
-        commit = subprocess.run(["git", "-C", checkout, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip() or commit
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True).stdout.strip() or commit
     return {"commit": commit, "hardware": f"{os.cpu_count()} CPU cores", "date": datetime.date.today().isoformat()}
 
-# %% ../nbs/demo.ipynb #f1d413d9
+# %% ../nbs/demo.ipynb #68a6fb7c
 def run_demo(seeds=(0,), progress=False, command="run_demo", **settings):
     """The main job: train, guard, sample and count, for every seed. Returns (record, images of the first seed's arms, its members).
 
     settings override `DEFAULTS`; the record has the shape of the files in data/results.
     """
     check_demo(s := DEFAULTS | settings)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+        raise ValueError(f"seeds must be different whole numbers from 0 to {2**31 - 1}, got {list(seeds)}")
+    origin = provenance()
     runs = [run_seed(seed, s, progress) for seed in seeds]
-    arms = {name: pool([r[0][name] for r in runs]) for name in runs[0][0]}
+    arms = {name: pool([r[0][name] for r in runs]) for name in runs[0][0] if all(name in r[0] for r in runs)}
     seconds = {stage: sum(r[1][stage] for r in runs) / len(runs) for stage in runs[0][1]}
-    record = {"name": "demo", "command": command, **provenance(), "seeds": list(seeds), "settings": s, "feature_space": "digits-mlp-64",
+    record = {"name": "demo", "command": command, **origin, "seeds": list(seeds), "settings": s, "feature_space": "digits-mlp-64",
               "arms": arms, "seconds": seconds | {"total": sum(seconds.values())}}
     return record, runs[0][2], runs[0][3]
 
-# %% ../nbs/demo.ipynb #c45cd440
+# %% ../nbs/demo.ipynb #6d43ba7b
+def arm_copies(name, arm):
+    "The copies of an arm in words; for exact rejection, which uses the same test, zero is no measurement."
+    return f"0 of {arm['n']}, by construction" if name == "rejection" else describe_rate(arm["copies"], arm["n"])
+
 def table(record):
     "The record's arms as lines of text."
-    lines = [f"{'':10} {'copies':34} {'Fréchet distance':>16} {'certain rows':>13} {'seconds':>8}"]
+    lines = [f"{'':10} {'copies':34} {'Fréchet distance':>16} {'steps pushed':>13} {'seconds':>8}"]
     for name, a in record["arms"].items():
-        lines.append(f"{name:10} {describe_rate(a['copies'], a['n']):34} {a['fd']:16.1f} {a['certain']:13.1%} {a['seconds']:8.1f}")
+        lines.append(f"{name:10} {arm_copies(name, a):34} {a['fd']:16.1f} {a['certain']:13.1%} {a['seconds']:8.1f}")
     stages = ", ".join(f"{k} {v:.0f} s" for k, v in record["seconds"].items())
     real = record["arms"]["unguarded"]["fd_held_out"]
     return "\n".join([*lines, f"Fréchet distance in the feature space {record['feature_space']} to held-out digits; real digits reach {real:.1f}.", f"Time per seed: {stages}."])
 
-# %% ../nbs/demo.ipynb #dcacc198
+# %% ../nbs/demo.ipynb #469a40b5
 def readme_table(record):
     "The record's arms as a Markdown table, with a line that says how it was made."
-    rows = ["| arm | copies of training images | Fréchet distance to held-out digits | rows pushed | seconds per 1,000 samples |", "|---|---|---|---|---|"]
-    names = {"unguarded": "unguarded", "rejection": "exact rejection of copies (the ideal)", "guarded": "**guarded (CPSample)**"}
+    rows = ["| arm | copies of training images | by seed | Fréchet distance to held-out digits (by seed) | steps pushed | seconds per 1,000 samples |", "|---|---|---|---|---|---|"]
+    names = {"unguarded": "unguarded", "rejection": "exact rejection of copies (the ideal)", "guarded": "**guarded** (our variant of CPSample)"}
     for name, a in record["arms"].items():
         per_seed = ", ".join(f"{fd:.1f}" for fd in a["fd_seeds"])
-        rows.append(f"| {names[name]} | {describe_rate(a['copies'], a['n'])} | {a['fd']:.1f} ({per_seed}) | {a['certain']:.1%} | {1000 * a['seconds'] * len(record['seeds']) / a['n']:.1f} |")
+        speed = 1000 * a["seconds"] * len(record["seeds"]) / a["n"]
+        by_seed = ", ".join(map(str, a["copies_seeds"]))
+        rows.append(f"| {names[name]} | {arm_copies(name, a)} | {by_seed} | {a['fd']:.1f} ({per_seed}) | {a['certain']:.1%} | {speed:.1f} |")
     s, seeds = record["seconds"], ", ".join(map(str, record["seeds"]))
-    note = (f"Seeds {seeds}, {record['settings']['samples']:,} samples each; real held-out digits are at {record['arms']['unguarded']['fd_held_out']:.1f} from each other. "
+    real, settings = record["arms"]["unguarded"]["fd_held_out"], record["settings"]
+    note = (f"Seeds {seeds}, {settings['samples']:,} samples each; {settings['reference']} other real digits are at {real:.1f} from the held-out ones. "
             f"Per seed: denoiser {s['denoiser']:.0f} s, guard {s['guard']:.0f} s, sampling of all arms {s['sampling']:.0f} s on {record['hardware']}. "
             f"Made by `{record['command']}` at commit `{record['commit']}`.")
     return "\n".join([*rows, "", note])
 
-# %% ../nbs/demo.ipynb #de4393f9
+# %% ../nbs/demo.ipynb #f726d372
 def show_arms(images, members, columns=14):
     "A figure of the arms' first samples, each above its nearest training image; copies are framed in red. Returns the figure."
-    fig = plt.figure(figsize=(0.62 * columns + 1.2, 1.5 * len(images)))
+    from matplotlib.figure import Figure
+    columns = min(columns, *map(len, images.values()))
+    fig = Figure(figsize=(0.62 * columns + 1.2, 1.5 * len(images)))
     grid = fig.add_gridspec(3 * len(images), columns, height_ratios=[1, 1, 0.25] * len(images), hspace=0.15, wspace=0.12)
     for row, (name, x) in enumerate(images.items()):
         report = copy_test(x[:columns], members)

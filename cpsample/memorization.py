@@ -7,7 +7,7 @@ __all__ = ['ideal_denoiser', 'nearest', 'proportion_ci', 'describe_rate', 'CopyR
            'DigitsEncoder', 'class_loss', 'fit_encoder', 'digit_features', 'cosine_test', 'frechet_distance',
            'reject_copies']
 
-# %% ../nbs/03_memorization.ipynb #221b9f2e
+# %% ../nbs/03_memorization.ipynb #094b71ff
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import nn
 
 from .data import check_images, data_path, distinct
 from .ddpm import run, seeded, train
-from .schedule import abar_at, x0_to_eps
+from .schedule import randn, signal_noise, x0_to_eps
 
-# %% ../nbs/03_memorization.ipynb #a160e985
+# %% ../nbs/03_memorization.ipynb #d1a3ed1e
 def ideal_denoiser(x_train, schedule):
     """The denoiser that minimises the DDPM loss on the finite set `x_train` [N, ...], in closed form.
 
@@ -29,9 +29,9 @@ def ideal_denoiser(x_train, schedule):
     """
     flat = check_images(x_train, "training images").flatten(1)
     def model(x_t, t):
-        abar = abar_at(schedule, t, x_t.flatten(1))
-        d2 = torch.cdist(x_t.flatten(1) / abar.sqrt(), flat).square()
-        x0 = (-d2 * abar / (2 * (1 - abar))).softmax(1) @ flat
+        signal, sigma = signal_noise(schedule, t, x_t.flatten(1))
+        d2 = torch.cdist(x_t.flatten(1) / signal, flat).square()
+        x0 = (-d2 * signal**2 / (2 * sigma**2)).softmax(1) @ flat
         return x0_to_eps(x_t, t, x0.view_as(x_t), schedule)
     return model
 
@@ -45,14 +45,14 @@ def nearest(x, refs, k=1, chunk=1024):
     d, order = d.sort(1)
     return d, rows.gather(1, order)
 
-# %% ../nbs/03_memorization.ipynb #e56396a3
+# %% ../nbs/03_memorization.ipynb #74c18404
 def proportion_ci(k, n, level=0.95):
     "Clopper–Pearson interval of a rate: k hits in n trials → (low, high)."
     ci = binomtest(int(k), int(n)).proportion_ci(level, method="exact")
     return float(ci.low), float(ci.high)
 
 def describe_rate(k, n, level=0.95):
-    "A rate as a sentence: '12 of 1000 = 1.2 % [0.6, 2.1]', or '0 of 1000, below 0.37 % at 95 %'."
+    "A rate as a sentence: '12 of 1000 = 1.2 % [0.62, 2.1]', or '0 of 1000, below 0.37 % at 95 %' (two-sided)."
     low, high = proportion_ci(k, n, level)
     if k == 0: return f"0 of {n}, below {100 * high:.2g} % at {100 * level:.0f} %"
     return f"{k} of {n} = {100 * k / n:.3g} % [{100 * low:.2g}, {100 * high:.2g}]"
@@ -75,7 +75,7 @@ class CopyReport:
     def ci(self): return proportion_ci(self.copies, len(self.score))
     def __str__(self): return describe_rate(self.copies, len(self.score))
 
-# %% ../nbs/03_memorization.ipynb #28bf11cc
+# %% ../nbs/03_memorization.ipynb #9c899760
 def copy_test(x, x_train, threshold=1 / 3):
     """Ratio test: x [B, ...] copies when its ℓ₂ distance to the nearest training image is below `threshold`
     times that to the second-nearest *distinct* one (Yoon et al. 2023; DiffMemorize, Gu et al. 2023). Returns a `CopyReport`.
@@ -83,22 +83,22 @@ def copy_test(x, x_train, threshold=1 / 3):
     Raises ValueError for fewer than two distinct training images, other shapes, NaN.
     """
     check_images(x), check_images(x_train, "training images")
-    keep = distinct(x_train)
+    keep = distinct(x_train).to(x.device)
     if len(keep) < 2: raise ValueError("the ratio test needs at least two distinct training images")
     d, rows = nearest(x, x_train[keep], 2)
     return CopyReport(d[:, 0] / d[:, 1].clamp(min=1e-12), keep[rows[:, 0]], threshold)
 
-# %% ../nbs/03_memorization.ipynb #52eb5cfe
+# %% ../nbs/03_memorization.ipynb #6972e458
 def carlini_test(x, x_train, k=50, factor=0.5, threshold=1.0):
-    """ℓ₂ to the nearest training image over `factor` × the mean ℓ₂ from that image to its k nearest (Carlini et al. 2023,
-    section 5.1). Below `threshold` it counts as a copy. Returns a `CopyReport`.
+    """ℓ₂ to the nearest training image over `factor` × the mean ℓ₂ to the k nearest ones (Carlini et al. 2023, section 5.1).
+
+    Below `threshold` x [B, ...] counts as a copy. Returns a `CopyReport`; repeats in x_train are left out first.
     """
     check_images(x), check_images(x_train, "training images")
-    kept = x_train[keep := distinct(x_train)]
-    if len(kept) < 2: raise ValueError("the neighbourhood test needs at least two distinct training images")
-    d, rows = nearest(x, kept, 1)
-    usual = nearest(kept, kept, min(k, len(kept) - 1) + 1)[0][:, 1:].mean(1)
-    return CopyReport(d[:, 0] / (factor * usual[rows[:, 0]]), keep[rows[:, 0]], threshold)
+    keep = distinct(x_train).to(x.device)
+    if len(keep) < 2: raise ValueError("the neighbourhood test needs at least two distinct training images")
+    d, rows = nearest(x, x_train[keep], k)
+    return CopyReport(d[:, 0] / (factor * d.mean(1)), keep[rows[:, 0]], threshold)
 
 # %% ../nbs/03_memorization.ipynb #17d3e99a
 class DigitsEncoder(nn.Module):
@@ -110,10 +110,10 @@ class DigitsEncoder(nn.Module):
 
     def forward(self, x): return self.classes(self.features(x))
 
-# %% ../nbs/03_memorization.ipynb #b39ded81
+# %% ../nbs/03_memorization.ipynb #bb85c936
 def class_loss(encoder, x, y, generator=None, noise=0.1):
     "Cross-entropy on slightly noised images: x [B, 1, 8, 8], classes y [B]."
-    return F.cross_entropy(encoder(x + noise * torch.randn(x.shape, generator=generator)), y)
+    return F.cross_entropy(encoder(x + noise * randn(x.shape, generator, x.device)), y)
 
 def fit_encoder(x, y, steps=2000, seed=0):
     "Train a `DigitsEncoder` on digits x [N, 1, 8, 8] and their classes y [N]: a few seconds."
@@ -126,33 +126,35 @@ def digit_features(x):
     "Features [B, 64] of digits x [B, 1, 8, 8] in the shipped space `digits-mlp-64`."
     encoder = DigitsEncoder()
     encoder.load_state_dict(load_file(data_path("weights/digits_encoder.safetensors")))
-    return encoder.features(x)
+    return encoder.to(x.device).features(x)
 
-# %% ../nbs/03_memorization.ipynb #a8ffe609
+# %% ../nbs/03_memorization.ipynb #8bb9b6e1
 def cosine_test(features, train_features, threshold=0.97):
     """Copies have feature cosine similarity above `threshold` to a training image (CPSample, section 5: 0.97 on CIFAR-10).
 
     features [B, D], train_features [N, D]. The report's score is 1 − similarity.
     """
+    check_images(features, "features"), check_images(train_features, "training features")
     similarity, rows = (F.normalize(features, dim=1) @ F.normalize(train_features, dim=1).T).max(1)
     return CopyReport(1 - similarity, rows, 1 - threshold)
 
-# %% ../nbs/03_memorization.ipynb #202e161b
+# %% ../nbs/03_memorization.ipynb #2ac78ca1
 def frechet_distance(a, b):
     """Fréchet distance of Gaussians fitted to two feature sets [n, D], [m, D] (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
     Called FID only when the features are Inception's. Biased upwards for small n: compare at equal n.
     """
+    if min(len(a), len(b)) < 2: raise ValueError(f"a Fréchet distance needs at least 2 rows on each side, got {len(a)} and {len(b)}")
     a, b = (np.asarray(f.detach().cpu(), dtype=np.float64) for f in (a, b))
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    ca, cb = (np.atleast_2d(np.cov(f, rowvar=False)) for f in (a, b))
     cross = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca) + np.trace(cb) - 2 * cross)
 
-# %% ../nbs/03_memorization.ipynb #eebdc93e
+# %% ../nbs/03_memorization.ipynb #afbe1b73
 def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):
-    """Exact rejection: call draw() → images [B, ...] and keep those that `test` clears, until there are n.
+    """Rejection of what `test` calls a copy: call draw() → images [B, ...] and keep those that `test` clears, until there are n.
 
-    Returns (images [n, ...], share accepted). Raises RuntimeError when max_rounds do not give n.
+    Returns (images [n, ...], share accepted). Raises ValueError when max_rounds do not give n.
     """
     kept, seen = [], 0
     for _ in range(max_rounds):
@@ -160,4 +162,4 @@ def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):
         seen += len(x)
         kept.append(x[~test(x, x_train).copied])
         if sum(map(len, kept)) >= n: return torch.cat(kept)[:n], sum(map(len, kept)) / seen
-    raise RuntimeError(f"only {sum(map(len, kept))} of {seen} images were no copies, {n} are needed: the model copies too much to reject")
+    raise ValueError(f"only {sum(map(len, kept))} of {seen} images were no copies, {n} are needed: the model copies too much to reject")

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from cpsample.classifier import MLPClassifier, label_loss, with_reference
 from cpsample.data import GaussianMixture, atomic, check_images, data_path, exact_denoiser, load_images, plant_duplicates, random_labels, save_json, split, toy
 from cpsample.ddpm import MLPDenoiser, ddpm_loss, last, run, sample, timesteps, train
 from cpsample.demo import run_demo
-from cpsample.memorization import carlini_test, copy_test, reject_copies
-from cpsample.protect import Guard, fit_guard, load_guard, protect, save_guard
+from cpsample.memorization import carlini_test, copy_test, cosine_test, frechet_distance, reject_copies
+from cpsample.protect import Guard, fit_guard, load_guard, protect, push, save_guard
 from cpsample.schedule import make_schedule, noisify
 
 X = load_images("digits")[0][:40]
@@ -83,24 +84,39 @@ PYTHON = {
     "duplicates of too many": (lambda: plant_duplicates(X, 41), "cannot duplicate 41 of 40"),
     "t of another length": (lambda: noisify(X, torch.zeros(3, dtype=torch.int64), S), "one entry per row"),
     "noise of another shape": (lambda: noisify(X, torch.zeros(40, dtype=torch.int64), S, X[:1]), "must have the shape of x0"),
-    "steps 0": (lambda: timesteps(1000, 0), "between 1 and T=1000"),
+    "steps 0": (lambda: timesteps(1000, 0), "between 2 and T=1000"),
     "levels that rise": (lambda: timesteps(1000, [0, 5]), "fall strictly"),
     "levels that stop early": (lambda: timesteps(1000, [999, 39]), "end at 0"),
     "mixed levels in exact_denoiser": (lambda: exact_denoiser(GaussianMixture(*torch.ones(3, 1, 1)), S)(X[:2, 0, 0, :1], torch.tensor([1, 2])), "common noise level"),
     "exploding loss": (lambda: drain(train(MLPDenoiser((1, 8, 8), 16), partial(ddpm_loss, schedule=S), (X,), 5, lr=1e38)), "lower the learning rate"),
     "nothing but copies": (lambda: reject_copies(lambda: X, X, 5, max_rounds=2), "copies too much"),
-    "no label": (lambda: fit_guard(X, S, K=0), "at least 1 label"),
+    "no label": (lambda: fit_guard(X, S, K=0), "K and steps must be at least 1"),
+    "no training of the guard": (lambda: fit_guard(X, S, steps=0), "K and steps must be at least 1"),
+    "misspelt setting": (lambda: fit_guard(X, S, aplha=0.1), "unknown settings ['aplha']"),
+    "members in the reference": (lambda: fit_guard(X[:20], S, X[15:]), "5 of 25 reference images are members"),
+    "t_max beyond the schedule": (lambda: Guard(None, S, t_max=1001), "t_max must be between 0 and the schedule's T=1000"),
+    "training beyond the schedule": (lambda: label_loss(MLPClassifier((1, 8, 8), 3, 16), X, random_labels(40, 3), make_schedule(T=100)), "between 1 and T=100"),
+    "unknown form of push": (lambda: push(MLPClassifier((1, 8, 8), 3, 16), X, torch.zeros(40, dtype=torch.int64), "up"), "toward, away"),
+    "t for other rows": (lambda: protect(lambda x, t: x, Guard(wide(2), S))(X, torch.zeros(3, dtype=torch.int64)), "one level or one per row"),
+    "eta above 1": (lambda: last(sample(lambda x, t: x, S, (2, 2), 5, eta=2)), "eta must lie between 0"),
+    "one sampling step": (lambda: timesteps(1000, 1), "between 2 and T=1000"),
+    "features with NaN": (lambda: cosine_test(torch.full((3, 2), torch.nan), torch.ones(3, 2)), "features hold NaN"),
+    "Fréchet distance of one image": (lambda: frechet_distance(torch.ones(1, 3), torch.ones(5, 3)), "at least 2 rows"),
+    "a guard that is no module": (lambda: save_guard(Guard(wide(1), S), "/nonexistent/g"), "torch.nn.Module"),
+    "the same seed twice": (lambda: run_demo((1, 1)), "seeds must be different"),
+    "no seed": (lambda: run_demo(()), "seeds must be different"),
+    "huge seed": (lambda: run_demo((2**40,)), "seeds must be different"),
     "unknown preset": (lambda: fit_guard(X, S, preset="best"), "default, paper"),
     "unknown demo setting": (lambda: run_demo(sample=3), "unknown settings ['sample']"),
     "missing data file": (lambda: data_path("nothing.json"), "reinstall cpsample"),
-    "missing guard": (lambda: load_guard("/nonexistent/guard"), "/nonexistent/guard.json"),
+    "missing guard": (lambda: load_guard("/nonexistent/guard"), "no guard at /nonexistent/guard.safetensors"),
 }
 
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_python_mistakes(name):
     mistake, says = PYTHON[name]
-    with pytest.raises((ValueError, RuntimeError, ArithmeticError, OSError)) as caught: mistake()
+    with pytest.raises((ValueError, ArithmeticError, OSError)) as caught: mistake()
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -111,10 +127,14 @@ COMMAND = {
     "negative scale": (["--scale=-3"], "scale must be finite"),
     "scale NaN": (["-s", "nan"], "scale must be finite"),
     "no labels": (["-K", "0"], "K must be at least 1"),
-    "too many images": (["--images", "5000"], "cannot split 1797 images"),
+    "too many images": (["--images", "5000"], "at least 100 are needed"),
     "unknown data": (["--data", "cats"], "choose one of digits"),
     "unknown schedule": (["--schedule", "cubic"], "choose one of linear, cosine"),
-    "too many steps": (["--sample-steps", "2000"], "between 1 and T=1000"),
+    "too many steps": (["--sample-steps", "2000"], "between 2 and T=1000"),
+    "one sampling step": (["--sample-steps", "1"], "between 2 and T=1000"),
+    "nothing held out": (["--images", "1099"], "at least 100 are needed"),
+    "the same seed twice": (["--seed", "3", "--seed", "3"], "seeds must be different"),
+    "JSON that is a folder": (["--json", "/dev"], "/dev is a folder"),
     "no samples": (["--samples", "0"], "samples must be at least 2"),
     "no training": (["--train-steps", "0"], "train_steps must be at least 1"),
     "folder that cannot be made": (["--out", "/dev/null/out"], "/dev/null/out"),
@@ -138,10 +158,11 @@ def test_command_line_mistakes(name, tmp_path):
 def test_interrupt_leaves_nothing_half_written(tmp_path):
     program = [Path(sys.executable).parent / "cpsample", *SHORT, "--train-steps", "100000", "--out", tmp_path, "--json", tmp_path / "demo.json"]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while "denoiser" not in process.stderr.readline(50): time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    while "denoiser" not in process.stderr.readline(50): assert process.poll() is None and time.monotonic() < deadline
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted, nothing was written" in said and "Traceback" not in said
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,11 +188,43 @@ def test_a_failing_writer_leaves_no_rubbish(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_guard_files_that_do_not_belong_together_are_refused(tmp_path):
-    save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "a")
-    save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "b")
-    os.replace(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="save the guard again"): load_guard(tmp_path / "a")
+def test_files_that_are_no_guard_are_refused(tmp_path):
+    path = tmp_path / "g.safetensors"
+    for spoil in (lambda: path.write_bytes(b"junk"), lambda: path.write_bytes(path.read_bytes()[:-5]), lambda: save_file({"x": torch.ones(1)}, path),
+                  lambda: save_file({"abar": S.abar}, path, {"guard": "{broken"}), lambda: save_file({"abar": S.abar}, path, {"guard": "{}"})):
+        save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "g")
+        spoil()
+        with pytest.raises(ValueError, match="cannot be read as a guard") as caught: load_guard(tmp_path / "g")
+        assert "\n" not in str(caught.value)
+
+
+def test_guard_of_another_architecture_is_refused(tmp_path):
+    save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "g")
+    with pytest.raises(ValueError, match="cannot be read as a guard"): load_guard(tmp_path / "g", MLPClassifier((2,), 1, 32))
+
+
+def test_a_guard_is_readable_for_its_owner_alone_and_other_files_follow_the_umask(tmp_path):
+    save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "g")
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}
+    old = os.umask(0o027)
+    save_json(tmp_path / "r.json", {})
+    os.umask(old)
+    assert (tmp_path / "r.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_probing_a_folder_keeps_the_files_in_it(tmp_path):
+    (tmp_path / "probe").write_text("mine")
+    assert cpsample(*SHORT, "--out", tmp_path, "--seed", "1").returncode == 0
+    assert (tmp_path / "probe").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["demo.png", "probe"]
+
+
+def test_refused_settings_do_not_make_the_folder(tmp_path):
+    assert cpsample(*SHORT, "--out", tmp_path / "new", "--alpha", "0.9").returncode == 2 and not (tmp_path / "new").exists()
+
+
+def test_a_guard_that_is_never_certain_warns():
+    with pytest.warns(UserWarning, match="protects nothing"): guard = fit_guard(X, S, steps=1, width=16)
+    assert guard.t_max == 0
 
 
 def test_guard_with_an_unknown_network_needs_an_instance(tmp_path):

@@ -1,4 +1,4 @@
-"Schedules, noising and sampling agree with diffusers; densities, distances and attacks on them with closed forms."
+"Schedules, noising and sampling agree with diffusers; densities and distances with closed forms and other libraries."
 import numpy as np
 import pytest
 import torch

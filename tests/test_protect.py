@@ -1,14 +1,16 @@
 "The guard: gradients, gates, bits."
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cpsample.classifier import MLPClassifier, is_certain
-from cpsample.data import load_digits, random_labels
+from cpsample.classifier import MLPClassifier, coverage, is_certain
+from cpsample.data import load_digits, plant_duplicates, random_labels
 from cpsample.ddpm import last, sample, seeded
-from cpsample.protect import FORMS, Guard, fit_guard, load_guard, protect, push, save_guard
+from cpsample.protect import FORMS, Guard, fit_guard, load_guard, protect, push, quiet_from, save_guard
 from cpsample.schedule import make_schedule
 
 
@@ -44,6 +46,14 @@ def test_toward_is_finite_and_does_not_vanish_at_huge_logits(z):
     assert abs(push(lambda x, t: x, x, torch.zeros(1, dtype=torch.int64), "away").item()) < 1e-8
 
 
+@pytest.mark.parametrize("z", [-3.0, -0.5, 0.5, 3.0])
+def test_both_forms_have_the_sign_and_length_of_the_text(z):
+    "By hand, for a classifier whose logit is x itself: d/dz log σ(−|z|) = −σ(|z|)·sign z and −d/dz log σ(|z|) = −(1 − σ(|z|))·sign z."
+    sigma, sign = 1 / (1 + math.exp(-abs(z))), math.copysign(1, z)
+    for form, slope in (("toward", -sigma * sign), ("away", -(1 - sigma) * sign)):
+        assert push(lambda x, t: x, torch.tensor([[z]]), torch.zeros(1, dtype=torch.int64), form).item() == pytest.approx(slope, rel=1e-5)
+
+
 @given(z=st.floats(-30, 30), alpha=st.floats(0.001, 0.49))
 @settings(deadline=None)
 def test_gate_is_the_papers_in_probabilities(z, alpha):
@@ -68,6 +78,28 @@ def test_the_formula_is_applied_on_certain_rows_only(schedule):
     expected[0, 0] = 3 * (1 - schedule.abar[50]).sqrt() * 4 * sigma
     expected[2, 0] = -3 * (1 - schedule.abar[399]).sqrt() * 4 * sigma
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("t", [50, torch.tensor(50), torch.tensor([50]), torch.full((3,), 50)])
+def test_one_level_for_all_rows_is_understood(t):
+    guarded = protect(lambda x, t: torch.zeros_like(x), Guard(lambda x, t: 4 * x[:, :1], make_schedule(), scale=1.0))
+    x = torch.ones(3, 2)
+    assert torch.equal(guarded(x, t), guarded(x, torch.full((3,), 50))) and guarded(x, t)[:, 0].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_guard_keeps_its_dtype_and_the_model_its_own(dtype):
+    guarded = protect(lambda x, t: torch.zeros_like(x), Guard(classifier(), make_schedule(), alpha=0.45, scale=1.0))
+    x, t = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 50, 100, 399, 400])
+    out, expected = guarded(x.to(dtype), t), guarded(x.to(dtype).float(), t)
+    assert out.dtype == dtype and expected.abs().max() > 0
+    torch.testing.assert_close(out.float(), expected, atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("quiet, t_max, found", [(150, 400, 160), (150, 155, 155), (1000, 390, 390), (0, 400, 0)])
+def test_quiet_from_finds_the_level(quiet, t_max, found):
+    guard = Guard(lambda x, t: torch.full((len(x), 1), 4.0) * (t < quiet)[:, None], make_schedule(), t_max=t_max)
+    assert quiet_from(guard, torch.zeros(10, 2)) == found
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -116,11 +148,18 @@ def test_fit_guard_memorises_and_is_reproducible(schedule):
     assert ((a.classifier(x, t) > 0) == (random_labels(20, 4, 3) > 0.5)).float().mean() > 0.95
 
 
+def test_duplicates_are_memorised_like_the_others(schedule):
+    "Exact repeats share their labels; with independent ones the guard would never be certain of them."
+    x, rows = plant_duplicates(load_digits()[0][:20], 10)
+    guard = fit_guard(x, schedule, K=4, steps=400, width=64)
+    assert guard.made["n"] == 30 and coverage(guard.classifier, x[rows], schedule, 0.2, [0])[0] > 0.9
+
+
 def test_save_and_load_give_the_same_guard(tmp_path, schedule, network):
-    guard = Guard(classifier(), make_schedule("cosine", 500), 0.3, 7.0, "away", 123)
+    guard = Guard(classifier(), make_schedule("cosine", 500), 0.3, 7.0, "away", 123, {"seed": 5})
     save_guard(guard, tmp_path / "g")
     again = load_guard(tmp_path / "g")
-    assert [getattr(again, k) for k in ("alpha", "scale", "form", "t_max")] == [0.3, 7.0, "away", 123]
+    assert [getattr(again, k) for k in ("alpha", "scale", "form", "t_max", "made")] == [0.3, 7.0, "away", 123, {"seed": 5}]
     assert torch.equal(again.schedule.abar, guard.schedule.abar)
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
     assert torch.equal(guard.classifier(x, t), again.classifier(x, t))
