@@ -101,13 +101,15 @@ def pool(runs):
     return {"n": n, "copies": copies, "copy_rate": copies / n, "copy_ci": list(proportion_ci(copies, n)), **mean,
             "copies_seeds": [r["copies"] for r in runs], "fd_seeds": [r["fd"] for r in runs], "settings": runs[0].get("settings", {})}
 
-# %% ../nbs/demo.ipynb #00ce6078
+# %% ../nbs/demo.ipynb #64f878a1
 def provenance():
-    "Where and when a result was made: commit (or version), hardware, date."
+    "Where and when a result was made: commit (or version; '-dirty' when the package differs from it), hardware, date."
     checkout, commit = Path(cpsample.__file__).parent.parent, f"v{cpsample.__version__}"
+    def git(*words): return subprocess.run(["git", "-C", checkout, *words], capture_output=True, text=True)
     if (checkout / ".git").exists():
         with contextlib.suppress(OSError):
-            commit = subprocess.run(["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True).stdout.strip() or commit
+            if head := git("rev-parse", "--short", "HEAD").stdout.strip():
+                commit = head + ("-dirty" if git("diff", "--quiet", "HEAD", "--", "cpsample").returncode else "")
     return {"commit": commit, "hardware": f"{os.cpu_count()} CPU cores", "date": datetime.date.today().isoformat()}
 
 # %% ../nbs/demo.ipynb #68a6fb7c

@@ -63,5 +63,6 @@ if __name__ == "__main__":
     guarded = protect(model, fit_guard(members, schedule, reference))
     ratios["guarded_over_unguarded"] = ratio(lambda: draw(guarded, 1), lambda: draw(model, 1))
     save_json(Path(__file__).resolve().parent.parent / "data" / "results" / "bench.json",
-              {"name": "bench", "command": "make bench", **provenance(), "settings": {"n": N, "steps": STEPS, "network": "MLPDenoiser((1, 8, 8)), width 256; wide: 512"}, "ratios": ratios})
+              {"name": "bench", "command": "make bench", **provenance(), "settings": {"n": N, "steps": STEPS, "network": "MLPDenoiser((1, 8, 8)), width 256; wide: 512"},
+               "ratios": ratios})
     for name, r in ratios.items(): print(f"{name:34} {r['median']:.3f}  [{r['min']:.3f}, {r['max']:.3f}]  {r['pairs']} pairs")
