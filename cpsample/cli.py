@@ -39,7 +39,7 @@ def writable(folder):
     with tempfile.TemporaryFile(dir=folder): pass
     return Path(folder)
 
-# %% ../nbs/cli.ipynb #f1d4e998
+# %% ../nbs/cli.ipynb #9cd1b6f8
 @app.command()
 def demo(
     seed: list[int] = typer.Option([0], help="Random seed; give it several times to pool seeds."),
@@ -57,6 +57,7 @@ def demo(
     json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
 ):
     "Train a model until it copies real digits, guard it, and count the copies with and without the guard."
+    import matplotlib.pyplot as plt
     with one_line_errors():
         settings = dict(images=images, samples=samples, train_steps=train_steps, guard_steps=guard_steps, sample_steps=sample_steps,
                         alpha=alpha, scale=scale, K=labels, data=data, schedule=schedule)
@@ -65,6 +66,8 @@ def demo(
         for folder in (out, json_file.parent if json_file else out): writable(folder)
         record, pictures, members = run_demo(seed, True, "cpsample " + shlex.join(sys.argv[1:]), **settings)
         if json_file: save_json(json_file, record)
-        with atomic(out / "demo.png") as tmp: show_arms(pictures, members).savefig(tmp, dpi=100, bbox_inches="tight")
+        fig = show_arms(pictures, members)
+        with atomic(out / "demo.png") as tmp: fig.savefig(tmp, dpi=100, bbox_inches="tight")
+        plt.close(fig)
         print(table(record))
         print(f"Samples beside their nearest training images: {out / 'demo.png'}")

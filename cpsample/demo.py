@@ -160,12 +160,12 @@ def readme_table(record):
             f"Made by `{record['command']}` at commit `{record['commit']}`.")
     return "\n".join([*rows, "", note])
 
-# %% ../nbs/demo.ipynb #f726d372
+# %% ../nbs/demo.ipynb #935dec2e
 def show_arms(images, members, columns=14):
-    "A figure of the arms' first samples, each above its nearest training image; copies are framed in red. Returns the figure."
-    from matplotlib.figure import Figure
+    "A figure of the arms' first samples, each above its nearest training image; copies are framed in red. Returns the pyplot figure."
+    import matplotlib.pyplot as plt
     columns = min(columns, *map(len, images.values()))
-    fig = Figure(figsize=(0.62 * columns + 1.2, 1.5 * len(images)))
+    fig = plt.figure(figsize=(0.62 * columns + 1.2, 1.5 * len(images)))
     grid = fig.add_gridspec(3 * len(images), columns, height_ratios=[1, 1, 0.25] * len(images), hspace=0.15, wspace=0.12)
     for row, (name, x) in enumerate(images.items()):
         report = copy_test(x[:columns], members)
