@@ -14,7 +14,7 @@ from cpsample.demo import DEFAULTS, readme_table, run_demo, show_arms, table
 from cpsample.memorization import CopyReport, reject_copies
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(images=30, reference=60, train_steps=150, guard_steps=150, samples=60, sample_steps=20)
+SMALL = dict(images=30, reference=60, train_steps=150, guard_steps=500, samples=60, sample_steps=20)
 OPTIONS = ["--images", "30", "--train-steps", "60", "--guard-steps", "60", "--samples", "40", "--sample-steps", "10"]
 
 
@@ -65,7 +65,10 @@ def test_scale_zero_gives_the_unguarded_images():
 def test_few_samples_and_a_model_that_copies_everything_lose_no_result(monkeypatch):
     record, images, members = run_demo((3,), **SMALL | {"samples": 2})
     assert len(show_arms(images, members).axes) == 2 * 3 * 2
-    monkeypatch.setattr(demo, "draw", lambda model, schedule, shape, *rest: load_digits()[0][:1].repeat(shape[0], 1, 1, 1))
+    def copier(model, schedule, shape, *rest):
+        model(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64))
+        return load_digits()[0][:1].repeat(shape[0], 1, 1, 1)
+    monkeypatch.setattr(demo, "draw", copier)
     monkeypatch.setattr(demo, "copy_test", lambda x, x_train: CopyReport(torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.int64), 1 / 3))
     monkeypatch.setattr(demo, "reject_copies", lambda draw, x_train, n: reject_copies(draw, x_train, n, demo.copy_test, 2))
     with pytest.warns(UserWarning, match="no arm of exact rejection"): record, images, _ = run_demo((3,), **SMALL)
