@@ -10,7 +10,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from cpsample.data import MIXTURES, GaussianMixture, noised
 from cpsample.ddpm import sample
 from cpsample.memorization import frechet_distance
-from cpsample.schedule import Schedule, eps_to_v, make_schedule, noisify
+from cpsample.schedule import Schedule, eps_to_score, eps_to_v, eps_to_x0, make_schedule, noisify, score_to_eps, signal_noise, v_to_eps, x0_to_eps
 
 NAMES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -33,6 +33,30 @@ def test_noisify_and_velocity_are_those_of_diffusers(name, generator):
     close(x_t, theirs.add_noise(x0, noise, t))
     mild = t < 700  # the velocity from x_t and eps divides by √ᾱ
     close(eps_to_v(x_t, t, noise, schedule)[mild], theirs.get_velocity(x0, noise, t)[mild], 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conversions_return(name, generator):
+    schedule = make_schedule(name)
+    x_t, eps = torch.randn(2, 64, 5, generator=generator, dtype=torch.float64)
+    t = torch.randint(900, (64,), generator=generator)
+    for there, back in ((eps_to_x0, x0_to_eps), (eps_to_v, v_to_eps), (eps_to_score, score_to_eps)):
+        close(back(x_t, t, there(x_t, t, eps, schedule), schedule), eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_noise_of_the_lowest_levels_survives_half_precision(dtype):
+    schedule, t = make_schedule(), torch.arange(1000)
+    signal, sigma = signal_noise(schedule, t, torch.zeros(1000, 1, dtype=dtype))
+    assert signal.dtype == sigma.dtype == dtype
+    torch.testing.assert_close(sigma[:, 0].double(), (1 - schedule.abar.double()).sqrt(), atol=0, rtol=5e-3)
+
+
+def test_a_noised_mixture_has_the_variance_of_noised_samples(generator):
+    mixture, schedule = GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0])), make_schedule()
+    x_t, _ = noisify(mixture.sample(100_000, generator), torch.full((100_000,), 250), schedule, generator=generator)
+    formula = noised(mixture, schedule.abar[250].item())
+    assert x_t.mean().item() == pytest.approx(formula.means.item(), abs=0.05) and x_t.std().item() == pytest.approx(formula.stds.item(), rel=0.02)
 
 
 def diffusers_path(scheduler, network, steps, seed, dtype, **options):

@@ -62,6 +62,16 @@ def test_gate_is_the_papers_in_probabilities(z, alpha):
         assert is_certain(torch.tensor([[z]]), alpha).item() == (max(p, 1 - p) > 1 - alpha)
 
 
+def test_a_row_is_certain_only_when_all_its_labels_are():
+    assert is_certain(torch.tensor([[9.0, -9.0, 9.0], [9.0, 9.0, 0.1], [0.1, 0.1, 0.1]]), 0.05).tolist() == [True, False, False]
+
+
+def test_scale_zero_does_not_even_ask_the_classifier(schedule):
+    def loud(x, t): raise AssertionError("called")
+    x = torch.ones(3, 2)
+    assert torch.equal(protect(lambda x, t: 2 * x, Guard(loud, schedule, scale=0))(x, torch.zeros(3, dtype=torch.int64)), 2 * x)
+
+
 def test_push_does_not_depend_on_K_when_labels_agree():
     x, t = torch.randn(5, 1, generator=torch.Generator().manual_seed(0)), torch.zeros(5, dtype=torch.int64)
     one, many = push(lambda x, t: x, x, t), push(lambda x, t: x.expand(-1, 7), x, t)
