@@ -45,7 +45,7 @@ def nearest(x, refs, k=1, chunk=1024):
     d, order = d.sort(1)
     return d, rows.gather(1, order)
 
-# %% ../nbs/03_memorization.ipynb #74c18404
+# %% ../nbs/03_memorization.ipynb #692fdcb0
 def proportion_ci(k, n, level=0.95):
     "Clopper–Pearson interval of a rate: k hits in n trials → (low, high)."
     ci = binomtest(int(k), int(n)).proportion_ci(level, method="exact")
@@ -55,7 +55,8 @@ def describe_rate(k, n, level=0.95):
     "A rate as a sentence: '12 of 1000 = 1.2 % [0.62, 2.1]', or '0 of 1000, below 0.37 % at 95 %' (two-sided)."
     low, high = proportion_ci(k, n, level)
     if k == 0: return f"0 of {n}, below {100 * high:.2g} % at {100 * level:.0f} %"
-    return f"{k} of {n} = {100 * k / n:.3g} % [{100 * low:.2g}, {100 * high:.2g}]"
+    low, high = (float(f"{100 * bound:.2g}") for bound in (low, high))
+    return f"{k} of {n} = {100 * k / n:.3g} % [{low:g}, {high:g}]"
 
 # %% ../nbs/03_memorization.ipynb #e95e0aee
 @dataclass(frozen=True)

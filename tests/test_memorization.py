@@ -44,11 +44,22 @@ def test_interval_is_the_beta_quantile(kn):
 def test_zero_is_never_bare(): assert describe_rate(0, 1000) == "0 of 1000, below 0.37 % at 95 %"
 
 
+def test_rates_read_as_numbers(): assert describe_rate(100, 100) == "100 of 100 = 100 % [96, 100]" and describe_rate(1, 1000) == "1 of 1000 = 0.1 % [0.0025, 0.56]"
+
+
 def test_nearest_is_exact_for_near_copies():
     d, rows = nearest(MEMBERS + 1e-5, MEMBERS, 3, chunk=7)
     full = (MEMBERS[:, None] + 1e-5 - MEMBERS[None]).flatten(2).double().norm(dim=2)
     torch.testing.assert_close(d.double(), full.sort(1).values[:, :3], atol=1e-6, rtol=1e-3)
     assert (rows[:, 0] == torch.arange(100)).all()
+
+
+def test_nearest_is_ordered_where_the_fast_distances_are_not():
+    "Far from the origin the matrix-product distances lose their order; the recomputed ones must not."
+    g = torch.Generator().manual_seed(0)
+    refs = 300 + torch.randn(200, 64, generator=g)
+    d, rows = nearest(refs + 0.5 * torch.randn(200, 64, generator=g), refs, 20)
+    assert (d.diff(dim=1) >= 0).all() and (rows[:, 0] == torch.arange(200)).all()
 
 
 def test_ideal_denoiser_is_the_narrow_limit_of_a_mixture(schedule, generator):
