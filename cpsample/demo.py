@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'DEFAULTS', 'fit_denoiser', 'draw', 'draw_arms', 'measure', 'check_demo', 'run_seed', 'pool', 'provenance',
            'run_demo', 'arm_copies', 'table', 'readme_table', 'show_arms']
 
-# %% ../nbs/demo.ipynb #594f833f
+# %% ../nbs/demo.ipynb #f39d3da4
 import contextlib, datetime, itertools, os, subprocess, time, warnings
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import cpsample
 from .data import load_images, split
 from .ddpm import MLPDenoiser, ddpm_loss, last, run, sample, seeded, timesteps, train
 from .memorization import copy_test, describe_rate, digit_features, frechet_distance, proportion_ci, reject_copies
-from .protect import GUARDS, check_settings, fit_guard, protect
+from .protect import GUARDS, calibrate, check_settings, fit_guard, protect
 from .schedule import make_schedule
 
 # %% ../nbs/demo.ipynb #6418eb05
@@ -74,7 +74,7 @@ def check_demo(s):
     left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
     if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
-# %% ../nbs/demo.ipynb #ec02d454
+# %% ../nbs/demo.ipynb #6b505e24
 def run_seed(seed, s, progress=False):
     "The demo for one seed with settings `s` (see `DEFAULTS`): (arms, seconds per stage, images per arm, members)."
     schedule, (x, _) = make_schedule(s["schedule"]), load_images(s["data"])
@@ -84,6 +84,7 @@ def run_seed(seed, s, progress=False):
     model = fit_denoiser(members, schedule, s["train_steps"], seed=seed, progress=progress)
     clock.append(time.perf_counter())
     guard = fit_guard(members, schedule, reference, steps=s["guard_steps"], seed=seed, progress=progress, **{k: s[k] for k in GUARDS["default"]})
+    calibrate(guard, members, held_out, alpha=s["alpha"], scale=s["scale"])
     clock.append(time.perf_counter())
     drawn, certain = draw_arms(model, guard, members, s["samples"], s["sample_steps"], seed, progress)
     real = frechet_distance(digit_features(reference), digit_features(held_out))
