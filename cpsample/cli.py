@@ -45,7 +45,7 @@ def save_picture(path, fig):
     with atomic(path) as tmp: fig.savefig(tmp, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
-# %% ../nbs/cli.ipynb #1e143a00
+# %% ../nbs/cli.ipynb #e2d7c908
 @app.command()
 def demo(
     seed: list[int] = typer.Option([0], help="Random seed; give it several times to pool seeds."),
@@ -54,8 +54,8 @@ def demo(
     train_steps: int = typer.Option(DEFAULTS["train_steps"], help="Training steps of the denoiser."),
     guard_steps: int = typer.Option(DEFAULTS["guard_steps"], help="Training steps of the guard."),
     sample_steps: int = typer.Option(DEFAULTS["sample_steps"], help="Network calls per sample."),
-    alpha: float = typer.Option(DEFAULTS["alpha"], help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5)."),
-    scale: float = typer.Option(DEFAULTS["scale"], "--scale", "-s", help="Strength s of the push."),
+    alpha: float = typer.Option(None, help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); calibration chooses it if it is not given."),
+    scale: float = typer.Option(None, "--scale", "-s", help="Strength s of the push; calibration chooses it if it is not given."),
     labels: int = typer.Option(DEFAULTS["K"], "--labels", "-K", help="Random labels per image, K."),
     data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."),
     schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),

@@ -21,9 +21,9 @@ from .memorization import copy_test, describe_rate, digit_features, frechet_dist
 from .protect import GUARDS, calibrate, check_settings, fit_guard, protect
 from .schedule import make_schedule
 
-# %% ../nbs/demo.ipynb #6418eb05
+# %% ../nbs/demo.ipynb #dbd633bd
 SIZES = dict(data="digits", schedule="linear", images=100, reference=697, train_steps=4000, guard_steps=3000, samples=1000, sample_steps=100)
-DEFAULTS = SIZES | GUARDS["default"]
+DEFAULTS = SIZES | GUARDS["default"] | dict(alpha=None, scale=None)     # None: calibration chooses
 
 def fit_denoiser(x, schedule, steps, lr=2e-3, seed=0, progress=False):
     "An `MLPDenoiser` trained on x [N, ...] for `steps` steps: the model of the demo."
@@ -62,45 +62,47 @@ def measure(x, members, held_out):
     fd = frechet_distance(digit_features(x), digit_features(held_out))
     return {"n": len(x), "copies": report.copies, "copy_rate": report.rate, "copy_ci": list(report.ci), "fd": fd}
 
-# %% ../nbs/demo.ipynb #92483b9b
+# %% ../nbs/demo.ipynb #8747a784
 def check_demo(s):
     "Raise ValueError for settings `s` (see `DEFAULTS`) that cannot work, before any time is spent on them."
     if unknown := s.keys() - DEFAULTS.keys(): raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(DEFAULTS)}")
     T = make_schedule(s["schedule"]).T
-    check_settings(s["alpha"], s["scale"], s["form"], s["t_max"], T)
+    given = {k: GUARDS["default"][k] if s[k] is None else s[k] for k in ("alpha", "scale", "form", "t_max")}
+    check_settings(**given, T=T)
     for name, least in dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1).items():
         if s[name] < least: raise ValueError(f"{name} must be at least {least}, got {s[name]}")
     timesteps(T, s["sample_steps"])
     left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
     if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
-# %% ../nbs/demo.ipynb #6b505e24
+# %% ../nbs/demo.ipynb #8b91d1da
 def run_seed(seed, s, progress=False):
     "The demo for one seed with settings `s` (see `DEFAULTS`): (arms, seconds per stage, images per arm, members)."
     schedule, (x, _) = make_schedule(s["schedule"]), load_images(s["data"])
     parts = split(x, {"members": s["images"], "reference": s["reference"], "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     clock = [time.perf_counter()]
-    model = fit_denoiser(members, schedule, s["train_steps"], seed=seed, progress=progress)
+    guard = fit_guard(members, schedule, reference, steps=s["guard_steps"], seed=seed, progress=progress, **{k: s[k] for k in ("K", "form", "t_max", "t_power")})
+    report = calibrate(guard, members, held_out, alpha=s["alpha"], scale=s["scale"])
     clock.append(time.perf_counter())
-    guard = fit_guard(members, schedule, reference, steps=s["guard_steps"], seed=seed, progress=progress, **{k: s[k] for k in GUARDS["default"]})
-    calibrate(guard, members, held_out, alpha=s["alpha"], scale=s["scale"])
+    model = fit_denoiser(members, schedule, s["train_steps"], seed=seed, progress=progress)
     clock.append(time.perf_counter())
     drawn, certain = draw_arms(model, guard, members, s["samples"], s["sample_steps"], seed, progress)
     real = frechet_distance(digit_features(reference), digit_features(held_out))
     arms = {name: measure(images, members, held_out) | {"fd_held_out": real, "certain": 0.0, "seconds": t} for name, (images, t) in drawn.items()}
-    arms["guarded"] |= {"certain": certain, "settings": {k: s[k] for k in GUARDS["default"]} | {"t_max": guard.t_max}}
+    arms["guarded"] |= {"certain": certain, "settings": {k: s[k] for k in GUARDS["default"]} | {k: getattr(guard, k) for k in ("alpha", "scale", "t_max")},
+                        "report": report}
     clock.append(time.perf_counter())
-    seconds = dict(zip(("denoiser", "guard", "sampling"), (b - a for a, b in zip(clock, clock[1:]))))
+    seconds = dict(zip(("guard", "denoiser", "sampling"), (b - a for a, b in zip(clock, clock[1:]))))
     return arms, seconds, {name: images for name, (images, _) in drawn.items()}, members
 
-# %% ../nbs/demo.ipynb #16d7f3ee
+# %% ../nbs/demo.ipynb #ea9dc8df
 def pool(runs):
     "Several seeds' numbers of one arm as one: counts add up, distances and shares are averaged, `fd_seeds` keeps each."
     n, copies = sum(r["n"] for r in runs), sum(r["copies"] for r in runs)
     mean = {k: sum(r[k] for r in runs) / len(runs) for k in ("fd", "fd_held_out", "certain", "seconds")}
     return {"n": n, "copies": copies, "copy_rate": copies / n, "copy_ci": list(proportion_ci(copies, n)), **mean,
-            "copies_seeds": [r["copies"] for r in runs], "fd_seeds": [r["fd"] for r in runs], "settings": runs[0].get("settings", {})}
+            "copies_seeds": [r["copies"] for r in runs], "fd_seeds": [r["fd"] for r in runs], "settings": [r["settings"] for r in runs if "settings" in r]}
 
 # %% ../nbs/demo.ipynb #64f878a1
 def provenance():
