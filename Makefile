@@ -40,8 +40,10 @@ book: .venv/installed-dev  ## run every notebook, export the package, write the 
 weights: .venv/installed-dev  ## train the shipped weights again
 	$(BIN)/python tools/weights.py
 
-results: .venv/installed-dev  ## measure the numbers of the README again
+results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about two hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
+	$(BIN)/python tools/rejection.py
+	$(BIN)/python tools/guards.py
 
 clean:
 	rm -rf .venv build dist *.egg-info cpsample-demo

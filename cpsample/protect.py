@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GUARDS', 'LOOSEST', 'NETWORKS', 'SETTINGS', 'push', 'check_settings', 'Guard', 'Protected', 'protect',
-           'training_set', 'fit_guard', 'certainties', 'propose_scale', 'calibrate', 'save_guard', 'load_guard']
+           'training_set', 'fit_guard', 'certainties', 'propose_scale', 'calibrate', 'show_calibration', 'save_guard',
+           'load_guard']
 
 # %% ../nbs/05_protect.ipynb #6bbf6924
 import json, math, warnings
@@ -175,7 +176,7 @@ def propose_scale(guard, train, level, seed=0):
     excess = (logits.abs().mean(1) - log_odds(guard.alpha, 1)).clamp(min=0)
     return (excess / ((1 - guard.schedule.abar[level]) * g.clamp(min=1e-12))).median().item()
 
-# %% ../nbs/05_protect.ipynb #b147e8e5
+# %% ../nbs/05_protect.ipynb #bd9399b1
 LOOSEST = 0.4      # calibration never chooses a looser alpha
 
 def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale=None, stride=20, seed=0):
@@ -193,8 +194,9 @@ def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale
     if not 0 < wanted <= 1 or not 0 <= level < top: raise ValueError(f"wanted must lie in (0, 1] and level in [0, {top}), got {wanted} and {level}")
     levels = sorted({*range(0, top, stride), level})
     at = levels.index(level)
-    mine, others = certainties(guard, train, levels, 4, seed), certainties(guard, held_out, levels, 1, seed + 1)
-    if alpha is None: alpha = min(LOOSEST, torch.sigmoid(1e-4 - mine[at].quantile(1 - wanted)).item())
+    mine, others = certainties(guard, train, levels, max(4, -(-400 // len(train))), seed), certainties(guard, held_out, levels, 1, seed + 1)
+    may_miss = int((1 - wanted) * mine.shape[1] + 1e-6)
+    if alpha is None: alpha = min(LOOSEST, torch.sigmoid(1e-4 - mine[at].sort().values[may_miss]).item())
     covered = [hits / mine.shape[1] for hits in (mine > log_odds(alpha, 1)).sum(1).tolist()]
     alarms = (others > log_odds(alpha, 1)).sum(1).tolist()
     if covered[at] < wanted:
@@ -207,6 +209,20 @@ def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale
                     "false_alarms": [a / len(held_out) for a in alarms], "false_alarm_ci": [list(proportion_ci(a, len(held_out))) for a in alarms],
                     "n_train": len(train), "n_held_out": len(held_out), "seed": seed}
     return guard.report
+
+# %% ../nbs/05_protect.ipynb #c30ab26f
+def show_calibration(report, ax=None):
+    "Plot a report of `calibrate`: coverage and false alarms (with 95 % intervals) against the noise level. Returns the axes."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(5, 2.6))[1]
+    ax.plot(report["levels"], report["coverage"], color="tab:blue", label="certain of training images (coverage)")
+    ax.plot(report["levels"], report["false_alarms"], color="crimson", ls="--", label="certain of held-out images (false alarms)")
+    ax.fill_between(report["levels"], *zip(*report["false_alarm_ci"]), color="crimson", alpha=0.2, linewidth=0)
+    ax.plot(report["level"], report["wanted"], "k+", ms=10, label="wanted")
+    ax.axvline(report["t_max"], color="0.6", ls=":", lw=1, label="t_max")
+    ax.set(xlabel="noise level t", ylim=(-0.02, 1.04), title=f"α = {report['alpha']:.3g}, s = {report['scale']:.3g}")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 # %% ../nbs/05_protect.ipynb #c2464a28
 NETWORKS, SETTINGS = {"MLPClassifier": MLPClassifier}, ("alpha", "scale", "form", "t_max", "made", "report")

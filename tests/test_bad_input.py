@@ -18,11 +18,14 @@ from cpsample.data import GaussianMixture, atomic, check_images, data_path, exac
 from cpsample.ddpm import MLPDenoiser, ddpm_loss, last, run, sample, timesteps, train
 from cpsample.demo import run_demo
 from cpsample.memorization import carlini_test, copy_test, cosine_test, frechet_distance, reject_copies
-from cpsample.protect import Guard, fit_guard, load_guard, protect, push, save_guard
+from cpsample.explorer import start_values
+from cpsample.protect import Guard, calibrate, fit_guard, load_guard, protect, push, save_guard
+from cpsample.rejection import ideal_classifier, lipschitz_bound, reject, tilt
 from cpsample.schedule import make_schedule, noisify
 
 X = load_images("digits")[0][:40]
 S = make_schedule()
+GAUSS = GaussianMixture(torch.zeros(1, 1), torch.ones(1), torch.ones(1))
 NAN = X.clone()
 NAN[3, 0, 2, 2] = torch.nan
 
@@ -55,9 +58,9 @@ PYTHON = {
     "classifier of the wrong width": (lambda: label_loss(MLPClassifier((1, 8, 8), 2, 16), X, random_labels(40, 3), S), "must give [B, K]"),
     "classifier that is not [B, K]": (lambda: protect(lambda x, t: x, Guard(lambda x, t: x, S))(X, torch.zeros(40, dtype=torch.int64)), "logits [B, K]"),
     "classifier with other rows": (lambda: protect(lambda x, t: x, Guard(wide(2), S))(X, torch.zeros(40, dtype=torch.int64)), "logits [B, K]"),
-    "alpha 0": (lambda: Guard(None, S, alpha=0), "alpha must lie between 0 and 1/2"),
-    "alpha 1/2": (lambda: Guard(None, S, alpha=0.5), "alpha must lie between 0 and 1/2"),
-    "alpha NaN": (lambda: Guard(None, S, alpha=float("nan")), "alpha must lie between 0 and 1/2"),
+    "alpha 0": (lambda: Guard(None, S, alpha=0), "alpha must lie between 0 and 0.5"),
+    "alpha 1/2": (lambda: Guard(None, S, alpha=0.5), "alpha must lie between 0 and 0.5"),
+    "alpha NaN": (lambda: Guard(None, S, alpha=float("nan")), "alpha must lie between 0 and 0.5"),
     "negative scale": (lambda: Guard(None, S, scale=-1), "scale must be finite and at least 0"),
     "infinite scale": (lambda: Guard(None, S, scale=float("inf")), "scale must be finite and at least 0"),
     "NaN scale": (lambda: Guard(None, S, scale=float("nan")), "scale must be finite and at least 0"),
@@ -109,6 +112,18 @@ PYTHON = {
     "unknown preset": (lambda: fit_guard(X, S, preset="best"), "default, paper"),
     "unknown demo setting": (lambda: run_demo(sample=3), "unknown settings ['sample']"),
     "missing data file": (lambda: data_path("nothing.json"), "reinstall cpsample"),
+    "wanted coverage of none": (lambda: calibrate(Guard(wide(1), S), X, X, wanted=0), "wanted must lie in (0, 1]"),
+    "level beyond the training": (lambda: calibrate(Guard(wide(1), S, t_max=100), X, X, level=100), "level in [0, 100)"),
+    "NaN held-out images": (lambda: calibrate(Guard(wide(1), S), X, NAN), "held-out images hold NaN"),
+    "membership without others": (lambda: fit_guard(X, S, preset="member", steps=5, width=16), "needs reference images"),
+    "one-sided alpha of 1": (lambda: Guard(None, S, alpha=1, form="member"), "between 0 and 1"),
+    "noise levels drawn with power 0": (lambda: label_loss(MLPClassifier((1, 8, 8), 3, 16), X, random_labels(40, 3), S, t_power=0), "t_power must be positive"),
+    "a grid in 3-D": (lambda: tilt(GaussianMixture(torch.zeros(1, 3), torch.ones(1), torch.ones(1)), lambda x: x[:, 0], torch.linspace(-1, 1, 3)), "1 or 2 dimensions"),
+    "a rule that accepts nothing": (lambda: reject(lambda: X, lambda x: torch.full((len(x),), -torch.inf), 5, max_rounds=2), "0 of 80 draws were accepted"),
+    "mixed levels in ideal_classifier": (lambda: ideal_classifier(GAUSS, torch.ones(1, 1), GAUSS, S)(X[:2, 0, 0, :1], torch.tensor([1, 2])), "common noise level"),
+    "a layer without a bound": (lambda: lipschitz_bound([nn.Conv2d(1, 1, 3)]), "no bound is known for Conv2d"),
+    "a control without a start": (lambda: start_values({"s": (0, 1, 2)}), "control s must be"),
+    "a control that starts outside": (lambda: start_values({"s": (0, 1, 1, 5)}), "control s must be"),
     "missing guard": (lambda: load_guard("/nonexistent/guard"), "no guard at /nonexistent/guard.safetensors"),
 }
 
@@ -120,8 +135,9 @@ def test_python_mistakes(name):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-SHORT = ["demo", "--images", "30", "--train-steps", "20", "--guard-steps", "20", "--samples", "20", "--sample-steps", "5"]
+SHORT = ["demo", "--images", "30", "--train-steps", "20", "--guard-steps", "400", "--samples", "20", "--sample-steps", "5"]
 COMMAND = {
+    "a guard that covers too little": (["--guard-steps", "5"], "train it longer"),
     "alpha too large": (["--alpha", "0.7"], "alpha must lie"),
     "alpha zero": (["--alpha", "0"], "alpha must lie"),
     "negative scale": (["--scale=-3"], "scale must be finite"),
@@ -152,7 +168,7 @@ def test_command_line_mistakes(name, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("cpsample: ")]
     assert done.returncode == 2 and len(lines) == 1 and says in lines[0]
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
-    assert "denoiser" not in done.stderr, "settings must be refused before training starts"
+    assert "denoiser" not in done.stderr, "settings must be refused before training starts, a guard before the model is trained"
 
 
 def test_interrupt_leaves_nothing_half_written(tmp_path):
@@ -220,11 +236,6 @@ def test_probing_a_folder_keeps_the_files_in_it(tmp_path):
 
 def test_refused_settings_do_not_make_the_folder(tmp_path):
     assert cpsample(*SHORT, "--out", tmp_path / "new", "--alpha", "0.9").returncode == 2 and not (tmp_path / "new").exists()
-
-
-def test_a_guard_that_is_never_certain_warns():
-    with pytest.warns(UserWarning, match="protects nothing"): guard = fit_guard(X, S, steps=1, width=16)
-    assert guard.t_max == 0
 
 
 def test_guard_with_an_unknown_network_needs_an_instance(tmp_path):

@@ -15,7 +15,7 @@ from cpsample.memorization import CopyReport, reject_copies
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(images=30, reference=60, train_steps=150, guard_steps=500, samples=60, sample_steps=20)
-OPTIONS = ["--images", "30", "--train-steps", "60", "--guard-steps", "60", "--samples", "40", "--sample-steps", "10"]
+OPTIONS = ["--images", "30", "--train-steps", "60", "--guard-steps", "400", "--samples", "40", "--sample-steps", "10"]
 
 
 def without_times(record):

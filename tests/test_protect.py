@@ -10,7 +10,7 @@ from torch import nn
 from cpsample.classifier import MLPClassifier, coverage, is_certain
 from cpsample.data import load_digits, plant_duplicates, random_labels
 from cpsample.ddpm import last, sample, seeded
-from cpsample.protect import FORMS, Guard, fit_guard, load_guard, protect, push, quiet_from, save_guard
+from cpsample.protect import FORMS, Guard, fit_guard, load_guard, protect, push, save_guard
 from cpsample.schedule import make_schedule
 
 
@@ -48,9 +48,9 @@ def test_toward_is_finite_and_does_not_vanish_at_huge_logits(z):
 
 @pytest.mark.parametrize("z", [-3.0, -0.5, 0.5, 3.0])
 def test_both_forms_have_the_sign_and_length_of_the_text(z):
-    "By hand, for a classifier whose logit is x itself: d/dz log σ(−|z|) = −σ(|z|)·sign z and −d/dz log σ(|z|) = −(1 − σ(|z|))·sign z."
+    "By hand, for a classifier whose logit is x itself: −σ(|z|)·sign z, −(1 − σ(|z|))·sign z, −σ(z)."
     sigma, sign = 1 / (1 + math.exp(-abs(z))), math.copysign(1, z)
-    for form, slope in (("toward", -sigma * sign), ("away", -(1 - sigma) * sign)):
+    for form, slope in (("toward", -sigma * sign), ("away", -(1 - sigma) * sign), ("member", -1 / (1 + math.exp(-z)))):
         assert push(lambda x, t: x, torch.tensor([[z]]), torch.zeros(1, dtype=torch.int64), form).item() == pytest.approx(slope, rel=1e-5)
 
 
@@ -104,12 +104,6 @@ def test_the_guard_keeps_its_dtype_and_the_model_its_own(dtype):
     out, expected = guarded(x.to(dtype), t), guarded(x.to(dtype).float(), t)
     assert out.dtype == dtype and expected.abs().max() > 0
     torch.testing.assert_close(out.float(), expected, atol=1e-4, rtol=1e-2)
-
-
-@pytest.mark.parametrize("quiet, t_max, found", [(150, 400, 160), (150, 155, 155), (1000, 390, 390), (0, 400, 0)])
-def test_quiet_from_finds_the_level(quiet, t_max, found):
-    guard = Guard(lambda x, t: torch.full((len(x), 1), 4.0) * (t < quiet)[:, None], make_schedule(), t_max=t_max)
-    assert quiet_from(guard, torch.zeros(10, 2)) == found
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -166,10 +160,11 @@ def test_duplicates_are_memorised_like_the_others(schedule):
 
 
 def test_save_and_load_give_the_same_guard(tmp_path, schedule, network):
-    guard = Guard(classifier(), make_schedule("cosine", 500), 0.3, 7.0, "away", 123, {"seed": 5})
+    guard = Guard(classifier(), make_schedule("cosine", 500), 0.3, 7.0, "away", 123, {"seed": 5}, {"alpha": 0.3, "levels": [0, 20]})
     save_guard(guard, tmp_path / "g")
     again = load_guard(tmp_path / "g")
     assert [getattr(again, k) for k in ("alpha", "scale", "form", "t_max", "made")] == [0.3, 7.0, "away", 123, {"seed": 5}]
+    assert again.report == guard.report and again.calibrated
     assert torch.equal(again.schedule.abar, guard.schedule.abar)
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
     assert torch.equal(guard.classifier(x, t), again.classifier(x, t))

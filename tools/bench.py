@@ -16,7 +16,7 @@ import torch
 from cpsample.data import load_digits, save_json, split
 from cpsample.ddpm import MLPDenoiser, sample, seeded, timesteps
 from cpsample.demo import DEFAULTS, fit_denoiser, provenance
-from cpsample.protect import fit_guard, protect
+from cpsample.protect import calibrate, fit_guard, protect
 from cpsample.schedule import make_schedule
 
 N, STEPS, PAIRS = 1000, 100, 15
@@ -64,9 +64,10 @@ if __name__ == "__main__":
               "sampler_over_network_ddpm_wide": ratio(lambda: steps_of_sampler(wide, 1), lambda: calls_only(wide), 7)}
     x, _ = load_digits()
     parts = split(x, {"members": 100, "reference": 697, "held_out": None}, 0)
-    members, reference = parts.of(x, "members"), parts.of(x, "reference")
-    model = fit_denoiser(members, schedule, DEFAULTS["train_steps"])
-    guarded = protect(model, fit_guard(members, schedule, reference))
+    members, reference, held_out = (parts.of(x, name) for name in parts.indices)
+    model, guard = fit_denoiser(members, schedule, DEFAULTS["train_steps"]), fit_guard(members, schedule, reference)
+    calibrate(guard, members, held_out)
+    guarded = protect(model, guard)
     ratios["guarded_over_unguarded"] = ratio(lambda: steps_of_sampler(guarded, 1), lambda: steps_of_sampler(model, 1))
     save_json(Path(__file__).resolve().parent.parent / "data" / "results" / "bench.json",
               {"name": "bench", "command": "make bench", **provenance(), "settings": {"n": N, "steps": STEPS, "network": "MLPDenoiser((1, 8, 8)), width 256; wide: 512"},

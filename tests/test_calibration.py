@@ -1,0 +1,129 @@
+"Calibration: what is measured is what was planted, what is chosen is the tightest, what is too little is refused."
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpsample.classifier import certainty, coverage, is_certain, log_odds
+from cpsample.data import load_digits, split
+from cpsample.protect import Guard, calibrate, certainties, fit_guard, load_guard, propose_scale, protect, push, save_guard, show_calibration
+from cpsample.schedule import make_schedule, noisify
+
+S = make_schedule()
+ZEROS = torch.zeros(200, 2)
+
+
+def planted(quiet=300):
+    "A stand-in guard: below level `quiet` it is sure of points near the origin, the members, and of points far to the right."
+    def classifier(x, t): return (8.0 * ((x.norm(dim=1) < 30) | (x[:, 0] > 30)) * (t < quiet))[:, None] + 0 * x[:, :1]
+    return Guard(classifier, S, t_max=400)
+
+
+def others(n, seed):
+    "Points far from the members, one in ten to the right and the rest to the left."
+    return 100 * torch.where(torch.rand(n, 1, generator=torch.Generator().manual_seed(seed)) < 0.1, 1.0, -1.0).repeat(1, 2)
+
+
+@pytest.mark.parametrize("quiet, t_max", [(300, 300), (290, 300), (401, 400), (110, 120)])
+def test_t_max_is_where_the_guard_falls_silent(quiet, t_max):
+    guard = planted(quiet)
+    assert calibrate(guard, ZEROS, others(50, 0))["t_max"] == guard.t_max == t_max
+
+
+def test_false_alarms_are_those_planted_and_predict_fresh_ones():
+    guard = planted()
+    report = calibrate(guard, ZEROS, others(400, 3))
+    for level, rate, (low, high) in zip(report["levels"], report["false_alarms"], report["false_alarm_ci"]):
+        assert low <= rate <= high and (low < 0.1 < high if level < 300 else rate == 0)
+    at = report["levels"].index(report["level"])
+    fresh = (certainties(guard, others(4000, 2), [report["level"]]) > log_odds(guard.alpha)).float().mean().item()
+    assert report["false_alarm_ci"][at][0] < fresh < report["false_alarm_ci"][at][1]
+    assert report["n_held_out"] == 400 and report["n_train"] == 200 and report["coverage"][at] == 1
+
+
+@given(wanted=st.floats(0.05, 1), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_alpha_is_the_tightest_with_the_wanted_coverage(wanted, seed):
+    logits = 1 + 9 * torch.rand(50, generator=torch.Generator().manual_seed(seed))
+    guard = Guard(lambda x, t: x[:, :1] * 0 + logits.repeat(len(x) // 50)[:, None], S)
+    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), wanted)
+    at = report["levels"].index(report["level"])
+    assert report["coverage"][at] >= wanted
+    assert guard.alpha == 0.4 or report["coverage"][at] - wanted < 1 / 50, "one image fewer would still have been enough"
+
+
+@pytest.mark.parametrize("alpha", [None, 0.01])
+def test_a_guard_that_covers_too_little_is_refused_and_left_alone(alpha):
+    guard = Guard(lambda x, t: 0 * x[:, :1] + torch.where(torch.arange(len(x)) % 4 == 0, 9.0, 0.1)[:, None], S, alpha=0.3, scale=7.0, t_max=200)
+    with pytest.raises(ValueError, match=r"certain of 25.0% of its training images at noise level 50 .*train it longer, make the classifier larger, or protect fewer images"):
+        calibrate(guard, ZEROS, ZEROS, alpha=alpha)
+    assert (guard.alpha, guard.scale, guard.t_max, guard.report) == (0.3, 7.0, 200, None)
+
+
+def test_given_alpha_and_scale_are_kept():
+    guard = planted()
+    report = calibrate(guard, ZEROS, others(50, 0), alpha=0.25, scale=3.0)
+    assert (guard.alpha, guard.scale, report["alpha"]) == (0.25, 3.0, 0.25)
+
+
+def test_proposed_scale_takes_a_linear_logit_back_to_the_gate():
+    w, t = torch.tensor([0.3, -0.4, 1.2]), 80
+    guard = Guard(lambda x, t: (20 + x @ w)[:, None], S, alpha=0.05)
+    x = torch.randn(31, 3, generator=torch.Generator().manual_seed(0))
+    s, rows = propose_scale(guard, x, t, seed=3), torch.full((31,), t)
+    x_t, _ = noisify(x, rows, S, generator=torch.Generator().manual_seed(3))
+    moved = x_t + s * (1 - S.abar[t]) * push(guard.classifier, x_t, rows)
+    assert (guard.classifier(moved, rows)[:, 0]).median().item() == pytest.approx(log_odds(0.05), abs=1e-3)
+
+
+def test_protect_warns_exactly_when_nobody_has_measured_the_guard():
+    guard, model = planted(), lambda x, t: x
+    with pytest.warns(UserWarning, match="calibrate"): protect(model, guard)
+    calibrate(guard, ZEROS, others(50, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        protect(model, guard)
+        protect(model, Guard(guard.classifier, S, scale=0))
+    guard.alpha = 0.3
+    with pytest.warns(UserWarning, match="alpha=0.3"): protect(model, guard)
+
+
+def test_only_one_side_of_membership_is_certain():
+    z = torch.tensor([[5.0], [-5.0], [0.5]])
+    assert is_certain(z, 0.1, one_sided=True).tolist() == [True, False, False] and is_certain(z, 0.1).tolist() == [True, True, False]
+    assert is_certain(z, 0.9, one_sided=True).tolist() == [True, False, True]
+    assert certainty(torch.tensor([[3.0, -2.0]])).item() == 2
+    guard = Guard(lambda x, t: 4 * x[:, :1], S, alpha=0.3, scale=1.0, form="member", t_max=400)
+    out = protect(lambda x, t: torch.zeros_like(x), guard)(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([50, 50]))
+    assert out[0, 0] > 0 and out[1, 0] == 0
+    assert calibrate(guard, torch.ones(5, 2), -torch.ones(8, 2), alpha=0.3)["false_alarms"][0] == 0
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x = load_digits()[0]
+    parts = split(x, {"members": 40, "reference": 400, "held_out": None}, 4)
+    return [parts.of(x, name) for name in ("members", "reference", "held_out")]
+
+
+def test_a_trained_guard_calibrates_and_one_stopped_after_one_per_cent_does_not(digits, tmp_path):
+    members, reference, held_out = digits
+    guard, hasty = (fit_guard(members, S, reference, steps=steps, width=128) for steps in (800, 8))
+    report = calibrate(guard, members, held_out[:600])
+    at = report["levels"].index(100)
+    fresh = coverage(guard.classifier, held_out[600:], S, guard.alpha, [100], torch.Generator().manual_seed(9))[0]
+    assert report["coverage"][at] >= 0.95 and report["false_alarms"][at] < 0.5
+    assert report["false_alarm_ci"][at][0] < fresh < report["false_alarm_ci"][at][1]
+    with pytest.raises(ValueError, match="train it longer"): calibrate(hasty, members, held_out)
+    save_guard(guard, tmp_path / "g")
+    again = load_guard(tmp_path / "g")
+    assert again.report == report and again.calibrated and len(show_calibration(report).lines) == 4
+
+
+def test_a_membership_guard_learns_who_is_a_member(digits):
+    members, reference, held_out = digits
+    guard = fit_guard(members, S, reference, preset="member", steps=400, width=64)
+    inside, outside = (coverage(guard.classifier, x, S, 0.4, [0], one_sided=True)[0] for x in (members, held_out))
+    assert inside > 0.9 and outside < 0.2
