@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'DEFAULTS', 'fit_denoiser', 'draw', 'draw_arms', 'measure', 'check_demo', 'run_seed', 'pool', 'provenance',
            'run_demo', 'arm_copies', 'table', 'readme_table', 'show_arms']
 
-# %% ../nbs/demo.ipynb #f39d3da4
+# %% ../nbs/demo.ipynb #daca8a3c
 import contextlib, datetime, itertools, os, subprocess, time, warnings
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 import cpsample
+from .classifier import log_odds
 from .data import load_images, split
 from .ddpm import MLPDenoiser, ddpm_loss, last, run, sample, seeded, timesteps, train
 from .memorization import copy_test, describe_rate, digit_features, frechet_distance, proportion_ci, reject_copies
-from .protect import GUARDS, calibrate, check_settings, fit_guard, protect
+from .protect import GUARDS, calibrate, certainties, check_settings, fit_guard, protect
 from .schedule import make_schedule
 
 # %% ../nbs/demo.ipynb #dbd633bd
@@ -75,7 +76,7 @@ def check_demo(s):
     left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
     if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
-# %% ../nbs/demo.ipynb #48af2606
+# %% ../nbs/demo.ipynb #f1d63530
 def run_seed(seed, s, progress=False):
     "The demo for one seed with settings `s` (see `DEFAULTS`): (arms, seconds per stage, images per arm, members)."
     schedule, (x, _) = make_schedule(s["schedule"]), load_images(s["data"])
@@ -83,16 +84,16 @@ def run_seed(seed, s, progress=False):
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     clock = [time.perf_counter()]
     guard = fit_guard(members, schedule, reference, steps=s["guard_steps"], seed=seed, progress=progress, **{k: s[k] for k in ("K", "form", "t_max", "t_power")})
-    report = calibrate(guard, members, held_out, alpha=s["alpha"], scale=s["scale"])
+    report = calibrate(guard, members, held_out[::2], alpha=s["alpha"], scale=s["scale"])
     clock.append(time.perf_counter())
     model = fit_denoiser(members, schedule, s["train_steps"], seed=seed, progress=progress)
     clock.append(time.perf_counter())
     drawn, certain = draw_arms(model, guard, members, s["samples"], s["sample_steps"], seed, progress)
     real = frechet_distance(digit_features(reference), digit_features(held_out))
     arms = {name: measure(images, members, held_out) | {"fd_held_out": real, "certain": 0.0, "seconds": t} for name, (images, t) in drawn.items()}
-    at = report["levels"].index(report["level"])
+    at, fresh = report["levels"].index(report["level"]), certainties(guard, held_out[1::2], [report["level"]], seed=seed) > log_odds(guard.alpha, 1)
     arms["guarded"] |= {"certain": certain, "settings": {k: s[k] for k in GUARDS["default"]} | {k: getattr(guard, k) for k in ("alpha", "scale", "t_max")}
-                        | {"coverage": report["coverage"][at], "false_alarms": report["false_alarms"][at]}}
+                        | {k: report[k][at] for k in ("coverage", "false_alarms", "false_alarm_ci")} | {"false_alarms_fresh": fresh.float().mean().item()}}
     clock.append(time.perf_counter())
     seconds = dict(zip(("guard", "denoiser", "sampling"), (b - a for a, b in zip(clock, clock[1:]))))
     return arms, seconds, {name: images for name, (images, _) in drawn.items()}, members

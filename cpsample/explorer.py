@@ -26,7 +26,7 @@ def start_values(controls):
             raise ValueError(f"control {name} must be (low, high, step, start) with start between low and high, or a list of choices: got {c!r}")
     return {name: c[0] if isinstance(c, list) else c[3] for name, c in controls.items()}
 
-# %% ../nbs/20_explorer.ipynb #52f4b50a
+# %% ../nbs/20_explorer.ipynb #7bfc61e1
 def as_bundle(draw, controls):
     "The representations of a view as a MIME bundle: always a PNG at the start values, and sliders above a live picture where ipywidgets is installed."
     start = start_values(controls)
@@ -38,7 +38,7 @@ def as_bundle(draw, controls):
         if isinstance(c, list): return w.SelectionSlider(options=c, value=c[0], description=name, continuous_update=False)
         kind = w.IntSlider if all(isinstance(v, int) for v in c) else w.FloatSlider
         return kind(value=c[3], min=c[0], max=c[1], step=c[2], description=name, continuous_update=False)
-    sliders, picture = {name: slider(name, c) for name, c in controls.items()}, w.Image(value=png, format="png")
+    sliders, picture = {name: slider(name, c) for name, c in controls.items()}, w.Image(value=png, format="png", layout=w.Layout(align_self="flex-start"))
     def redraw(_): picture.value = as_png(draw(**{name: s.value for name, s in sliders.items()}))
     for s in sliders.values(): s.observe(redraw, "value")
     return w.VBox([w.HBox(list(sliders.values())), picture])._repr_mimebundle_() | bundle
