@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLPClassifier', 'label_loss', 'member_labels', 'log_odds', 'certainty', 'is_certain', 'logits_at', 'coverage',
-           'label_accuracy', 'with_reference']
+           'label_accuracy', 'with_reference', 'training_set']
 
 # %% ../nbs/04_classifier.ipynb #096ba907
 import math
@@ -89,3 +89,15 @@ def with_reference(members, labels, reference, target=0.5):
     if inside: raise ValueError(f"{inside} of {m} reference images are members too: take them out of the reference")
     targets = torch.cat([labels, torch.full((m, labels.shape[1]), float(target), device=labels.device)])
     return both, targets, torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)])
+
+# %% ../nbs/04_classifier.ipynb #f028d1ee
+def training_set(members, reference, K, one_sided=False, seed=0):
+    """(images, targets, weights) for `train`: random labels for members, ½ for reference images; with one_sided, 1 and 0.
+
+    Raises ValueError when reference images are members too, or are missing where membership itself is the label.
+    """
+    labels = member_labels(check_images(members), K, seed)
+    if one_sided and reference is None: raise ValueError("a guard of form \"member\" needs reference images: it learns to tell members from them")
+    if reference is None: return members, labels, None
+    check_images(reference, "reference images")
+    return with_reference(members, torch.ones_like(labels) if one_sided else labels, reference, 0 if one_sided else 0.5)

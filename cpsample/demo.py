@@ -76,7 +76,7 @@ def check_demo(s):
     left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
     if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
-# %% ../nbs/demo.ipynb #f1d63530
+# %% ../nbs/demo.ipynb #d1ee4f68
 def run_seed(seed, s, progress=False):
     "The demo for one seed with settings `s` (see `DEFAULTS`): (arms, seconds per stage, images per arm, members)."
     schedule, (x, _) = make_schedule(s["schedule"]), load_images(s["data"])
@@ -91,9 +91,10 @@ def run_seed(seed, s, progress=False):
     drawn, certain = draw_arms(model, guard, members, s["samples"], s["sample_steps"], seed, progress)
     real = frechet_distance(digit_features(reference), digit_features(held_out))
     arms = {name: measure(images, members, held_out) | {"fd_held_out": real, "certain": 0.0, "seconds": t} for name, (images, t) in drawn.items()}
-    at, fresh = report["levels"].index(report["level"]), certainties(guard, held_out[1::2], [report["level"]], seed=seed) > log_odds(guard.alpha, 1)
+    at, fresh = report["levels"].index(report["level"]), (certainties(guard, held_out[1::2], [report["level"]], seed=seed) > log_odds(guard.alpha, 1))[0]
     arms["guarded"] |= {"certain": certain, "settings": {k: s[k] for k in GUARDS["default"]} | {k: getattr(guard, k) for k in ("alpha", "scale", "t_max")}
-                        | {k: report[k][at] for k in ("coverage", "false_alarms", "false_alarm_ci")} | {"false_alarms_fresh": fresh.float().mean().item()}}
+                        | {k: report[k][at] for k in ("coverage", "false_alarms", "false_alarm_ci")} | {"false_alarms_fresh": fresh.float().mean().item(),
+                           "false_alarms_fresh_ci": list(proportion_ci(fresh.sum(), len(fresh)))}}
     clock.append(time.perf_counter())
     seconds = dict(zip(("guard", "denoiser", "sampling"), (b - a for a, b in zip(clock, clock[1:]))))
     return arms, seconds, {name: images for name, (images, _) in drawn.items()}, members

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GUARDS', 'LOOSEST', 'NETWORKS', 'SETTINGS', 'push', 'check_settings', 'Guard', 'Protected', 'protect',
-           'training_set', 'fit_guard', 'certainties', 'propose_scale', 'calibrate', 'show_calibration', 'save_guard',
-           'load_guard']
+           'fit_guard', 'certainties', 'propose_scale', 'calibrate', 'show_calibration', 'save_guard', 'load_guard']
 
-# %% ../nbs/05_protect.ipynb #6bbf6924
+# %% ../nbs/05_protect.ipynb #59cfefbc
 import json, math, warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .classifier import MLPClassifier, certainty, is_certain, label_loss, log_odds, logits_at, member_labels, with_reference
+from .classifier import MLPClassifier, certainty, is_certain, label_loss, log_odds, logits_at, training_set
 from .data import atomic, check_images, fingerprint
 from .ddpm import run, seeded, train
 from .memorization import proportion_ci
@@ -126,18 +125,6 @@ GUARDS = {
     "member": dict(K=1, alpha=0.05, scale=60.0, form="member", t_max=400, t_power=1.0),
     "paper": dict(K=1, alpha=0.001, scale=1000.0, form="away", t_max=1000, t_power=1.0),
 }
-
-# %% ../nbs/05_protect.ipynb #92603b94
-def training_set(members, reference, K, one_sided=False, seed=0):
-    """(images, targets, weights) for `train`: random labels for members, ½ for reference images; with one_sided, 1 and 0.
-
-    Raises ValueError when reference images are members too, or are missing where membership itself is the label.
-    """
-    labels = member_labels(check_images(members), K, seed)
-    if one_sided and reference is None: raise ValueError("a guard of form \"member\" needs reference images: it learns to tell members from them")
-    if reference is None: return members, labels, None
-    check_images(reference, "reference images")
-    return with_reference(members, torch.ones_like(labels) if one_sided else labels, reference, 0 if one_sided else 0.5)
 
 # %% ../nbs/05_protect.ipynb #9159c5b6
 def fit_guard(members, schedule, reference=None, preset="default", steps=3000, lr=1e-3, width=256, depth=3, seed=0, progress=False, **settings):

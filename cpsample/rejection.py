@@ -70,12 +70,14 @@ def ideal_classifier(members, targets, reference, schedule, tau=0.5, share=0.5):
         return log_side(x_t, abar, targets, tau) - log_side(x_t, abar, 1 - targets, 1 - tau)
     return classifier
 
-# %% ../nbs/06_rejection.ipynb #09070090
+# %% ../nbs/06_rejection.ipynb #11514f22
 def log_acceptance(logits, alpha, scale=1.0, form="toward"):
     """log A(x) ≤ 0 [B] from logits [B, K]: s·(mean over labels of log p(other) − log α) on certain rows, 0 on the rest.
 
     For K = 1 this is log min(1, min(p, 1−p)/α)^s. form: "toward", or "member" for a label that is membership itself.
+    Raises ValueError for "away", whose push is the gradient of no acceptance rule.
     """
+    if form == "away": raise ValueError("form \"away\" has no acceptance rule: its objective has no maximum of 0")
     certain = is_certain(logits, alpha, form == "member")
     return torch.where(certain, scale * (FORMS[form](logits).mean(1) - math.log(alpha)), 0.0)
 
@@ -121,9 +123,9 @@ def tilt(mixture, log_A, axis, chunk=20_000):
     q, A = (torch.cat([f(part).double().exp() for part in x.split(chunk)]).view((len(axis),) * D) for f in (mixture.log_prob, log_A))
     return Tilt(axis.double(), q / q.sum(), A)
 
-# %% ../nbs/06_rejection.ipynb #7dd0690d
+# %% ../nbs/06_rejection.ipynb #9fb9abd8
 def doob(model, tilted, schedule, fine=8):
-    """The denoiser whose samples follow the tilted law exactly: model's eps − √(1−ᾱ_t)·∇ log h_t, with h_t = E[A(x0) | x_t] from the grid.
+    """The denoiser of the tilted law: model's eps − √(1−ᾱ_t)·∇ log h_t, with h_t = E[A(x0) | x_t] from the grid. Sampling in enough steps is exact rejection.
 
     model: the exact denoiser of the same mixture; fine: points of the table per standard deviation of the noise.
     """

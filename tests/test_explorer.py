@@ -10,6 +10,10 @@ from cpsample.explorer import as_bundle, as_png, start_values
 CONTROLS = dict(a=(0.0, 1.0, 0.1, 0.5), n=(1, 9, 2, 3), kind=["x", "y"])
 
 
+@pytest.fixture(autouse=True)
+def no_figures(): plt.close("all")
+
+
 def recorder():
     drawn = []
     def draw(**values):
