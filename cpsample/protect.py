@@ -153,9 +153,9 @@ def certainties(guard, x0, levels, draws=1, seed=0):
     generator, x = torch.Generator().manual_seed(seed), x0.repeat(draws, *[1] * (x0.dim() - 1))
     return torch.stack([certainty(logits_at(guard.classifier, x, t, guard.schedule, generator), guard.one_sided) for t in levels])
 
-# %% ../nbs/05_protect.ipynb #05c22dff
+# %% ../nbs/05_protect.ipynb #788a9e9b
 def propose_scale(guard, train, level, seed=0):
-    "The s with which one push at `level` takes the median member back to the edge of the gate: (mean|z| − log_odds) / ((1−ᾱ)·‖push‖²)."
+    "The s whose push at `level` brings the mean |z| back to the gate, to first order, in the median over train: (mean|z| − log_odds) / ((1−ᾱ)·‖push‖²)."
     t = torch.full((len(train),), level, device=train.device)
     x_t, _ = noisify(train, t, guard.schedule, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad(): logits = guard.classifier(x_t, t)
@@ -163,7 +163,7 @@ def propose_scale(guard, train, level, seed=0):
     excess = (logits.abs().mean(1) - log_odds(guard.alpha, 1)).clamp(min=0)
     return (excess / ((1 - guard.schedule.abar[level]) * g.clamp(min=1e-12))).median().item()
 
-# %% ../nbs/05_protect.ipynb #bd9399b1
+# %% ../nbs/05_protect.ipynb #a75be389
 LOOSEST = 0.4      # calibration never chooses a looser alpha
 
 def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale=None, stride=20, seed=0):
@@ -172,7 +172,7 @@ def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale
     train [N, ...]: the guard's members; held_out [M, ...]: images it was never shown; wanted: the share of training
     images to be certain of at noise `level` (default: T/10, at most a quarter of what it was trained on);
     alpha: the gate (default: the tightest one with that coverage); scale: of the push (default: `propose_scale` at
-    ¾ of `level`); stride: of the levels measured. t_max becomes the level from which no training image is certain.
+    ¾ of `level`; form "away" keeps its own); stride: of the levels measured. t_max becomes the level from which no training image is certain.
     Raises ValueError, and leaves the guard as it was, when it does not cover the training set.
     """
     check_images(train, "training images"), check_images(held_out, "held-out images")
@@ -191,7 +191,8 @@ def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale
                          "train it longer, make the classifier larger, or protect fewer images")
     t_max = min(top, max(t for t, c in zip(levels, covered) if c > 0) + stride)
     proposal = propose_scale(replace(guard, alpha=alpha), train, 3 * level // 4, seed)
-    guard.alpha, guard.t_max, guard.scale = alpha, t_max, proposal if scale is None else scale
+    if scale is None: scale = guard.scale if guard.form == "away" else proposal
+    guard.alpha, guard.t_max, guard.scale = alpha, t_max, scale
     guard.report = {"wanted": wanted, "level": level, "alpha": alpha, "t_max": t_max, "scale": proposal, "levels": levels, "coverage": covered,
                     "false_alarms": [a / len(held_out) for a in alarms], "false_alarm_ci": [list(proportion_ci(a, len(held_out))) for a in alarms],
                     "n_train": len(train), "n_held_out": len(held_out), "seed": seed}

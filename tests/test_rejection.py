@@ -44,8 +44,8 @@ def test_acceptance_of_one_label_is_the_formula(z, alpha, s):
 
 
 def test_acceptance_of_several_labels_is_one_unless_all_are_certain():
-    z = torch.tensor([[5.0, -5.0], [5.0, 0.1]])
-    assert log_acceptance(z, 0.2).tolist() == pytest.approx([math.log(1 / (1 + math.exp(5)) / 0.2), 0.0], rel=1e-5)
+    z = torch.tensor([[5.0, -3.0], [5.0, 0.1]])
+    assert log_acceptance(z, 0.2).tolist() == pytest.approx([-(math.log(1 + math.exp(5)) + math.log(1 + math.exp(3))) / 2 - math.log(0.2), 0.0], rel=1e-5)
     assert log_acceptance(torch.tensor([[5.0], [-5.0]]), 0.2, form="member")[1] == 0
 
 
