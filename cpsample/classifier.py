@@ -56,7 +56,7 @@ def is_certain(logits, alpha, one_sided=False):
     "Rows on which every label is certain: max(p, 1−p) > 1−α (one-sided: p > 1−α), in logits. [B, K] → bool [B]."
     return certainty(logits, one_sided) > log_odds(alpha, 1 if one_sided else 0.5)
 
-# %% ../nbs/04_classifier.ipynb #4a75c7a6
+# %% ../nbs/04_classifier.ipynb #7eadde3f
 @torch.no_grad()
 def logits_at(classifier, x0, t, schedule, generator=None):
     "Logits [N, K] of x0 [N, ...] noised to the one level t (int)."
@@ -66,9 +66,9 @@ def logits_at(classifier, x0, t, schedule, generator=None):
         return classifier(noisify(part, rows, schedule, generator=generator)[0], rows)
     return torch.cat([chunk(part) for part in x0.split(4096)])
 
-def coverage(classifier, x0, schedule, alpha, levels, generator=None, one_sided=False):
+def coverage(classifier, x0, schedule, alpha, levels, generator=None):
     "The share of rows of x0 that are certain at each noise level in `levels`: a list of floats."
-    return [is_certain(logits_at(classifier, x0, t, schedule, generator), alpha, one_sided).float().mean().item() for t in levels]
+    return [is_certain(logits_at(classifier, x0, t, schedule, generator), alpha).float().mean().item() for t in levels]
 
 # %% ../nbs/04_classifier.ipynb #a27bce67
 def label_accuracy(classifier, x0, labels, schedule, levels, generator=None):

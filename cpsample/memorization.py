@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ideal_denoiser', 'nearest', 'proportion_ci', 'describe_rate', 'CopyReport', 'copy_test', 'carlini_test',
-           'DigitsEncoder', 'class_loss', 'fit_encoder', 'digit_features', 'cosine_test', 'frechet_distance',
+           'DigitsEncoder', 'class_loss', 'fit_encoder', 'digit_features', 'cosine_test', 'frechet_distance', 'reject',
            'reject_copies']
 
 # %% ../nbs/03_memorization.ipynb #094b71ff
@@ -151,16 +151,21 @@ def frechet_distance(a, b):
     cross = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca) + np.trace(cb) - 2 * cross)
 
-# %% ../nbs/03_memorization.ipynb #afbe1b73
-def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):
-    """Rejection of what `test` calls a copy: call draw() → images [B, ...] and keep those that `test` clears, until there are n.
+# %% ../nbs/03_memorization.ipynb #fe75468b
+def reject(draw, accept, n, max_rounds=100):
+    """Rejection: call draw() → x [B, ...] and keep the rows that accept(x) → bool [B] clears, until there are n.
 
-    Returns (images [n, ...], share accepted). Raises ValueError when max_rounds do not give n.
+    Returns (kept [n, ...], number accepted, number drawn). Raises ValueError when max_rounds do not give n.
     """
-    kept, seen = [], 0
+    kept, drawn = [], 0
     for _ in range(max_rounds):
         x = draw()
-        seen += len(x)
-        kept.append(x[~test(x, x_train).copied])
-        if sum(map(len, kept)) >= n: return torch.cat(kept)[:n], sum(map(len, kept)) / seen
-    raise ValueError(f"only {sum(map(len, kept))} of {seen} images were no copies, {n} are needed: the model copies too much to reject")
+        drawn += len(x)
+        kept.append(x[accept(x)])
+        if (accepted := sum(map(len, kept))) >= n: return torch.cat(kept)[:n], accepted, drawn
+    raise ValueError(f"only {accepted} of {drawn} draws were accepted, {n} are needed: the rule rejects too much for this model")
+
+def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):
+    "`reject` everything that `test` calls a copy of x_train. Returns (images [n, ...], share accepted)."
+    kept, accepted, drawn = reject(draw, lambda x: ~test(x, x_train).copied, n, max_rounds)
+    return kept, accepted / drawn

@@ -17,10 +17,10 @@ from cpsample.classifier import MLPClassifier, label_loss, with_reference
 from cpsample.data import GaussianMixture, atomic, check_images, data_path, exact_denoiser, load_images, plant_duplicates, random_labels, save_json, split, toy
 from cpsample.ddpm import MLPDenoiser, ddpm_loss, last, run, sample, timesteps, train
 from cpsample.demo import run_demo
-from cpsample.memorization import carlini_test, copy_test, cosine_test, frechet_distance, reject_copies
+from cpsample.memorization import carlini_test, copy_test, cosine_test, frechet_distance, reject, reject_copies
 from cpsample.explorer import start_values
 from cpsample.protect import Guard, calibrate, fit_guard, load_guard, protect, push, save_guard
-from cpsample.rejection import ideal_classifier, lipschitz_bound, reject, tilt
+from cpsample.rejection import ideal_classifier, lipschitz_bound, log_acceptance, tilt
 from cpsample.schedule import make_schedule, noisify
 
 X = load_images("digits")[0][:40]
@@ -46,6 +46,9 @@ def drain(training): return run(training, 5, progress=False)
 
 
 def draw(model): return last(sample(model, S, (2, 1, 8, 8), 5))
+
+
+def wide_sure(x, t): return 9 + 0 * x.flatten(1)[:, :1]
 
 
 def wide(K): return lambda x, t: torch.ones(len(x) + 1, K)
@@ -92,7 +95,7 @@ PYTHON = {
     "levels that stop early": (lambda: timesteps(1000, [999, 39]), "end at 0"),
     "mixed levels in exact_denoiser": (lambda: exact_denoiser(GaussianMixture(*torch.ones(3, 1, 1)), S)(X[:2, 0, 0, :1], torch.tensor([1, 2])), "common noise level"),
     "exploding loss": (lambda: drain(train(MLPDenoiser((1, 8, 8), 16), partial(ddpm_loss, schedule=S), (X,), 5, lr=1e38)), "lower the learning rate"),
-    "nothing but copies": (lambda: reject_copies(lambda: X, X, 5, max_rounds=2), "copies too much"),
+    "nothing but copies": (lambda: reject_copies(lambda: X, X, 5, max_rounds=2), "rejects too much for this model"),
     "no label": (lambda: fit_guard(X, S, K=0), "K and steps must be at least 1"),
     "no training of the guard": (lambda: fit_guard(X, S, steps=0), "K and steps must be at least 1"),
     "misspelt setting": (lambda: fit_guard(X, S, aplha=0.1), "unknown settings ['aplha']"),
@@ -119,7 +122,10 @@ PYTHON = {
     "one-sided alpha of 1": (lambda: Guard(None, S, alpha=1, form="member"), "between 0 and 1"),
     "noise levels drawn with power 0": (lambda: label_loss(MLPClassifier((1, 8, 8), 3, 16), X, random_labels(40, 3), S, t_power=0), "t_power must be positive"),
     "a grid in 3-D": (lambda: tilt(GaussianMixture(torch.zeros(1, 3), torch.ones(1), torch.ones(1)), lambda x: x[:, 0], torch.linspace(-1, 1, 3)), "1 or 2 dimensions"),
-    "a rule that accepts nothing": (lambda: reject(lambda: X, lambda x: torch.full((len(x),), -torch.inf), 5, max_rounds=2), "0 of 80 draws were accepted"),
+    "a rule that accepts nothing": (lambda: reject(lambda: X, lambda x: torch.zeros(len(x), dtype=torch.bool), 5, max_rounds=2), "0 of 80 draws were accepted"),
+    "a rule for a push that has none": (lambda: log_acceptance(torch.ones(2, 1), 0.2, form="away"), "no acceptance rule"),
+    "calibration to a negative scale": (lambda: calibrate(Guard(wide_sure, S), X, X, scale=-1), "scale must be finite"),
+    "calibration to a two-sided alpha of 0.7": (lambda: calibrate(Guard(wide_sure, S), X, X, alpha=0.7), "alpha must lie between 0 and 0.5"),
     "mixed levels in ideal_classifier": (lambda: ideal_classifier(GAUSS, torch.ones(1, 1), GAUSS, S)(X[:2, 0, 0, :1], torch.tensor([1, 2])), "common noise level"),
     "a layer without a bound": (lambda: lipschitz_bound([nn.Conv2d(1, 1, 3)]), "no bound is known for Conv2d"),
     "a control without a start": (lambda: start_values({"s": (0, 1, 2)}), "control s must be"),

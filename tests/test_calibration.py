@@ -65,7 +65,19 @@ def test_a_guard_that_covers_too_little_is_refused_and_left_alone(alpha):
 def test_given_alpha_and_scale_are_kept():
     guard = planted()
     report = calibrate(guard, ZEROS, others(50, 0), alpha=0.25, scale=3.0)
-    assert (guard.alpha, guard.scale, report["alpha"]) == (0.25, 3.0, 0.25)
+    assert (guard.alpha, guard.scale, report["alpha"], report["scale"]) == (0.25, 3.0, 0.25, 3.0) and report["proposed_scale"] > 0
+    assert calibrate(guard, ZEROS, others(50, 0))["scale"] == guard.scale == guard.report["proposed_scale"]
+
+
+def test_away_keeps_its_scale():
+    guard = Guard(planted().classifier, S, scale=1000.0, form="away")
+    assert calibrate(guard, ZEROS, others(50, 0))["scale"] == guard.scale == 1000
+
+
+def test_what_is_certain_to_be_no_member_asks_for_no_push():
+    "One-sided: of five points the classifier calls four non-members with certainty; the median scale is 0."
+    guard = Guard(lambda x, t: 4 * x[:, :1], S, alpha=0.3, form="member")
+    assert propose_scale(guard, torch.tensor([[1.0], [-1], [-1], [-1], [-1]]), 5) == 0
 
 
 def test_proposed_scale_takes_a_linear_logit_back_to_the_gate():
@@ -125,5 +137,5 @@ def test_a_trained_guard_calibrates_and_one_stopped_after_one_per_cent_does_not(
 def test_a_membership_guard_learns_who_is_a_member(digits):
     members, reference, held_out = digits
     guard = fit_guard(members, S, reference, preset="member", steps=400, width=64)
-    inside, outside = (coverage(guard.classifier, x, S, 0.4, [0], one_sided=True)[0] for x in (members, held_out))
+    inside, outside = ((certainties(guard, x, [0]) > log_odds(0.4)).float().mean() for x in (members, held_out))
     assert inside > 0.9 and outside < 0.2

@@ -16,7 +16,8 @@ from cpsample.data import GaussianMixture, data_path, exact_denoiser, noised, ra
 from cpsample.ddpm import last, sample
 from cpsample.protect import push
 from cpsample.rejection import (
-    certified_distance, certified_distance_p, doob, ideal_classifier, line_toy, lipschitz_bound, log_acceptance, mmd, mmd_test, reject, ring_toy, slopes, tilt, total_variation)
+    acceptance_rule, certified_distance, certified_distance_p, doob, exact_rejection, ideal_classifier, line_toy, lipschitz_bound, log_acceptance, mmd, mmd_test, ring_toy,
+    slopes, tilt, total_variation)
 from cpsample.schedule import make_schedule, score_to_eps
 
 S = make_schedule()
@@ -25,13 +26,7 @@ LINE, AXIS = line_toy(), torch.linspace(-4, 4, 3201)
 CLASSIFIER = ideal_classifier(LINE.spikes, LABELS, LINE.broad, S, share=LINE.share)
 
 
-def rule(classifier=CLASSIFIER, alpha=0.4, scale=2.0, form="toward"):
-    return lambda x: log_acceptance(classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale, form)
-
-
-def exact(toy, log_A, n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return reject(lambda: toy.law.sample(4 * n, generator), log_A, n, generator)
+LOG_A = acceptance_rule(CLASSIFIER, 0.4, 2.0)
 
 
 @given(z=st.floats(-40, 40), alpha=st.floats(0.01, 0.49), s=st.floats(0, 5))
@@ -61,9 +56,9 @@ def test_the_gradient_of_the_rule_is_the_guards_push(form):
 @pytest.mark.parametrize("t", [0, 40, 200, 700])
 def test_h_and_Z_agree_with_scipys_quadrature(t):
     "h_t(x) = ∫ A(x0) q(x0) N(x; √ᾱ·x0, 1−ᾱ) dx0 / q_t(x), by an independent integrator."
-    tilted, abar = tilt(LINE.law, rule(), AXIS), S.abar[t].item()
+    tilted, abar = tilt(LINE.law, LOG_A, AXIS), S.abar[t].item()
     f = lambda u: torch.tensor([[u]], dtype=torch.float32)
-    joint = lambda u: math.exp(LINE.law.log_prob(f(u)).item() + rule()(f(u)).item())
+    joint = lambda u: math.exp(LINE.law.log_prob(f(u)).item() + LOG_A(f(u)).item())
     cuts = sorted({p + k * 0.03 for p in LINE.points[:, 0].tolist() for k in (-3, -1, 0, 1, 3)})
     total = sum(quad(joint, a, b, limit=80)[0] for a, b in zip([-4, *cuts], [*cuts, 4]))
     assert tilted.Z == pytest.approx(total, rel=2e-3)
@@ -97,7 +92,7 @@ def test_the_ideal_membership_classifier_is_its_own_h_transform():
     for t in (5, 100, 500):
         q_t, qh_t = tilted.blurred(S.abar[t].item(), xs.double())
         torch.testing.assert_close((qh_t / q_t).float(), torch.sigmoid(-member(S)(xs[:, None], torch.full((51,), t))[:, 0]), atol=2e-3, rtol=0)
-    q_t, qh_t = tilt(LINE.law, rule(), AXIS).blurred(S.abar[100].item(), xs.double())
+    q_t, qh_t = tilt(LINE.law, LOG_A, AXIS).blurred(S.abar[100].item(), xs.double())
     assert ((qh_t / q_t).log() - log_acceptance(CLASSIFIER(xs[:, None], torch.full((51,), 100)), 0.4, 2.0)).abs().max() > 1
 
 
@@ -112,9 +107,9 @@ def unnoised(model, log_A):
 
 @pytest.fixture(scope="module")
 def line_samples():
-    base, log_A, n = exact_denoiser(LINE.law, S), rule(), 20_000
+    base, log_A, n = exact_denoiser(LINE.law, S), LOG_A, 20_000
     draw = lambda model, steps: last(sample(model, S, (n, 1), steps, eta=0.0, generator=torch.Generator().manual_seed(0)))
-    return draw(doob(base, tilt(LINE.law, log_A, AXIS), S), 500), draw(unnoised(base, log_A), 100), [exact(LINE, log_A, n, seed)[0] for seed in range(4)]
+    return draw(doob(base, tilt(LINE.law, log_A, AXIS), S), 500), draw(unnoised(base, log_A), 100), [exact_rejection(LINE.law, log_A, n, seed)[0] for seed in range(4)]
 
 
 def test_the_h_transform_is_exact_rejection(line_samples):
@@ -131,17 +126,17 @@ def test_a_planted_wrong_h_fails_the_comparison(line_samples):
 def test_the_h_transform_in_the_plane():
     ring, n = ring_toy(), 1000
     eight = ideal_classifier(ring.spikes, random_labels(12, 8, 0), ring.broad, S, share=ring.share)
-    log_A, base = rule(eight, 0.45, 3.0), exact_denoiser(ring.law, S)
+    log_A, base = acceptance_rule(eight, 0.45, 3.0), exact_denoiser(ring.law, S)
     draw = lambda model: last(sample(model, S, (n, 2), 100, generator=torch.Generator().manual_seed(0)))
-    kept = exact(ring, log_A, n, 1)[0]
+    kept = exact_rejection(ring.law, log_A, n, 1)[0]
     assert mmd_test(draw(doob(base, tilt(ring.law, log_A, torch.linspace(-3.2, 3.2, 385)), S)), kept)[1] > 0.01
     assert mmd_test(draw(unnoised(base, log_A)), kept)[1] < 0.01 and mmd_test(draw(base), kept)[1] < 0.01
 
 
 def test_acceptance_rate_is_Z():
-    _, accepted, tried = exact(LINE, rule(), 20_000, 5)
+    _, accepted, tried = exact_rejection(LINE.law, LOG_A, 20_000, 5)
     ci = binomtest(accepted, tried).proportion_ci(0.99, method="exact")
-    assert ci.low < tilt(LINE.law, rule(), AXIS).Z < ci.high
+    assert ci.low < tilt(LINE.law, LOG_A, AXIS).Z < ci.high
 
 
 def test_measures_on_known_samples(generator):

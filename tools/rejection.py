@@ -17,47 +17,36 @@ from cpsample.ddpm import last, sample
 from cpsample.demo import provenance
 from cpsample.memorization import proportion_ci
 from cpsample.protect import Guard, protect
-from cpsample.rejection import doob, fit_toy_classifier, ideal_classifier, line_toy, log_acceptance, mmd, mmd_test, reject, ring_toy, tilt, total_variation
+from cpsample.rejection import (
+    acceptance_rule, doob, exact_rejection, fit_toy_classifier, ideal_classifier, line_toy, mmd, mmd_test, ring_toy, tilt, total_variation)
 from cpsample.schedule import make_schedule, score_to_eps
 
 SEEDS, TABLE_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 schedule = make_schedule()
 
 
-def rule(classifier, alpha, scale, form="toward"):
-    return lambda x: log_acceptance(classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale, form).detach()
-
-
-def exact(toy, log_A, n, seed):
-    generator = torch.Generator().manual_seed(10_000 + seed)
-    return reject(lambda: toy.law.sample(4 * n, generator), log_A, n, generator)
-
-
-def draw(model, n, dim, steps, seed, eta=1.0):
-    return last(sample(model, schedule, (n, dim), steps, eta=eta, generator=torch.Generator().manual_seed(seed)))
+def draw(model, n, dim, steps, seed):
+    return last(sample(model, schedule, (n, dim), steps, generator=torch.Generator().manual_seed(seed)))
 
 
 def unnoised(model, log_A):
     "The planted mistake: the gradient of log A at x_t itself, as if x_t were clean."
     def guided(x_t, t):
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            logits_rule = log_A(x)
-            slope, = torch.autograd.grad(logits_rule.sum(), x)
+        x = x_t.detach().requires_grad_()
+        with torch.enable_grad(): slope, = torch.autograd.grad(log_A(x).sum(), x)
         return model(x_t, t) + score_to_eps(x_t, t, slope, schedule)
     return guided
 
 
 def equality(toy, classifier, alpha, scale, n, axis, distance, test, steps=1000):
     "Is the h-transform exact rejection? p-values and distances of both, and of the planted mistake, per seed."
-    base, log_A = exact_denoiser(toy.law, schedule), rule(classifier, alpha, scale)
+    base, log_A = exact_denoiser(toy.law, schedule), acceptance_rule(classifier, alpha, scale)
     tilted, dim = tilt(toy.law, log_A, axis), toy.points.shape[1]
-    free = lambda x: log_acceptance(classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale)
-    right, wrong = doob(base, tilted, schedule), unnoised(base, free)
-    pairs = [(exact(toy, log_A, n, 100 + 2 * k)[0], exact(toy, log_A, n, 101 + 2 * k)[0]) for k in range(10)]
+    right, wrong = doob(base, tilted, schedule), unnoised(base, log_A)
+    pairs = [tuple(exact_rejection(toy.law, log_A, n, seed)[0] for seed in (1000 + 2 * k, 1001 + 2 * k)) for k in range(10)]
     noise, rows = statistics.mean(distance(a, b) for a, b in pairs), []
     for seed in tqdm(SEEDS, desc=f"{dim}-D equality"):
-        reference, accepted, tried = exact(toy, log_A, n, seed)
+        reference, accepted, tried = exact_rejection(toy.law, log_A, n, 2000 + seed)
         x, bad = draw(right, n, dim, steps, seed), draw(wrong, n, dim, 200, seed)
         ratio, ratio_wrong = (statistics.mean(distance(y, a) for a, _ in pairs[:5]) / noise for y in (x, bad))
         rows.append({"seed": seed, "p": test(x, reference), "ratio": ratio, "p_wrong": test(bad, reference), "ratio_wrong": ratio_wrong,
@@ -67,8 +56,8 @@ def equality(toy, classifier, alpha, scale, n, axis, distance, test, steps=1000)
 
 def cell(toy, classifier, alpha, scale, form, n=2000, steps=200):
     "CPSample with one classifier and setting: MMD to exact rejection over sampling noise, and copies left, over the seeds of the table."
-    log_A, model = rule(classifier, alpha, scale, form), protect(exact_denoiser(toy.law, schedule), Guard(classifier, schedule, alpha, scale, form, schedule.T))
-    references = [exact(toy, log_A, n, 20 + seed)[0] for seed in range(6)]
+    log_A, model = acceptance_rule(classifier, alpha, scale, form), protect(exact_denoiser(toy.law, schedule), Guard(classifier, schedule, alpha, scale, form, schedule.T))
+    references = [exact_rejection(toy.law, log_A, n, 1000 + seed)[0] for seed in range(6)]
     noise = statistics.mean(mmd(a, b) for a, b in zip(references[::2], references[1::2]))
     drawn = [draw(model, n, 2, steps, seed) for seed in TABLE_SEEDS]
     ratios = [statistics.mean(mmd(x, r) for r in references[:2]) / noise for x in drawn]
@@ -88,11 +77,7 @@ def table(toy):
         eight, member = fit_toy_classifier(toy, labels, schedule, steps), fit_toy_classifier(toy, one, schedule, steps, tau=0.0)
         jobs += [("random labels, trained", f"K = 8, {steps} steps", eight, a, s, "toward") for a in (0.2, 0.45) for s in (1.0, 3.0)]
         jobs += [("membership, trained", f"{steps} steps", member, a, s, "member") for a in (0.45, 0.999) for s in (1.0, 3.0)]
-    rows = []
-    for kind, name, classifier, alpha, scale, form in tqdm(jobs, desc="table"):
-        try: rows.append({"kind": kind, "classifier": name} | cell(toy, classifier, alpha, scale, form))
-        except ValueError as error: rows.append({"kind": kind, "classifier": name, "alpha": alpha, "scale": scale, "refused": str(error)})
-    return rows
+    return [{"kind": kind, "classifier": name} | cell(toy, *job) for kind, name, *job in tqdm(jobs, desc="table")]
 
 
 if __name__ == "__main__":
