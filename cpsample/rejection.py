@@ -77,15 +77,17 @@ def log_acceptance(logits, alpha, scale=1.0, form="toward"):
     certain = is_certain(logits, alpha, form == "member")
     return torch.where(certain, scale * (FORMS[form](logits).mean(1) - math.log(alpha)), 0.0)
 
-# %% ../nbs/06_rejection.ipynb #2203695c
+# %% ../nbs/06_rejection.ipynb #f94fcb1d
 def acceptance_rule(classifier, alpha, scale=1.0, form="toward"):
     "log A as a function of clean points, [B, ...] → [B], from what the classifier says at its lowest level. See `log_acceptance`."
     return lambda x: log_acceptance(classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale, form)
 
 def exact_rejection(law, log_A, n, seed=0):
-    "n draws of a mixture, each kept with probability A(x): (kept [n, D], number accepted, number drawn)."
+    """Rejection from a mixture: (n points kept [n, D], number accepted, number drawn). 4n are drawn at a time, so that where more
+    than a quarter is accepted one round is enough, and the count of a fixed number of draws is an unbiased estimate of the rate.
+    """
     gen = torch.Generator().manual_seed(seed)
-    return reject(lambda: law.sample(n, gen), lambda x: torch.rand(len(x), generator=gen).log() < log_A(x), n)
+    return reject(lambda: law.sample(4 * n, gen), lambda x: torch.rand(len(x), generator=gen).log() < log_A(x), n)
 
 # %% ../nbs/06_rejection.ipynb #a392c44f
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ def equality(toy, classifier, alpha, scale, n, axis, distance, test, steps=1000)
     base, log_A = exact_denoiser(toy.law, schedule), acceptance_rule(classifier, alpha, scale)
     tilted, dim = tilt(toy.law, log_A, axis), toy.points.shape[1]
     right, wrong = doob(base, tilted, schedule), unnoised(base, log_A)
-    pairs = [tuple(exact_rejection(toy.law, log_A, n, seed)[0] for seed in (1000 + 2 * k, 1001 + 2 * k)) for k in range(10)]
+    pairs = [tuple(exact_rejection(toy.law, log_A, n, seed)[0] for seed in (10_100 + 2 * k, 10_101 + 2 * k)) for k in range(10)]
     noise, rows = statistics.mean(distance(a, b) for a, b in pairs), []
     for seed in tqdm(SEEDS, desc=f"{dim}-D equality"):
-        reference, accepted, tried = exact_rejection(toy.law, log_A, n, 2000 + seed)
+        reference, accepted, tried = exact_rejection(toy.law, log_A, n, 10_000 + seed)
         x, bad = draw(right, n, dim, steps, seed), draw(wrong, n, dim, 200, seed)
         ratio, ratio_wrong = (statistics.mean(distance(y, a) for a, _ in pairs[:5]) / noise for y in (x, bad))
         rows.append({"seed": seed, "p": test(x, reference), "ratio": ratio, "p_wrong": test(bad, reference), "ratio_wrong": ratio_wrong,
@@ -57,7 +57,7 @@ def equality(toy, classifier, alpha, scale, n, axis, distance, test, steps=1000)
 def cell(toy, classifier, alpha, scale, form, n=2000, steps=200):
     "CPSample with one classifier and setting: MMD to exact rejection over sampling noise, and copies left, over the seeds of the table."
     log_A, model = acceptance_rule(classifier, alpha, scale, form), protect(exact_denoiser(toy.law, schedule), Guard(classifier, schedule, alpha, scale, form, schedule.T))
-    references = [exact_rejection(toy.law, log_A, n, 1000 + seed)[0] for seed in range(6)]
+    references = [exact_rejection(toy.law, log_A, n, 10_020 + seed)[0] for seed in range(6)]
     noise = statistics.mean(mmd(a, b) for a, b in zip(references[::2], references[1::2]))
     drawn = [draw(model, n, 2, steps, seed) for seed in TABLE_SEEDS]
     ratios = [statistics.mean(mmd(x, r) for r in references[:2]) / noise for x in drawn]
