@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'DEFAULTS', 'fit_denoiser', 'draw', 'draw_arms', 'measure', 'check_demo', 'run_seed', 'pool', 'provenance',
            'run_demo', 'arm_copies', 'table', 'readme_table', 'show_arms']
 
-# %% ../nbs/demo.ipynb #daca8a3c
+# %% ../nbs/demo.ipynb #bd0a675f
 import contextlib, datetime, itertools, os, subprocess, time, warnings
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import cpsample
 from .classifier import log_odds
-from .data import load_images, split
+from .data import load_digits, split
 from .ddpm import MLPDenoiser, ddpm_loss, last, run, sample, seeded, timesteps, train
 from .memorization import copy_test, describe_rate, digit_features, frechet_distance, proportion_ci, reject_copies
 from .protect import GUARDS, calibrate, certainties, check_settings, fit_guard, protect
@@ -63,23 +63,24 @@ def measure(x, members, held_out):
     fd = frechet_distance(digit_features(x), digit_features(held_out))
     return {"n": len(x), "copies": report.copies, "copy_rate": report.rate, "copy_ci": list(report.ci), "fd": fd}
 
-# %% ../nbs/demo.ipynb #8747a784
+# %% ../nbs/demo.ipynb #0bd42462
 def check_demo(s):
     "Raise ValueError for settings `s` (see `DEFAULTS`) that cannot work, before any time is spent on them."
     if unknown := s.keys() - DEFAULTS.keys(): raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(DEFAULTS)}")
+    if s["data"] != "digits": raise ValueError(f"unknown data set {s['data']!r}: the demo runs on digits")
     T = make_schedule(s["schedule"]).T
     given = {k: GUARDS["default"][k] if s[k] is None else s[k] for k in ("alpha", "scale", "form", "t_max")}
     check_settings(**given, T=T)
     for name, least in dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1).items():
         if s[name] < least: raise ValueError(f"{name} must be at least {least}, got {s[name]}")
     timesteps(T, s["sample_steps"])
-    left = len(load_images(s["data"])[0]) - s["images"] - s["reference"]
+    left = len(load_digits()[0]) - s["images"] - s["reference"]
     if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
 
-# %% ../nbs/demo.ipynb #d1ee4f68
+# %% ../nbs/demo.ipynb #597d04f1
 def run_seed(seed, s, progress=False):
     "The demo for one seed with settings `s` (see `DEFAULTS`): (arms, seconds per stage, images per arm, members)."
-    schedule, (x, _) = make_schedule(s["schedule"]), load_images(s["data"])
+    schedule, (x, _) = make_schedule(s["schedule"]), load_digits()
     parts = split(x, {"members": s["images"], "reference": s["reference"], "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     clock = [time.perf_counter()]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cpsample.classifier import MLPClassifier, label_loss, with_reference
-from cpsample.data import GaussianMixture, atomic, check_images, data_path, exact_denoiser, load_images, plant_duplicates, random_labels, save_json, split, toy
+from cpsample.data import GaussianMixture, atomic, check_images, data_path, exact_denoiser, load_digits, plant_duplicates, random_labels, save_json, split, toy
 from cpsample.ddpm import MLPDenoiser, ddpm_loss, last, run, sample, timesteps, train
 from cpsample.demo import run_demo
 from cpsample.memorization import carlini_test, copy_test, cosine_test, frechet_distance, reject, reject_copies
@@ -22,8 +22,9 @@ from cpsample.explorer import start_values
 from cpsample.protect import Guard, calibrate, fit_guard, load_guard, protect, push, save_guard
 from cpsample.rejection import ideal_classifier, lipschitz_bound, log_acceptance, tilt
 from cpsample.schedule import make_schedule, noisify
+from cpsample.sources import load_images
 
-X = load_images("digits")[0][:40]
+X = load_digits()[0][:40]
 S = make_schedule()
 GAUSS = GaussianMixture(torch.zeros(1, 1), torch.ones(1), torch.ones(1))
 NAN = X.clone()
@@ -150,7 +151,7 @@ COMMAND = {
     "scale NaN": (["-s", "nan"], "scale must be finite"),
     "no labels": (["-K", "0"], "K must be at least 1"),
     "too many images": (["--images", "5000"], "at least 100 are needed"),
-    "unknown data": (["--data", "cats"], "choose one of digits"),
+    "unknown data": (["--data", "cats"], "the demo runs on digits"),
     "unknown schedule": (["--schedule", "cubic"], "choose one of linear, cosine"),
     "too many steps": (["--sample-steps", "2000"], "between 2 and T=1000"),
     "one sampling step": (["--sample-steps", "1"], "between 2 and T=1000"),

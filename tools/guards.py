@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cpsample.data import load_images, save_json, split
+from cpsample.data import load_digits, save_json, split
 from cpsample.demo import DEFAULTS, draw, fit_denoiser, measure, pool, provenance
 from cpsample.memorization import copy_test, reject_copies
 from cpsample.protect import GUARDS, calibrate, fit_guard, protect
@@ -53,7 +53,7 @@ def settings_of(guard, members, held_out):
 
 def one_seed(seed):
     "All numbers of one seed: {(recipe, setting): measures}."
-    schedule, (x, _) = make_schedule(), load_images("digits")
+    schedule, (x, _) = make_schedule(), load_digits()
     parts = split(x, {"members": 100, "reference": 697, "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     model = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed)

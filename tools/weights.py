@@ -1,15 +1,22 @@
-"Make the weights that ship in data/weights again: python tools/weights.py"
+"Make what ships in data/ again: python tools/weights.py [digits_encoder] [fashion_encoder] [fashion]; without names, all of it."
+import gzip
 import json
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 
-from cpsample.data import atomic, load_digits, save_json
+from cpsample.data import atomic, load_digits, pixels, save_json
+from cpsample.ddpm import run, seeded, train
 from cpsample.demo import provenance
-from cpsample.memorization import fit_encoder
+from cpsample.memorization import class_loss, fit_encoder
+from cpsample.quality import FashionEncoder
+from cpsample.sources import load_fashion
 
-folder = Path(__file__).resolve().parent.parent / "data" / "weights"
+DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def digits_encoder(seed=0):
@@ -17,12 +24,35 @@ def digits_encoder(seed=0):
     start, (x, y) = time.perf_counter(), load_digits()
     encoder = fit_encoder(x, y, seed=seed)
     accuracy = (encoder(x).argmax(1) == y).float().mean().item()
-    with atomic(folder / "digits_encoder.safetensors") as tmp:
-        save_file(encoder.state_dict(), tmp)
-    save_json(folder / "digits_encoder.json", {"name": "digits-mlp-64", "command": "python tools/weights.py", **provenance(), "seed": seed,
-        "data": "all 1,797 digits of scikit-learn", "train_accuracy": accuracy, "wall_seconds": round(time.perf_counter() - start, 1)})
+    ship("digits_encoder", encoder.state_dict(), {"name": "digits-mlp-64", "data": "all 1,797 digits of scikit-learn", "train_accuracy": accuracy}, seed, start)
+
+
+def fashion_encoder(seed=0, steps=2500):
+    "The feature space `fashion-conv-64` of the distances on Fashion-MNIST, stored in float16."
+    start, (x, y), (u, v) = time.perf_counter(), load_fashion(), load_fashion("test")
+    encoder = seeded(seed, FashionEncoder)
+    run(train(encoder, class_loss, (x, y), steps, batch_size=128, generator=torch.Generator().manual_seed(seed)), steps)
+    half = {k: w.half() for k, w in encoder.state_dict().items()}
+    encoder.load_state_dict(half)
+    with torch.no_grad(): accuracy = (encoder.eval()(pixels(u)).argmax(1) == v).float().mean().item()
+    ship("fashion_encoder", half, {"name": "fashion-conv-64", "data": "Fashion-MNIST, 60,000 training images", "steps": steps, "test_accuracy": accuracy}, seed, start)
+
+
+def ship(name, tensors, record, seed, start):
+    with atomic(DATA / "weights" / f"{name}.safetensors") as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
+    record = {"name": record.pop("name"), "command": f"python tools/weights.py {name}", **provenance(), "seed": seed, **record, "wall_seconds": round(time.perf_counter() - start, 1)}
+    save_json(DATA / "weights" / f"{name}.json", record)
+    print(json.dumps(record, indent=1))
+
+
+def fashion(train=3000, test=2000):
+    "The part of Fashion-MNIST in data/fashion: the first images of both parts, in the original format."
+    for part, name, n in (("train", "train", train), ("test", "t10k", test)):
+        for values, kind in zip(load_fashion(part), ("images-idx3", "labels-idx1")):
+            kept = values[:n].squeeze(1).byte().numpy() if values.dim() > 1 else values[:n].byte().numpy()
+            header = bytes([0, 0, 8, kept.ndim]) + np.array(kept.shape, ">i4").tobytes()
+            with atomic(DATA / "fashion" / f"{name}-{kind}-ubyte.gz") as tmp: tmp.write_bytes(gzip.compress(header + kept.tobytes(), 9, mtime=0))
 
 
 if __name__ == "__main__":
-    digits_encoder()
-    print(json.dumps(json.loads((folder / "digits_encoder.json").read_text()), indent=1))
+    for name in sys.argv[1:] or ("digits_encoder", "fashion_encoder", "fashion"): globals()[name]()

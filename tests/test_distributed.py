@@ -1,0 +1,65 @@
+"Two real processes, with the same global batch, give the losses of one: denoiser and guard. Labels follow the image, not the process."
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpsample.ddpm import MLPDenoiser
+from cpsample.sources import load_fashion
+from cpsample.training import CONFIGS, Together, fit, train_denoiser
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over fork")
+STEPS = 50
+CONFIG = replace(CONFIGS["fashion"].tiny(), steps=STEPS, batch_size=16, every=25, guard_steps=STEPS, mirror=True)
+
+
+def both(folder, accelerator=None):
+    "50 steps of denoiser and guard; each process writes its losses and what labels it saw."
+    from cpsample.classifier import member_labels
+    from cpsample.data import pixels
+    from cpsample.protect import fit_guard
+    from cpsample.schedule import make_schedule
+    from cpsample.unet import UNetClassifier
+    torch.set_num_threads(1)
+    x = load_fashion(small=True)[0][:40]
+    _, schedule, losses = train_denoiser(CONFIG, x, folder, accelerator=accelerator, progress=False)
+    torch.manual_seed(0)
+    classifier, found = UNetClassifier((1, 28, 28), 8, width=8), []
+    def drive(model, loss, data, steps, **how): found.extend(fit(model, loss, data, steps, folder / "guard.safetensors", accelerator=accelerator, progress=False, **how)[1])
+    fit_guard(pixels(x), make_schedule(), steps=STEPS, batch_size=16, classifier=classifier, drive=drive)
+    rank = accelerator.process_index if accelerator else 0
+    (folder / f"{rank}.json").write_text(json.dumps({"denoiser": losses, "guard": found, "labels": member_labels(x, 8, 0).tolist()}))
+
+
+def worker(folder):
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    both(folder, accelerator)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    launcher = pytest.importorskip("accelerate").debug_launcher
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir(), together.mkdir()
+    both(alone)
+    launcher(worker, args=(together,), num_processes=2)
+    one, *two = (json.loads(p.read_text()) for p in (alone / "0.json", together / "0.json", together / "1.json"))
+    for part in ("denoiser", "guard"):
+        for other in two: torch.testing.assert_close(torch.tensor(other[part]), torch.tensor(one[part]), atol=1e-4, rtol=0)
+        assert len(one[part]) == STEPS and one[part][-1] < one[part][0]
+    assert one["labels"] == two[0]["labels"] == two[1]["labels"]
+
+
+def odd_batch(folder):
+    from accelerate import Accelerator
+    try: Together(MLPDenoiser((1, 8, 8), 8))(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long)) if Accelerator(cpu=True).num_processes == 2 else None
+    except ValueError as error: (folder / f"{os.environ['RANK']}.txt").write_text(str(error))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    pytest.importorskip("accelerate").debug_launcher(odd_batch, args=(tmp_path,), num_processes=2)
+    assert all("make it a multiple of 2" in (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
