@@ -108,7 +108,7 @@ def several_processes():
     "An accelerator when `accelerate launch` started several processes, None otherwise."
     return need("accelerate", "diffusers").Accelerator() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
-# %% ../nbs/cli.ipynb #2dc480ef
+# %% ../nbs/cli.ipynb #edb0acce
 @app.command("train")
 def train_command(
     data: str = typer.Argument(help=f"A folder of images, or one of {', '.join(IMAGE_SETS)}."),
@@ -138,19 +138,24 @@ def train_command(
         members = x if images is None else split(x, {"members": images, "others": None}, seed).of(x, "members")
         base = load_model(start)[0] if start else None
         writable(out)
-        about = {"data": data if data in IMAGE_SETS else str(Path(data).resolve()), "size": size, "channels": x.shape[1], "images": images, "fingerprint": fingerprint(x), "from": str(start) if start else None, "config": asdict(config)}
-        save_json(out / "run.json", about)
+        place = data if data in IMAGE_SETS else str(Path(data).resolve())
+        save_json(out / "run.json", {"data": place, "size": size, "channels": x.shape[1], "images": images, "fingerprint": fingerprint(x),
+                                     "from": str(start) if start else None, "config": asdict(config)})
         accelerator = several_processes()
-        def grid(step, slow): save_picture(out / f"samples-{step:06d}.png", show_grid(draw_images(slow, make_schedule(config.schedule), members.shape[1:], 20, config.sample_steps, 0, on_device(device))).figure)
-        train_denoiser(config, members, out, base, grid, accelerator, accelerator.device if accelerator else on_device(device), compile)
+        where = accelerator.device if accelerator else on_device(device)
+        def grid(step, slow):
+            x = draw_images(slow, make_schedule(config.schedule), members.shape[1:], 20, config.sample_steps, 0, where)
+            save_picture(out / f"samples-{step:06d}.png", show_grid(x).figure)
+        train_denoiser(config, members, out, base, grid, accelerator, where, compile)
         print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
-# %% ../nbs/cli.ipynb #47fe60a3
+# %% ../nbs/cli.ipynb #0a80bedb
 def draw_images(model, schedule, shape, n, steps, seed, device="cpu", chunk=500, progress=False):
     "n images [n, C, H, W] in [−1, 1] by DDPM sampling, `chunk` at a time, from the noise of `seed`."
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(chunk, n - i) for i in range(0, n, chunk)]
-    return torch.cat([last(sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device)).cpu() for k in tqdm(sizes, desc="sampling", disable=not progress)])
+    bar = tqdm(sizes, desc="sampling", disable=not progress)
+    return torch.cat([last(sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device)).cpu() for k in bar])
 
 @app.command("guard")
 def guard_command(
@@ -169,10 +174,11 @@ def guard_command(
         config = Config(**about["config"])
         if steps is not None: config = replace(config, guard_steps=steps)
         accelerator = several_processes()
-        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, run / "guard", preset, accelerator, accelerator.device if accelerator else on_device(device))
-        report = guard.report
-        at = report["levels"].index(report["level"])
-        print(f"Certain of {report['coverage'][at]:.1%} of {report['n_train']} training images and of {report['false_alarms'][at]:.1%} of {report['n_held_out']} others at t = {report['level']}: {run / 'guard.safetensors'}")
+        where = accelerator.device if accelerator else on_device(device)
+        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, run / "guard", preset, accelerator, where)
+        r, at = guard.report, guard.report["levels"].index(guard.report["level"])
+        print(f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "
+              f"at t = {r['level']}: {run / 'guard.safetensors'}")
 
 @app.command("sample")
 def sample_command(
@@ -188,8 +194,10 @@ def sample_command(
     with one_line_errors():
         if n < 1: raise ValueError(f"-n must be at least 1, got {n}")
         if not (run / "run.json").exists(): raise FileNotFoundError(f"{run} holds no run: cpsample train DATA --out {run} makes one")
-        about, (model, schedule, _), where = json.loads((run / "run.json").read_text()), load_model(run / "model.safetensors"), on_device(device)
-        if not unguarded and not (run / "guard.safetensors").exists(): raise FileNotFoundError(f"{run} has no guard: cpsample guard {run} trains one, or ask for --unguarded images")
+        about, where = json.loads((run / "run.json").read_text()), on_device(device)
+        model, schedule, _ = load_model(run / "model.safetensors")
+        if not unguarded and not (run / "guard.safetensors").exists():
+            raise FileNotFoundError(f"{run} has no guard: cpsample guard {run} trains one, or ask for --unguarded images")
         timesteps(schedule.T, steps := steps or about["config"]["sample_steps"])
         writable(out.parent)
         denoiser = model.to(where)
@@ -198,7 +206,8 @@ def sample_command(
             guard.classifier.to(where)
             denoiser = protect(denoiser, guard)
         x = draw_images(denoiser, schedule, model.config["shape"], n, steps, seed, where, progress=True)
-        with atomic(out.with_suffix(".npz")) as tmp: np.savez_compressed(tmp, images=((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        with atomic(out.with_suffix(".npz")) as tmp: np.savez_compressed(tmp, images=as_bytes)
         save_picture(out.with_suffix(".png"), show_grid(x[:100]).figure)
         if not unguarded: print(f"The guard stepped in at {denoiser.certain / denoiser.rows:.1%} of all rows and steps.")
         print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")

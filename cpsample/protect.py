@@ -125,8 +125,9 @@ GUARDS = {
     "paper": dict(K=1, alpha=0.001, scale=1000.0, form="away", t_max=1000, t_power=1.0),
 }
 
-# %% ../nbs/05_protect.ipynb #983f54d0
-def fit_guard(members, schedule, reference=None, preset="default", steps=3000, batch_size=256, lr=1e-3, width=256, depth=3, classifier=None, drive=None, seed=0, progress=False, **settings):
+# %% ../nbs/05_protect.ipynb #30680e26
+def fit_guard(members, schedule, reference=None, preset="default", steps=3000, batch_size=256, lr=1e-3, width=256, depth=3, seed=0,
+              classifier=None, drive=None, progress=False, **settings):
     """Train a label classifier on `members` [N, ...] and return it as a `Guard`: about half a minute for 100 digits on two CPU cores.
 
     reference [M, ...]: images of the same kind that are *not* members, to stay undecided about (default: none);
@@ -229,15 +230,14 @@ def save_guard(guard, path):
     with atomic(f"{path}.safetensors", 0o600) as tmp: save_file(tensors, tmp, {"guard": json.dumps(record)})
     with atomic(f"{path}.json", 0o600) as tmp: tmp.write_text(json.dumps(record, indent=1) + "\n")
 
-# %% ../nbs/05_protect.ipynb #d39d0c4c
+# %% ../nbs/05_protect.ipynb #3915869a
 def load_guard(path, classifier=None):
     """Read `path`.safetensors as written by `save_guard`.
 
     classifier: an instance to fill with the weights when the architecture is not one of `NETWORKS` (default: rebuilt).
     Raises FileNotFoundError, or ValueError when the file is no guard or its network is unknown or another one.
     """
-    path = Path(f"{path}.safetensors")
-    if not path.exists(): raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
+    if not (path := Path(f"{path}.safetensors")).exists(): raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
     try:
         with safe_open(path, "pt") as file:
             record, tensors = json.loads(file.metadata()["guard"]), {k: file.get_tensor(k) for k in file.keys()}

@@ -6,9 +6,8 @@
 __all__ = ['SPACES', 'FashionEncoder', 'fashion_encoder', 'inception_features', 'features', 'kid', 'precision_recall', 'mifid',
            'quality']
 
-# %% ../nbs/09_quality.ipynb #f1c570cc
+# %% ../nbs/09_quality.ipynb #edfbe141
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 

@@ -52,7 +52,7 @@ def save_progress(path, progress, run):
     state |= {"generator": progress.generator.get_state(), "global": torch.get_rng_state(), "losses": torch.tensor(progress.losses, dtype=torch.float64)}
     with atomic(path) as tmp: write_tensors(state, tmp, {"run": json.dumps(run)})
 
-# %% ../nbs/08_training.ipynb #a00ff09d
+# %% ../nbs/08_training.ipynb #e9c8abc7
 def load_progress(path, progress, run):
     "Fill `progress` from `path`, in place. Raises ValueError when the file is not a checkpoint or belongs to another run."
     try:
@@ -60,15 +60,15 @@ def load_progress(path, progress, run):
     except (SafetensorError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
     if other := [f"{k} {written.get(k)} there, {v} here" for k, v in json.loads(json.dumps(run)).items() if written.get(k) != v]:
         raise ValueError(f"{path} belongs to another run ({'; '.join(other)}): remove it or choose another folder")
-    for part in ("model", "slow"): getattr(progress, part).load_state_dict({k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")})
+    def part(name): return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+    progress.model.load_state_dict(part("model")), progress.slow.load_state_dict(part("slow"))
     for i, p in enumerate(progress.optimizer.param_groups[0]["params"]):
-        mine = {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"optimizer.{i}.")}
-        progress.optimizer.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) for k, v in mine.items()}
+        progress.optimizer.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) for k, v in part(f"optimizer.{i}").items()}
     progress.generator.set_state(state["generator"])
     torch.set_rng_state(state["global"])
     progress.losses[:] = state["losses"].tolist()
 
-# %% ../nbs/08_training.ipynb #ff24ca0b
+# %% ../nbs/08_training.ipynb #f44ad52f
 def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="training", progress=True, after=None, accelerator=None, compile=False, generator=None, **how):
     """`train` with an average of the weights, a progress bar, and a checkpoint at `path` every `every` steps, from which it goes on.
 
@@ -90,7 +90,9 @@ def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="train
             average(state.slow, model, record.step, beta)
             state.losses.append(record.loss)
             bar.update()
-            if record.step % 50 == 0: bar.set_postfix(loss=f"{sum(state.losses[-50:]) / 50:.4f}", images_per_second=int(how.get("batch_size", 256) * (bar.format_dict["rate"] or 0)))
+            if record.step % 50 == 0:
+                speed = how.get("batch_size", 256) * (bar.format_dict["rate"] or 0)
+                bar.set_postfix(loss=f"{sum(state.losses[-50:]) / 50:.4f}", images_per_second=f"{speed:.0f}")
             if main and (record.step % every == 0 or record.step == steps):
                 if path: save_progress(path, state, run)
                 if after: after(record.step, state.slow)
@@ -189,7 +191,7 @@ def load_model(path):
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error: raise ValueError(f"{path} cannot be read as a model: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False), schedule, record["made"]
 
-# %% ../nbs/08_training.ipynb #3b119ca9
+# %% ../nbs/08_training.ipynb #a154f919
 def train_denoiser(config, images, folder, start=None, after=None, accelerator=None, device="cpu", compile=False, progress=True):
     """Train the denoiser of `config` on images [N, C, H, W] and write it to folder/model.safetensors; returns (model, schedule, losses).
 
@@ -201,13 +203,14 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     loss = partial(ddpm_loss, schedule=schedule)
     if config.mirror: loss = mirrored(loss)
     if torch.device(device).type == "cuda": loss = half_precision(loss)
-    slow, losses = fit(model, loss, (images.to(device),), config.steps, Path(folder) / "checkpoint.safetensors", config.every, config.beta, "denoiser", progress, after, accelerator, compile,
-                       torch.Generator().manual_seed(config.seed), batch_size=config.batch_size, lr=config.lr, warmup=config.warmup, clip=config.clip)
+    how = dict(batch_size=config.batch_size, lr=config.lr, warmup=config.warmup, clip=config.clip, generator=torch.Generator().manual_seed(config.seed))
+    slow, losses = fit(model, loss, (images.to(device),), config.steps, Path(folder) / "checkpoint.safetensors", config.every, config.beta,
+                       name="denoiser", progress=progress, after=after, accelerator=accelerator, compile=compile, **how)
     made = {"config": config.data, "n": len(images), "steps": config.steps, "seed": config.seed, "data": fingerprint(images)}
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #1961f8b1
+# %% ../nbs/08_training.ipynb #51080c77
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
     """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
 
@@ -218,7 +221,8 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     members, others = pixels(members).to(device), pixels(others).to(device)
     held_out, reference = others[: len(others) // 4], others[len(others) // 4 :]
     name, K = "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier", GUARDS[preset]["K"]
-    network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard)).to(device, memory_format=torch.channels_last)
+    network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard))
+    network = network.to(device, memory_format=torch.channels_last)
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
         fit(model, loss, data, steps, f"{path}.checkpoint.safetensors", config.every, name="guard", progress=progress, accelerator=accelerator, **how)

@@ -19,7 +19,8 @@ def awake(module):
 
 
 @settings(max_examples=15, deadline=None)
-@given(channels=st.sampled_from([1, 3]), halvings=st.integers(0, 2), unshuffle=st.sampled_from([1, 2]), blocks=st.integers(1, 2), h=st.integers(1, 3), w=st.integers(1, 3), attention=st.booleans())
+@given(channels=st.sampled_from([1, 3]), halvings=st.integers(0, 2), unshuffle=st.sampled_from([1, 2]), blocks=st.integers(1, 2),
+       h=st.integers(1, 3), w=st.integers(1, 3), attention=st.booleans())
 def test_shapes_and_independent_rows(channels, halvings, unshuffle, blocks, h, w, attention):
     step = unshuffle * 2**halvings
     shape = (channels, 2 * h * step, 2 * w * step)

@@ -40,7 +40,8 @@ def fashion_encoder(seed=0, steps=2500):
 
 def ship(name, tensors, record, seed, start):
     with atomic(DATA / "weights" / f"{name}.safetensors") as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
-    record = {"name": record.pop("name"), "command": f"python tools/weights.py {name}", **provenance(), "seed": seed, **record, "wall_seconds": round(time.perf_counter() - start, 1)}
+    record = {"name": record.pop("name"), "command": f"python tools/weights.py {name}", **provenance(), "seed": seed, **record,
+              "wall_seconds": round(time.perf_counter() - start, 1)}
     save_json(DATA / "weights" / f"{name}.json", record)
     print(json.dumps(record, indent=1))
 
