@@ -149,7 +149,7 @@ def train_command(
         train_denoiser(config, members, out, base, grid, accelerator, where, compile)
         print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
-# %% ../nbs/cli.ipynb #0a80bedb
+# %% ../nbs/cli.ipynb #f8766f78
 def draw_images(model, schedule, shape, n, steps, seed, device="cpu", chunk=500, progress=False):
     "n images [n, C, H, W] in [−1, 1] by DDPM sampling, `chunk` at a time, from the noise of `seed`."
     generator = torch.Generator().manual_seed(seed)
@@ -176,6 +176,7 @@ def guard_command(
         accelerator = several_processes()
         where = accelerator.device if accelerator else on_device(device)
         guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, run / "guard", preset, accelerator, where)
+        if guard.report is None: return print(f"As printed in the paper, and not calibrated: {run / 'guard.safetensors'}")
         r, at = guard.report, guard.report["levels"].index(guard.report["level"])
         print(f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "
               f"at t = {r['level']}: {run / 'guard.safetensors'}")

@@ -135,12 +135,12 @@ def half_precision(loss, device_type="cuda"):
         with torch.autocast(device_type, torch.bfloat16, cache_enabled=False): return loss(model, *batch, generator=generator)
     return cast
 
-# %% ../nbs/08_training.ipynb #a3568d53
+# %% ../nbs/08_training.ipynb #18d6510b
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a training run. data: a name of `load_images` or a folder; shape (C, H, W); network, options: see
     `build_network`; batch_size, lr, warmup, clip, steps: see `train`; beta: of the average; mirror: train on mirrored images too;
-    every: steps between checkpoints; sample_steps: network calls per sample; guard: options of the label classifier, and guard_steps.
+    every: steps between checkpoints; sample_steps: network calls per sample; guard: options of the label classifier, and guard_steps, guard_batch_size of its training.
     """
     data: str
     shape: tuple
@@ -158,11 +158,13 @@ class Config:
     sample_steps: int = 50
     guard: dict = field(default_factory=dict)
     guard_steps: int = 2000
+    guard_batch_size: int = 256
     seed: int = 0
 
     def tiny(self):
         "The same run for impatient people and for tests: a narrow network and twenty steps."
-        return replace(self, options=self.options | {"width": 8}, guard=self.guard | {"width": 8}, steps=20, batch_size=8, every=10, sample_steps=4, guard_steps=20)
+        narrow = dict(options=self.options | {"width": 8}, guard=self.guard | {"width": 8})
+        return replace(self, **narrow, steps=20, batch_size=8, every=10, sample_steps=4, guard_steps=20, guard_batch_size=64)
 
 # %% ../nbs/08_training.ipynb #b387081a
 CONFIGS = {
@@ -210,11 +212,12 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #51080c77
+# %% ../nbs/08_training.ipynb #129171d6
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
     """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
 
     others [M, C, H, W]: images of the same kind that are no members; a quarter is kept for calibration, the rest is the reference.
+    The preset "paper" takes no reference images and is written as printed, without calibration.
     Goes on from `path`.checkpoint.safetensors if it is there. Raises ValueError when the guard covers too little.
     """
     if len(others) < 8: raise ValueError(f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}")
@@ -226,7 +229,8 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
         fit(model, loss, data, steps, f"{path}.checkpoint.safetensors", config.every, name="guard", progress=progress, accelerator=accelerator, **how)
-    guard = fit_guard(members, schedule, reference, preset, config.guard_steps, classifier=network, drive=drive, seed=config.seed)
-    calibrate(guard, members, held_out)
+    if preset == "paper": reference = None
+    guard = fit_guard(members, schedule, reference, preset, config.guard_steps, config.guard_batch_size, classifier=network, drive=drive, seed=config.seed)
+    if preset != "paper": calibrate(guard, members, held_out)
     if accelerator is None or accelerator.is_main_process: save_guard(guard, path)
     return guard

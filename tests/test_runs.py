@@ -109,3 +109,9 @@ def test_sampling_without_a_guard_has_to_be_asked_for(tmp_path):
     assert call("train", "fashion-small", "--images", 4, "--tiny", "--out", tmp_path / "run").exit_code == 0
     refused("--unguarded", "sample", tmp_path / "run", "--out", tmp_path / "s")
     assert call("sample", tmp_path / "run", "--unguarded", "--out", tmp_path / "s", "-n", 3).exit_code == 0
+
+
+def test_the_papers_guard_is_written_as_printed(tmp_path):
+    assert call(*TRAIN, "--out", tmp_path).exit_code == 0
+    assert "not calibrated" in call("guard", tmp_path, "--preset", "paper", "--steps", 5).stdout
+    with pytest.warns(UserWarning, match="nobody has measured"): assert call("sample", tmp_path, "-n", 4, "--out", tmp_path / "s").exit_code == 0
