@@ -14,12 +14,13 @@ from torch import nn
 from .data import check_images, data_path, need
 from .memorization import digit_features, frechet_distance
 
-# %% ../nbs/09_quality.ipynb #621f79a3
+# %% ../nbs/09_quality.ipynb #612c844b
 class FashionEncoder(nn.Module):
     "The feature space `fashion-conv-64`: the last hidden layer (64 numbers) of a small network that recognises Fashion-MNIST."
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 49, 64), nn.SiLU())
+        self.features = nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(),
+                                      nn.Linear(64 * 49, 64), nn.SiLU(), nn.LayerNorm(64, elementwise_affine=False))
         self.classes = nn.Linear(64, 10)
 
     def forward(self, x): return self.classes(self.features(x))

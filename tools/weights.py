@@ -27,11 +27,18 @@ def digits_encoder(seed=0):
     ship("digits_encoder", encoder.state_dict(), {"name": "digits-mlp-64", "data": "all 1,797 digits of scikit-learn", "train_accuracy": accuracy}, seed, start)
 
 
-def fashion_encoder(seed=0, steps=2500):
+def moved(loss, most=2):
+    "The loss on a batch that is moved by up to `most` pixels in both directions."
+    def move(model, x, *targets, generator=None):
+        return loss(model, x.roll(torch.randint(-most, most + 1, (2,), generator=generator).tolist(), (-2, -1)), *targets, generator=generator)
+    return move
+
+
+def fashion_encoder(seed=0, steps=4000):
     "The feature space `fashion-conv-64` of the distances on Fashion-MNIST, stored in float16."
     start, (x, y), (u, v) = time.perf_counter(), load_fashion(), load_fashion("test")
     encoder = seeded(seed, FashionEncoder)
-    run(train(encoder, class_loss, (x, y), steps, batch_size=128, generator=torch.Generator().manual_seed(seed)), steps)
+    run(train(encoder, moved(class_loss), (x, y), steps, batch_size=128, generator=torch.Generator().manual_seed(seed)), steps)
     half = {k: w.half() for k, w in encoder.state_dict().items()}
     encoder.load_state_dict(half)
     with torch.no_grad(): accuracy = (encoder.eval()(pixels(u)).argmax(1) == v).float().mean().item()
