@@ -30,7 +30,7 @@ def average(slow, fast, n, beta=0.999):
     "Move the parameters of `slow` towards those of `fast`, after step n: θ̄ ← β_n·θ̄ + (1−β_n)·θ with β_n = min(β, (1+n)/(10+n))."
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - min(beta, (1 + n) / (10 + n)))
 
-# %% ../nbs/08_training.ipynb #6d63e91e
+# %% ../nbs/08_training.ipynb #9d6efc56
 @dataclass
 class Progress:
     "All that the next training step depends on, with the average of the weights and the losses so far."
@@ -46,11 +46,11 @@ def write_tensors(tensors, path, header):
     except SafetensorError as error: raise OSError(f"cannot write {path}: {error}") from error
 
 def save_progress(path, progress, run):
-    "Write `progress` to `path` (safetensors), whole or not at all; `run` (a dict) says which run it belongs to."
+    "Write `progress` to `path` (safetensors, for its owner's eyes), whole or not at all; `run` (a dict) says which run it belongs to."
     state = {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in progress.optimizer.state_dict()["state"].items() for k, v in s.items()}
     state |= {f"{part}.{k}": v for part in ("model", "slow") for k, v in getattr(progress, part).state_dict().items()}
     state |= {"generator": progress.generator.get_state(), "global": torch.get_rng_state(), "losses": torch.tensor(progress.losses, dtype=torch.float64)}
-    with atomic(path) as tmp: write_tensors(state, tmp, {"run": json.dumps(run)})
+    with atomic(path, 0o600) as tmp: write_tensors(state, tmp, {"run": json.dumps(run)})
 
 # %% ../nbs/08_training.ipynb #e9c8abc7
 def load_progress(path, progress, run):
@@ -212,13 +212,13 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #129171d6
+# %% ../nbs/08_training.ipynb #4a133a33
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
     """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
 
     others [M, C, H, W]: images of the same kind that are no members; a quarter is kept for calibration, the rest is the reference.
     The preset "paper" takes no reference images and is written as printed, without calibration.
-    Goes on from `path`.checkpoint.safetensors if it is there. Raises ValueError when the guard covers too little.
+    Goes on from `path`.checkpoint.safetensors if it is there, and removes it at the end. Raises ValueError when the guard covers too little.
     """
     if len(others) < 8: raise ValueError(f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}")
     members, others = pixels(members).to(device), pixels(others).to(device)
@@ -226,11 +226,15 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     name, K = "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier", GUARDS[preset]["K"]
     network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard))
     network = network.to(device, memory_format=torch.channels_last)
+    checkpoint, main = Path(f"{path}.checkpoint.safetensors"), accelerator is None or accelerator.is_main_process
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
-        fit(model, loss, data, steps, f"{path}.checkpoint.safetensors", config.every, name="guard", progress=progress, accelerator=accelerator, **how)
+        fit(model, loss, data, steps, checkpoint, config.every, name="guard", progress=progress, accelerator=accelerator, **how)
     if preset == "paper": reference = None
     guard = fit_guard(members, schedule, reference, preset, config.guard_steps, config.guard_batch_size, classifier=network, drive=drive, seed=config.seed)
-    if preset != "paper": calibrate(guard, members, held_out)
-    if accelerator is None or accelerator.is_main_process: save_guard(guard, path)
+    try:
+        if preset != "paper": calibrate(guard, members, held_out)
+        if main: save_guard(guard, path)
+    finally:
+        if main: checkpoint.unlink(missing_ok=True)     # a refused guard starts afresh, with more steps
     return guard
