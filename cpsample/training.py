@@ -212,7 +212,7 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #4a133a33
+# %% ../nbs/08_training.ipynb #e21f7111
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
     """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
 
@@ -220,6 +220,7 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     The preset "paper" takes no reference images and is written as printed, without calibration.
     Goes on from `path`.checkpoint.safetensors if it is there, and removes it at the end. Raises ValueError when the guard covers too little.
     """
+    if preset not in GUARDS: raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
     if len(others) < 8: raise ValueError(f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}")
     members, others = pixels(members).to(device), pixels(others).to(device)
     held_out, reference = others[: len(others) // 4], others[len(others) // 4 :]

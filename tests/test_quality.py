@@ -61,7 +61,7 @@ def test_blur_noise_and_collapse_are_seen_where_they_should_be():
     x = pixels(load_fashion("test", small=True)[0])
     a, b = x[:1000], x[1000:]
     good, noisy, few = quality(a, b), quality((a + torch.randn(a.shape, generator=G)).clamp(-1, 1), b), quality(a[:10].repeat(100, 1, 1, 1), b)
-    assert noisy["fd"] > 10 * good["fd"] and noisy["precision"] < 0.5 * good["precision"]
+    assert noisy["fd"] > 10 * good["fd"] and noisy["precision"] < good["precision"] - 0.15 and noisy["recall"] < 0.5 * good["recall"]
     assert few["recall"] < 0.2 < 0.6 < good["recall"] and few["fd"] > 3 * good["fd"] and few["kid"] > good["kid"]
 
 

@@ -62,9 +62,9 @@ def test_fine_tuning_from_a_model(run, tmp_path):
     assert load_model(tmp_path / "tuned" / "model.safetensors")[0].config == load_model(run / "model.safetensors")[0].config
 
 
-def pictures(folder, n, broken=False):
+def pictures(folder, n, broken=False, first=0):
     folder.mkdir()
-    for i in range(n): Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    for i in range(n): Image.fromarray(np.random.default_rng(first + i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     if broken: (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])
     return folder
 
@@ -73,8 +73,8 @@ def test_a_folder_of_three_images(tmp_path):
     mine = pictures(tmp_path / "mine", 3)
     assert call("train", mine, "--size", 16, "--tiny", "--out", tmp_path / "run").exit_code == 0
     refused("--reference FOLDER", "guard", tmp_path / "run")
-    refused("at least 8", "guard", tmp_path / "run", "--reference", pictures(tmp_path / "few", 2))
-    refused("certain of", "guard", tmp_path / "run", "--reference", pictures(tmp_path / "others", 12), "--steps", 1)
+    refused("at least 8", "guard", tmp_path / "run", "--reference", pictures(tmp_path / "few", 2, first=100))
+    refused("certain of", "guard", tmp_path / "run", "--reference", pictures(tmp_path / "others", 12, first=100), "--steps", 1)
     (mine / "1.jpg").unlink()
     refused("not those that", "guard", tmp_path / "run")
 
