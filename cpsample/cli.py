@@ -108,7 +108,7 @@ def several_processes():
     "An accelerator when `accelerate launch` started several processes, None otherwise."
     return need("accelerate", "diffusers").Accelerator() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
-# %% ../nbs/cli.ipynb #edb0acce
+# %% ../nbs/cli.ipynb #0065c503
 @app.command("train")
 def train_command(
     data: str = typer.Argument(help=f"A folder of images, or one of {', '.join(IMAGE_SETS)}."),
@@ -136,7 +136,10 @@ def train_command(
         if min(config.steps, config.batch_size) < 1 or not config.lr > 0: raise ValueError("steps and batch_size must be at least 1, and lr above 0")
         x = read_data(data, size, 1 if grey else 3, strict)
         members = x if images is None else split(x, {"members": images, "others": None}, seed).of(x, "members")
-        base = load_model(start)[0] if start else None
+        base = None
+        if start:
+            base, its_schedule, _ = load_model(start)
+            config = replace(config, schedule=its_schedule.name)
         writable(out)
         place = data if data in IMAGE_SETS else str(Path(data).resolve())
         save_json(out / "run.json", {"data": place, "size": size, "channels": x.shape[1], "images": images, "fingerprint": fingerprint(x),

@@ -196,7 +196,7 @@ def distinct(x):
     "The row numbers of x without exact repeats: int64, ascending. Near-duplicates (re-encoded images) count as distinct."
     return first_rows(x).unique()
 
-# %% ../nbs/01_data.ipynb #3075b281
+# %% ../nbs/01_data.ipynb #153ed020
 @contextlib.contextmanager
 def atomic(path, mode=None):
     """A temporary path beside `path`, renamed to it when the block ends well and deleted when it does not.
@@ -209,6 +209,7 @@ def atomic(path, mode=None):
     os.close(handle)
     try:
         yield Path(name)
+        with open(name, "rb+") as written: os.fsync(written)     # on the disk before the name is, should the power fail
         os.chmod(name, 0o666 & ~umask if mode is None else mode)
         os.replace(name, path)
     finally:

@@ -6,7 +6,9 @@
 __all__ = ['SPACES', 'FashionEncoder', 'fashion_encoder', 'inception_features', 'features', 'kid', 'precision_recall', 'mifid',
            'quality']
 
-# %% ../nbs/09_quality.ipynb #edfbe141
+# %% ../nbs/09_quality.ipynb #38f55fe9
+import functools
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -31,14 +33,18 @@ def fashion_encoder():
     encoder.load_state_dict({k: v.float() for k, v in load_file(data_path("weights/fashion_encoder.safetensors")).items()})
     return encoder.eval().requires_grad_(False)
 
-# %% ../nbs/09_quality.ipynb #8cee18ce
-def inception_features(x):
-    "Inception-v3 features [B, 2048] of images x [B, 1 or 3, H, W] in [−1, 1]. Raises OSError when the weights cannot be had."
+# %% ../nbs/09_quality.ipynb #44f61a25
+@functools.cache
+def _inception():
     extractor = need("torch_fidelity.feature_extractor_inceptionv3", "metrics").FeatureExtractorInceptionV3
-    try: network = extractor("inception-v3-compat", ["2048"])
+    try: return extractor("inception-v3-compat", ["2048"]).eval()
     except Exception as error:
         raise OSError("the Inception weights are not in torch's cache and cannot be downloaded: connect to the network, or use another feature space") from error
-    return network.to(x.device).eval()(((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1))[0]
+
+def inception_features(x, chunk=50):
+    "Inception-v3 features [B, 2048] of images x [B, 1 or 3, H, W] in [−1, 1]. Raises OSError when the weights cannot be had."
+    as_bytes, network = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1), _inception().to(x.device)
+    return torch.cat([network(part)[0] for part in as_bytes.split(chunk)])
 
 SPACES = {"digits-mlp-64": digit_features, "fashion-conv-64": lambda x: fashion_encoder().to(x.device).features(x), "inception-2048": inception_features}
 
@@ -48,7 +54,7 @@ def features(x, space="fashion-conv-64", chunk=1000):
     if space not in SPACES: raise ValueError(f"unknown feature space {space!r}: choose one of {', '.join(SPACES)}")
     return torch.cat([SPACES[space](part) for part in check_images(x).split(chunk)])
 
-# %% ../nbs/09_quality.ipynb #f0985916
+# %% ../nbs/09_quality.ipynb #f1035bdc
 class _Features(nn.Identity):
     "Tells torchmetrics that what it is given are features already."
     def __init__(self, d):
@@ -63,9 +69,11 @@ def _torchmetrics(name, first, second, **settings):
 
 def kid(a, b, subsets=100, subset_size=1000, seed=0):
     "(mean, standard deviation) over random subsets of the kernel distance of features a [n, D] and b [m, D] (Bińkowski et al. 2018)."
+    size = min(subset_size, len(a), len(b))
+    if size == len(a) == len(b): subsets = 1            # they would all be the same
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return tuple(float(v) for v in _torchmetrics("KernelInceptionDistance", a, b, subsets=subsets, subset_size=min(subset_size, len(a), len(b))))
+        torch.default_generator.manual_seed(seed)
+        return tuple(float(v) for v in _torchmetrics("KernelInceptionDistance", a, b, subsets=subsets, subset_size=size))
 
 def precision_recall(generated, real, k=3):
     "Precision and recall of generated features [n, D] against real ones [m, D] (Kynkäänniemi et al. 2019), with balls to the k-th neighbour."
@@ -75,9 +83,9 @@ def mifid(generated, training, tau=0.1):
     "Memorization-informed Fréchet distance of generated features [n, D] to those of the training images [m, D] (Bai et al. 2021)."
     return float(_torchmetrics("MemorizationInformedFrechetInceptionDistance", generated, training, cosine_distance_eps=tau))
 
-# %% ../nbs/09_quality.ipynb #3c5ebe54
+# %% ../nbs/09_quality.ipynb #53c6463f
 def quality(x, real, train=None, baseline=None, space="fashion-conv-64"):
-    """All measures of images x [n, ...] against `real` ones [m, ...], as a dict; for a `baseline`, another real batch, too: keys `…_real`.
+    """All measures of images x [n, ...] against `real` ones [m, ...], as a dict; for a `baseline`, n other real images, too: keys `…_real`.
 
     train: training images, for MiFID (default: left out); space: a key of `SPACES`. Distances depend on n: compare at equal n.
     """

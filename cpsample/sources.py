@@ -23,7 +23,7 @@ def read_idx(path):
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
 
-# %% ../nbs/sources.ipynb #723e45a2
+# %% ../nbs/sources.ipynb #4c55ef6e
 CACHE = Path(os.environ.get("CPSAMPLE_CACHE", Path.home() / ".cache" / "cpsample"))
 
 def downloaded(make, name):
@@ -31,7 +31,8 @@ def downloaded(make, name):
     CACHE.mkdir(parents=True, exist_ok=True)
     try: return make(str(CACHE))
     except Exception as error:
-        raise OSError(f"{name} is not in {CACHE} and cannot be downloaded ({str(error).splitlines()[0]}): put it there, or connect to the network") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name} is not in {CACHE} and cannot be downloaded ({why}): put it there, or connect to the network") from error
 
 def load_fashion(part="train", small=False):
     """Fashion-MNIST: images uint8 [N, 1, 28, 28] and classes int64 [N]; part "train" (60,000) or "test" (10,000).
@@ -68,37 +69,43 @@ def load_crops(size=32):
     cuts = [p.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).transpose(0, 1) for p in photos]
     return torch.cat(cuts).contiguous(), torch.arange(len(cuts)).repeat_interleave(torch.tensor([len(c) for c in cuts]))
 
-# %% ../nbs/sources.ipynb #82e4fefc
+# %% ../nbs/sources.ipynb #ad541c0e
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def read_image(path, size, channels=3):
-    "One image file as uint8 [channels, size, size]: turned as EXIF says, on white, middle square, resized. Raises OSError if it is broken."
+    """One image file as uint8 [channels, size, size]: turned as EXIF says, on white, middle square, resized; the first frame of several.
+
+    Raises OSError, SyntaxError or ValueError (all of Pillow's) if it is broken.
+    """
     from PIL import Image, ImageOps
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((values * (255 / 65535 if image.mode != "F" and values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+            top = next((top for top in (1 if image.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
+            image = Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
 
-# %% ../nbs/sources.ipynb #6162569b
+# %% ../nbs/sources.ipynb #2521c146
 def load_folder(folder, size=32, channels=3, strict=False, progress=False):
     """All images below `folder`, in the order of their paths: uint8 [N, channels, size, size] and the list of N paths.
 
     A file that cannot be read is skipped with a warning that names it; with `strict` it raises OSError.
     Raises ValueError for a folder without images, or when channels is not 1 or 3.
     """
+    from PIL import Image
     if channels not in (1, 3): raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
     if not Path(folder).is_dir(): raise ValueError(f"{folder} is not a folder: give one that holds images")
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    paths = sorted(Path(folder).rglob("*"), key=Path.as_posix)
+    paths = [p for p in paths if p.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not paths: raise ValueError(f"no images in {folder}: looked for files ending in {', '.join(sorted(SUFFIXES))}")
     images, kept = [], []
     for path in tqdm(paths, desc="reading", disable=not progress):
         try: images.append(read_image(path, size, channels))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if strict: raise OSError(f"{path} cannot be read as an image: {error}") from error
             warnings.warn(f"skipped {path}, it cannot be read as an image: {error}", stacklevel=2)
         else: kept.append(path)

@@ -52,7 +52,7 @@ def save_progress(path, progress, run):
     state |= {"generator": progress.generator.get_state(), "global": torch.get_rng_state(), "losses": torch.tensor(progress.losses, dtype=torch.float64)}
     with atomic(path, 0o600) as tmp: write_tensors(state, tmp, {"run": json.dumps(run)})
 
-# %% ../nbs/08_training.ipynb #e9c8abc7
+# %% ../nbs/08_training.ipynb #f39a9e08
 def load_progress(path, progress, run):
     "Fill `progress` from `path`, in place. Raises ValueError when the file is not a checkpoint or belongs to another run."
     try:
@@ -61,27 +61,31 @@ def load_progress(path, progress, run):
     if other := [f"{k} {written.get(k)} there, {v} here" for k, v in json.loads(json.dumps(run)).items() if written.get(k) != v]:
         raise ValueError(f"{path} belongs to another run ({'; '.join(other)}): remove it or choose another folder")
     def part(name): return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-    progress.model.load_state_dict(part("model")), progress.slow.load_state_dict(part("slow"))
+    try: progress.model.load_state_dict(part("model")), progress.slow.load_state_dict(part("slow"))
+    except RuntimeError as error: raise ValueError(f"{path} is not a checkpoint of this network: remove it or choose another folder") from error
     for i, p in enumerate(progress.optimizer.param_groups[0]["params"]):
         progress.optimizer.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) for k, v in part(f"optimizer.{i}").items()}
     progress.generator.set_state(state["generator"])
     torch.set_rng_state(state["global"])
     progress.losses[:] = state["losses"].tolist()
 
-# %% ../nbs/08_training.ipynb #f44ad52f
-def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="training", progress=True, after=None, accelerator=None, compile=False, generator=None, **how):
+# %% ../nbs/08_training.ipynb #8a0935c7
+def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="training", about=None, progress=True, after=None, accelerator=None, compile=False,
+        generator=None, **how):
     """`train` with an average of the weights, a progress bar, and a checkpoint at `path` every `every` steps, from which it goes on.
 
-    model is trained in place; loss, data, steps and `how` as for `train`; beta: decay of the average; after(step, average): called
-    after each checkpoint, to draw samples for example; accelerator: of Hugging Face accelerate, for several processes; compile: use
-    torch.compile. Returns (average, losses). Raises ValueError when the checkpoint is of another run.
+    model is trained in place, to its last weights; loss, data, steps and `how` as for `train`; beta: decay of the average; about: what
+    else the run is, as a dict, to recognise its checkpoint by; after(step, average): called after each checkpoint, by the main process;
+    accelerator: of Hugging Face accelerate, for several processes, which must all see `path`; compile: use torch.compile.
+    Returns (average, losses). Raises ValueError when the checkpoint is of another run.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     state = Progress(model, copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters(), fused=True), generator, [])
-    run = {"network": type(model).__name__, "steps": steps, "data": fingerprint(data[0]), "beta": beta} | {k: v for k, v in how.items() if isinstance(v, int | float)}
+    run = {"network": type(model).__name__, "options": getattr(model, "config", None), "steps": steps, "beta": beta, "seed": generator.initial_seed()}
+    run |= {"data": [fingerprint(d) for d in data]} | {k: v for k, v in how.items() if isinstance(v, int | float)} | (about or {})
     if path:
-        for left in Path(path).parent.glob(f".{Path(path).name}.*"): left.unlink(missing_ok=True)     # of a write that was killed
         if Path(path).exists(): load_progress(path, state, run)
+        for left in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"): left.unlink(missing_ok=True)     # of a write that was killed
     network, main = torch.compile(model) if compile else model, accelerator is None or accelerator.is_main_process
     if accelerator is not None and accelerator.num_processes > 1: network = Together(accelerator.prepare(network))
     training = train(network, loss, data, steps, start=len(state.losses), optimizer=state.optimizer, generator=generator, **how)
@@ -135,10 +139,10 @@ def half_precision(loss, device_type="cuda"):
         with torch.autocast(device_type, torch.bfloat16, cache_enabled=False): return loss(model, *batch, generator=generator)
     return cast
 
-# %% ../nbs/08_training.ipynb #18d6510b
+# %% ../nbs/08_training.ipynb #3698a3f7
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a training run. data: a name of `load_images` or a folder; shape (C, H, W); network, options: see
+    """Everything that decides a training run. data: a name of `load_images` or a folder; shape (C, H, W): of the images that it was made for; network, options: see
     `build_network`; batch_size, lr, warmup, clip, steps: see `train`; beta: of the average; mirror: train on mirrored images too;
     every: steps between checkpoints; sample_steps: network calls per sample; guard: options of the label classifier, and guard_steps, guard_batch_size of its training.
     """
@@ -193,26 +197,28 @@ def load_model(path):
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error: raise ValueError(f"{path} cannot be read as a model: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False), schedule, record["made"]
 
-# %% ../nbs/08_training.ipynb #a154f919
+# %% ../nbs/08_training.ipynb #909abd38
 def train_denoiser(config, images, folder, start=None, after=None, accelerator=None, device="cpu", compile=False, progress=True):
     """Train the denoiser of `config` on images [N, C, H, W] and write it to folder/model.safetensors; returns (model, schedule, losses).
 
     start: a model to fine-tune, in place (default: fresh weights). Goes on from folder/checkpoint.safetensors if it is there.
     """
     schedule = make_schedule(config.schedule)
+    if accelerator is not None: device = accelerator.device
     model = seeded(config.seed, lambda: build_network(config.network, {"shape": images.shape[1:]} | config.options)) if start is None else start.requires_grad_()
+    about = {"schedule": config.schedule, "mirror": config.mirror, "start": None if start is None else fingerprint(next(start.parameters()))}
     model = model.to(device, memory_format=torch.channels_last)
     loss = partial(ddpm_loss, schedule=schedule)
     if config.mirror: loss = mirrored(loss)
     if torch.device(device).type == "cuda": loss = half_precision(loss)
     how = dict(batch_size=config.batch_size, lr=config.lr, warmup=config.warmup, clip=config.clip, generator=torch.Generator().manual_seed(config.seed))
     slow, losses = fit(model, loss, (images.to(device),), config.steps, Path(folder) / "checkpoint.safetensors", config.every, config.beta,
-                       name="denoiser", progress=progress, after=after, accelerator=accelerator, compile=compile, **how)
+                       name="denoiser", about=about, progress=progress, after=after, accelerator=accelerator, compile=compile, **how)
     made = {"config": config.data, "n": len(images), "steps": config.steps, "seed": config.seed, "data": fingerprint(images)}
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #e21f7111
+# %% ../nbs/08_training.ipynb #6c4523de
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
     """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
 
@@ -222,6 +228,8 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     """
     if preset not in GUARDS: raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
     if len(others) < 8: raise ValueError(f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}")
+    if accelerator is not None: device = accelerator.device
+    others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(config.seed))]     # folders are often sorted
     members, others = pixels(members).to(device), pixels(others).to(device)
     held_out, reference = others[: len(others) // 4], others[len(others) // 4 :]
     name, K = "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier", GUARDS[preset]["K"]
@@ -230,12 +238,13 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     checkpoint, main = Path(f"{path}.checkpoint.safetensors"), accelerator is None or accelerator.is_main_process
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
-        fit(model, loss, data, steps, checkpoint, config.every, name="guard", progress=progress, accelerator=accelerator, **how)
+        fit(model, loss, data, steps, checkpoint, config.every, name="guard", about={"mirror": config.mirror}, progress=progress, accelerator=accelerator, **how)
     if preset == "paper": reference = None
     guard = fit_guard(members, schedule, reference, preset, config.guard_steps, config.guard_batch_size, classifier=network, drive=drive, seed=config.seed)
     try:
         if preset != "paper": calibrate(guard, members, held_out)
-        if main: save_guard(guard, path)
-    finally:
+    except ValueError:
         if main: checkpoint.unlink(missing_ok=True)     # a refused guard starts afresh, with more steps
+        raise
+    if main: save_guard(guard, path), checkpoint.unlink(missing_ok=True)
     return guard

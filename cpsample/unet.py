@@ -12,7 +12,7 @@ from torch import nn
 
 from .ddpm import time_embedding
 
-# %% ../nbs/07_unet.ipynb #da63d5b9
+# %% ../nbs/07_unet.ipynb #374eb2aa
 def group_norm(d): return nn.GroupNorm(min(8, d // 4), d)
 
 class ConvBlock(nn.Module):
@@ -24,18 +24,20 @@ class ConvBlock(nn.Module):
         self.time = nn.Linear(d_time, d_out)
         self.skip = nn.Identity() if d_in == d_out else nn.Conv2d(d_in, d_out, 1)
         nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, h, emb):
         r = self.conv1(F.silu(self.norm1(h))) + self.time(emb)[:, :, None, None]
         return self.skip(h) + self.conv2(F.silu(self.norm2(r)))
 
-# %% ../nbs/07_unet.ipynb #3ff14f1c
+# %% ../nbs/07_unet.ipynb #b3f478a6
 class SelfAttention(nn.Module):
-    "h + attention over all places of h [B, d, H, W], with heads of 32 channels (Vaswani et al. 2017, section 3.2)."
+    "h + attention over all places of h [B, d, H, W], with heads of 32 channels where they fit, else one head (Vaswani et al. 2017, section 3.2)."
     def __init__(self, d):
         super().__init__()
-        self.norm, self.qkv, self.out, self.heads = group_norm(d), nn.Conv2d(d, 3 * d, 1), nn.Conv2d(d, d, 1), max(1, d // 32)
+        self.norm, self.qkv, self.out, self.heads = group_norm(d), nn.Conv2d(d, 3 * d, 1), nn.Conv2d(d, d, 1), d // 32 if d % 32 == 0 else 1
         nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, h):
         B, d, H, W = h.shape

@@ -92,11 +92,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     x, path = load_digits()[0][:30], tmp_path / "c.safetensors"
-    def go(data=x, steps=4, **kw): fit(MLPDenoiser((1, 8, 8), 16), mean, (data,), steps, path, progress=False, **kw)
+    def go(data=x, steps=4, width=16, seed=0, **kw):
+        fit(MLPDenoiser((1, 8, 8), width), mean, (data,), steps, path, progress=False, generator=torch.Generator().manual_seed(seed), **kw)
     def mean(model, x0, generator): return model(x0, torch.zeros(len(x0), dtype=torch.long)).square().mean()
     go()
     go()
-    for kw in (dict(steps=5), dict(data=x[:20]), dict(lr=0.1), dict(batch_size=8)):
+    for kw in (dict(steps=5), dict(data=x[:20]), dict(lr=0.1), dict(batch_size=8), dict(width=8), dict(seed=1), dict(about={"schedule": "cosine"})):
         with pytest.raises(ValueError, match="belongs to another run") as caught: go(**kw)
         assert "\n" not in str(caught.value)
     for junk in (b"junk", path.read_bytes()[:-9]):

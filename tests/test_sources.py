@@ -116,3 +116,17 @@ def test_without_files_and_network_the_error_says_what_to_do(tmp_path, monkeypat
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
     with pytest.raises(OSError, match="CIFAR-10 is not in .* connect to the network") as caught: load_images("cifar10")
     assert "\n" not in str(caught.value)
+
+
+def test_float_and_32_bit_images(tmp_path):
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((9, 9), 200, np.int32)).save(tmp_path / "int.tif")
+    assert set(read_image(tmp_path / "float.tif", 8, 1).unique().tolist()) <= {127, 128} and (read_image(tmp_path / "int.tif", 8, 1) == 200).all()
+
+
+def test_hidden_folders_and_bombs(tmp_path, monkeypatch):
+    (tmp_path / ".thumbnails").mkdir()
+    for place in (tmp_path / ".thumbnails" / "t.png", tmp_path / "a.png", tmp_path / "big.png"): photo(60 if place.name == "big.png" else 9, 40).save(place)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.warns(UserWarning, match="big.png"): x, paths = load_folder(tmp_path, 8)
+    assert [p.name for p in paths] == ["a.png"]
