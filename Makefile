@@ -30,7 +30,11 @@ test: .venv/installed-dev  ## lint, freshness, unit tests, every notebook
 lab: .venv/installed-notebook  ## JupyterLab on the book
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
-bench: .venv/installed-dev  ## timings as ratios, into data/results/bench.json
+.venv/installed-bench: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	@touch $@
+
+bench: .venv/installed-bench  ## timings as ratios beside other libraries, into data/results/bench.json
 	$(BIN)/python tools/bench.py
 
 book: .venv/installed-dev  ## run every notebook, export the package, write the README
