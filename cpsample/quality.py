@@ -6,8 +6,8 @@
 __all__ = ['SPACES', 'FashionEncoder', 'fashion_encoder', 'inception_features', 'features', 'kid', 'precision_recall', 'mifid',
            'quality']
 
-# %% ../nbs/09_quality.ipynb #38f55fe9
-import functools
+# %% ../nbs/09_quality.ipynb #733276c3
+import functools, warnings
 
 import torch
 from safetensors.torch import load_file
@@ -54,7 +54,7 @@ def features(x, space="fashion-conv-64", chunk=1000):
     if space not in SPACES: raise ValueError(f"unknown feature space {space!r}: choose one of {', '.join(SPACES)}")
     return torch.cat([SPACES[space](part) for part in check_images(x).split(chunk)])
 
-# %% ../nbs/09_quality.ipynb #f1035bdc
+# %% ../nbs/09_quality.ipynb #1366400a
 class _Features(nn.Identity):
     "Tells torchmetrics that what it is given are features already."
     def __init__(self, d):
@@ -62,7 +62,9 @@ class _Features(nn.Identity):
         self.num_features = d
 
 def _torchmetrics(name, first, second, **settings):
-    metric = getattr(need("torchmetrics.image", "metrics"), name)(feature=_Features(first.shape[1]), **settings).set_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric .* will save all extracted features")
+        metric = getattr(need("torchmetrics.image", "metrics"), name)(feature=_Features(first.shape[1]), **settings).set_dtype(torch.float64)
     metric.update(first.double().cpu(), real=True)
     metric.update(second.double().cpu(), real=False)
     return metric.compute()
