@@ -105,6 +105,10 @@ def our_step(network, x0):
     return lambda: next(steps)
 
 
+def endless(loader):
+    while True: yield from loader
+
+
 def diffusers_step(network, x0):
     "The loop of diffusers' example for unconditional image generation."
     from accelerate import Accelerator
@@ -113,10 +117,8 @@ def diffusers_step(network, x0):
     accelerator, noises = Accelerator(cpu=True), DDPMScheduler(1000)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x0), BATCH, shuffle=True)
-    network, optimizer, loader, rate = accelerator.prepare(network, optimizer, loader, get_scheduler("cosine", optimizer, 500, 10**6))
-    def batches():
-        while True: yield from loader
-    stream = batches()
+    network, optimizer, loader, rate = accelerator.prepare(network, optimizer, loader, get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6))
+    stream = endless(loader)
     def job():
         clean, = next(stream)
         noise, t = torch.randn(clean.shape), torch.randint(0, 1000, (len(clean),))
@@ -145,9 +147,7 @@ def ddp_step(network, x0):
     ema, optimizer = EMA(diffusion, beta=0.995, update_every=10), torch.optim.Adam(diffusion.parameters(), lr=1e-4)
     loader = torch.utils.data.DataLoader(x0, BATCH, shuffle=True)
     diffusion, optimizer, loader = accelerator.prepare(diffusion, optimizer, loader)
-    def batches():
-        while True: yield from loader
-    stream = batches()
+    stream = endless(loader)
     def job():
         loss = diffusion(next(stream))
         accelerator.backward(loss)
