@@ -83,9 +83,9 @@ def arms(work, model, schedule, members, seed):
         first = [found["unguarded"][0]]
         x, accepted, drawn = reject(lambda: first.pop() if first else draw(model, CHUNK, next(seeds)), lambda x: ~copy_test(x, members).copied, N)
         return x, {"accepted": accepted / drawn}
-    found = {"unguarded": kept(work / "unguarded.safetensors", lambda: (draw(model, N, seed), {}))}
-    found["rejection"] = kept(work / "rejection.safetensors", rejection)
-    for arm, name in (("paper", "paper"), ("guarded", "guard")): found[arm] = kept(work / f"{arm}.safetensors", lambda name=name: guarded(name))
+    found = {"unguarded": kept(work / "samples-unguarded.safetensors", lambda: (draw(model, N, seed), {}))}
+    found["rejection"] = kept(work / "samples-rejection.safetensors", rejection)
+    for arm, name in (("paper", "paper"), ("guarded", "guard")): found[arm] = kept(work / f"samples-{arm}.safetensors", lambda name=name: guarded(name))
     return found
 
 
