@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'one_line_errors', 'writable', 'save_picture', 'demo', 'read_data', 'members_of', 'on_device',
-           'several_processes', 'train_command', 'draw_images', 'guard_command', 'sample_command']
+           'several_processes', 'train_command', 'guard_command', 'sample_command']
 
-# %% ../nbs/cli.ipynb #62326927
+# %% ../nbs/cli.ipynb #15ecf85f
 import json, os, shlex, sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from tqdm.auto import tqdm
 
 from .data import atomic, fingerprint, need, save_json, show_grid, split
-from .ddpm import last, sample, timesteps
+from .ddpm import draw, timesteps
 from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
 from .protect import load_guard, protect
 from .schedule import make_schedule
@@ -108,7 +107,7 @@ def several_processes():
     "An accelerator when `accelerate launch` started several processes, None otherwise."
     return need("accelerate", "diffusers").Accelerator() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
-# %% ../nbs/cli.ipynb #0065c503
+# %% ../nbs/cli.ipynb #a3398acb
 @app.command("train")
 def train_command(
     data: str = typer.Argument(help=f"A folder of images, or one of {', '.join(IMAGE_SETS)}."),
@@ -147,19 +146,12 @@ def train_command(
         accelerator = several_processes()
         where = accelerator.device if accelerator else on_device(device)
         def grid(step, slow):
-            x = draw_images(slow, make_schedule(config.schedule), members.shape[1:], 20, config.sample_steps, 0, where)
+            x = draw(slow, make_schedule(config.schedule), members.shape[1:], 20, config.sample_steps, device=where)
             save_picture(out / f"samples-{step:06d}.png", show_grid(x).figure)
         train_denoiser(config, members, out, base, grid, accelerator, where, compile)
         print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
-# %% ../nbs/cli.ipynb #f8766f78
-def draw_images(model, schedule, shape, n, steps, seed, device="cpu", chunk=500, progress=False):
-    "n images [n, C, H, W] in [−1, 1] by DDPM sampling, `chunk` at a time, from the noise of `seed`."
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [min(chunk, n - i) for i in range(0, n, chunk)]
-    bar = tqdm(sizes, desc="sampling", disable=not progress)
-    return torch.cat([last(sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device)).cpu() for k in bar])
-
+# %% ../nbs/cli.ipynb #aada0ac7
 @app.command("guard")
 def guard_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
@@ -209,7 +201,7 @@ def sample_command(
             guard = load_guard(run / "guard")
             guard.classifier.to(where)
             denoiser = protect(denoiser, guard)
-        x = draw_images(denoiser, schedule, model.config["shape"], n, steps, seed, where, progress=True)
+        x = draw(denoiser, schedule, model.config["shape"], n, steps, seed, 500, where, progress=True)
         as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         with atomic(out.with_suffix(".npz")) as tmp: np.savez_compressed(tmp, images=as_bytes)
         save_picture(out.with_suffix(".png"), show_grid(x[:100]).figure)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'build_network', 'ddpm_loss', 'TrainStep',
-           'train', 'run', 'seeded', 'timesteps', 'SampleStep', 'sample', 'last']
+           'train', 'run', 'seeded', 'timesteps', 'SampleStep', 'sample', 'last', 'draw']
 
 # %% ../nbs/02_ddpm.ipynb #6114d2c1
 import importlib, math, numbers
@@ -179,3 +179,15 @@ def last(steps):
     "The finished sample [n, ...]: the clean prediction of the last step of `sample`."
     for step in steps: pass
     return step.x0_pred
+
+# %% ../nbs/02_ddpm.ipynb #fa499dc6
+def draw(model, schedule, shape, n, steps=100, seed=0, chunk=None, device="cpu", progress=False):
+    "n images [n, *shape] in [−1, 1], on the CPU: DDPM sampling with `steps` network calls each from the noise of `seed`, `chunk` at a time (default: all)."
+    generator, sizes = torch.Generator().manual_seed(seed), [min(chunk or n, n - i) for i in range(0, n, chunk or n)]
+    trails = (sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device) for k in sizes)
+    with tqdm(total=steps * len(sizes), desc="sampling", disable=not progress) as bar:
+        def watched(trail):
+            for step in trail:
+                bar.update()
+                yield step
+        return torch.cat([last(watched(trail)).cpu() for trail in trails])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GUARDS', 'SETTINGS', 'push', 'check_settings', 'Guard', 'Protected', 'protect', 'fit_guard', 'certainties',
-           'propose_scale', 'tightest_alpha', 'calibrate', 'show_calibration', 'save_guard', 'load_guard']
+           'propose_scale', 'choose_alpha', 'calibrate', 'show_calibration', 'save_guard', 'load_guard']
 
 # %% ../nbs/05_protect.ipynb #4694f46b
 import json, math, warnings
@@ -24,7 +24,7 @@ from .ddpm import NETWORKS, build_network, run, seeded, train
 from .memorization import proportion_ci
 from .schedule import Schedule, noisify, signal_noise
 
-# %% ../nbs/05_protect.ipynb #7fb0fde0
+# %% ../nbs/05_protect.ipynb #96f9db0f
 FORMS = {
     "toward": lambda z: F.logsigmoid(-z.abs()),
     "away": lambda z: -F.logsigmoid(z.abs()),
@@ -32,10 +32,9 @@ FORMS = {
 }
 
 def push(classifier, x_t, t, form="toward"):
-    """The direction of protection at x_t [B, ...]: the gradient, with respect to x_t, of the mean over the K labels of
-    log p(other label) ("toward": keeps its strength however certain the classifier is),
-    −log p(certain label) ("away": carries a factor 1 − p, so it vanishes with certainty), or
-    log p(no member) ("member": the label is membership itself, and only one side of it counts). After CPSample, section 4.
+    """The direction of protection at x_t [B, ...]: the gradient, with respect to x_t, of the mean over the K labels of log p(other label)
+    ("toward": keeps its strength however certain the classifier is), −log p(certain label) ("away": carries a factor 1 − p, so it vanishes with
+    certainty), or log p(no member) ("member": the label is membership itself, and only one side of it counts). After CPSample, section 4.
     """
     if form not in FORMS: raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
     with torch.inference_mode(False), torch.enable_grad():
@@ -51,15 +50,14 @@ def check_settings(alpha, scale, form, t_max, T=1000):
     if not (math.isfinite(scale) and scale >= 0): raise ValueError(f"scale must be finite and at least 0, got {scale}")
     if not 0 <= t_max <= T: raise ValueError(f"t_max must be between 0 and the schedule's T={T}, got {t_max}")
 
-# %% ../nbs/05_protect.ipynb #e4aa17f5
+# %% ../nbs/05_protect.ipynb #bd25c8be
 @dataclass
 class Guard:
     """What protects a model: a label classifier, the schedule of that model, and how hard to push.
 
-    alpha in (0, ½): certain means max(p, 1−p) > 1−alpha (form "member": in (0, 1), p > 1−alpha); scale ≥ 0: strength s
-    of the push, not comparable between forms; form: a key of `FORMS`; t_max: from this noise level on the guard is not
-    called; made: how it was trained; report: what `calibrate` measured. Raises ValueError for settings outside these
-    ranges and for weights that are not finite.
+    alpha in (0, ½): certain means max(p, 1−p) > 1−alpha (form "member": in (0, 1), p > 1−alpha); scale ≥ 0: strength s of the push, not comparable
+    between forms; form: a key of `FORMS`; t_max: from this noise level on the guard is not called; made: how it was trained; report: what
+    `calibrate` measured. Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
     classifier: nn.Module
     schedule: Schedule
@@ -70,8 +68,8 @@ class Guard:
     made: dict = field(default_factory=dict)
     report: dict | None = None
 
-    @property
-    def one_sided(self): return self.form == "member"
+    one_sided = property(lambda self: self.form == "member")
+
     @property
     def calibrated(self): return self.report is not None and self.report["alpha"] == self.alpha
 
@@ -107,12 +105,11 @@ class Protected:
         step = guard.scale * sigma * push(guard.classifier, x[rows], t[rows], guard.form)
         return eps.index_add(0, rows, step.to(eps.dtype), alpha=-1)
 
-# %% ../nbs/05_protect.ipynb #53514030
+# %% ../nbs/05_protect.ipynb #7fdff85d
 def protect(model, guard):
-    """The same denoiser with the guard in front of its training images: model(x_t, t) → eps̃ = eps − s·√(1−ᾱ_t)·push
-    on certain rows, eps elsewhere. Any sampler takes it. `guard.schedule` must be the model's own; no gradient flows
-    through the push. Not a differential-privacy guarantee, and whoever holds the model can leave it off.
-    Warns when nobody has measured what the guard covers (see `calibrate`). Source: CPSample, section 4.
+    """The same denoiser with the guard in front of its training images: model(x_t, t) → eps̃ = eps − s·√(1−ᾱ_t)·push on certain rows, eps elsewhere.
+    Any sampler takes it. `guard.schedule` must be the model's own; no gradient flows through the push. Not a differential-privacy guarantee, and whoever
+    holds the model can leave it off. Warns when nobody has measured what the guard covers (see `calibrate`). Source: CPSample, section 4.
     """
     if guard.scale > 0 and not guard.calibrated:
         warnings.warn(f"nobody has measured what this guard covers at alpha={guard.alpha:g}: calibrate(guard, train, held_out) does", stacklevel=2)
@@ -164,29 +161,32 @@ def propose_scale(guard, train, level, seed=0):
     excess = ((logits if guard.one_sided else logits.abs()).mean(1) - log_odds(guard.alpha, 1)).clamp(min=0)
     return (excess / ((1 - guard.schedule.abar[level]) * g.clamp(min=1e-12))).median().item()
 
-# %% ../nbs/05_protect.ipynb #8df5821c
-def tightest_alpha(certainties, wanted, loosest=0.4):
-    "The tightest alpha, but not above `loosest`, with which the share `wanted` of the certainties [n] passes the gate, if any does."
-    return min(loosest, torch.sigmoid(1e-4 - certainties.sort().values[int((1 - wanted) * len(certainties) + 1e-6)]).item())
+# %% ../nbs/05_protect.ipynb #18956dd9
+def choose_alpha(mine, others, wanted, allowed, loosest=0.4):
+    "From certainties: the tightest alpha that lets the share `wanted` of mine [N] pass, or the widest that lets only `allowed` of others [M] pass, if that is wider."
+    tight = mine.sort().values[int((1 - wanted) * len(mine) + 1e-6)] - 1e-4
+    wide = others.sort(descending=True).values[int(allowed * len(others) + 1e-6)] + 1e-4
+    return min(loosest, torch.sigmoid(-torch.minimum(tight, wide)).item())
 
-def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale=None, stride=20, seed=0):
+def calibrate(guard, train, held_out, wanted=0.95, allowed=0.01, level=None, alpha=None, scale=None, stride=20, seed=0):
     """Measure what a guard covers and set it up accordingly. Returns the report, also kept as `guard.report`.
 
-    train [N, ...]: the guard's members; held_out [M, ...]: images it was never shown; wanted: the share of training
-    images to be certain of at noise `level` (default: T/10, at most a quarter of what it was trained on);
-    alpha: the gate (default: `tightest_alpha`); scale: of the push (default: `propose_scale` at ¾ of `level`; form "away"
-    keeps its own); stride: of the levels measured. t_max becomes the level from which no training image is certain.
+    train [N, ...]: the guard's members; held_out [M, ...]: images it was never shown; wanted: the share of training images to be certain of at
+    noise `level` (default: T/10, at most a quarter of what it was trained on), allowed: the share of held_out that may be; alpha: the gate
+    (default: `choose_alpha`); scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own); stride: of the levels
+    measured. t_max becomes the level from which no training image is certain.
     Raises ValueError, and leaves the guard as it was, when it does not cover the training set.
     """
     check_images(train, "training images"), check_images(held_out, "held-out images")
     top = guard.made.get("t_max", guard.t_max)
     level = min(top // 4, guard.schedule.T // 10) if level is None else level
-    if not 0 < wanted <= 1 or not 0 <= level < top: raise ValueError(f"wanted must lie in (0, 1] and level in [0, {top}), got {wanted} and {level}")
+    if not (0 < wanted <= 1 and 0 <= allowed < 1 and 0 <= level < top):
+        raise ValueError(f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), got {wanted}, {allowed} and {level}")
     at = (levels := sorted({*range(0, top, stride), level})).index(level)
     mine, others = certainties(guard, train, levels, max(4, -(-400 // len(train))), seed), certainties(guard, held_out, levels, 1, seed + 1)
-    if alpha is None: alpha = tightest_alpha(mine[at], wanted)
-    covered = [hits / mine.shape[1] for hits in (mine > log_odds(alpha, 1)).sum(1).tolist()]
-    alarms = (others > log_odds(alpha, 1)).sum(1).tolist()
+    if alpha is None: alpha = choose_alpha(mine[at], others[at], wanted, allowed)
+    hits, alarms = ((c > log_odds(alpha, 1)).sum(1).tolist() for c in (mine, others))
+    covered = [h / mine.shape[1] for h in hits]
     if covered[at] < wanted:
         raise ValueError(f"this guard is certain of {covered[at]:.1%} of its training images at noise level {level} (alpha={alpha:.3g}), {wanted:.0%} are wanted: "
                          "train it longer, make the classifier larger, or protect fewer images")
@@ -195,9 +195,9 @@ def calibrate(guard, train, held_out, wanted=0.95, level=None, alpha=None, scale
     if scale is None: scale = guard.scale if guard.form == "away" else proposed
     check_settings(alpha, scale, guard.form, t_max, guard.schedule.T)
     guard.alpha, guard.t_max, guard.scale = alpha, t_max, scale
-    guard.report = {"wanted": wanted, "level": level, "alpha": alpha, "t_max": t_max, "scale": scale, "proposed_scale": proposed, "levels": levels, "coverage": covered,
-                    "false_alarms": [a / len(held_out) for a in alarms], "false_alarm_ci": [list(proportion_ci(a, len(held_out))) for a in alarms],
-                    "n_train": len(train), "n_held_out": len(held_out), "seed": seed}
+    guard.report = dict(wanted=wanted, allowed=allowed, level=level, alpha=alpha, t_max=t_max, scale=scale, proposed_scale=proposed, levels=levels, coverage=covered,
+                        false_alarms=[a / len(held_out) for a in alarms], false_alarm_ci=[list(proportion_ci(a, len(held_out))) for a in alarms],
+                        n_train=len(train), n_held_out=len(held_out), seed=seed)
     return guard.report
 
 # %% ../nbs/05_protect.ipynb #c30ab26f
@@ -214,7 +214,7 @@ def show_calibration(report, ax=None):
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/05_protect.ipynb #fd97dfc8
+# %% ../nbs/05_protect.ipynb #893d7ad9
 SETTINGS = ("alpha", "scale", "form", "t_max", "made", "report")
 
 def save_guard(guard, path):
@@ -224,8 +224,8 @@ def save_guard(guard, path):
     Raises OSError when the folder cannot be written, ValueError when the classifier is not a module.
     """
     if not isinstance(guard.classifier, nn.Module): raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
-    record = {k: getattr(guard, k) for k in SETTINGS} | {"schedule": guard.schedule.name, "network": type(guard.classifier).__name__,
-              "config": getattr(guard.classifier, "config", None)}
+    network = {"network": type(guard.classifier).__name__, "config": getattr(guard.classifier, "config", None)}
+    record = {k: getattr(guard, k) for k in SETTINGS} | {"schedule": guard.schedule.name} | network
     tensors = {f"classifier.{k}": v.contiguous() for k, v in guard.classifier.state_dict().items()} | {"abar": guard.schedule.abar}
     with atomic(f"{path}.safetensors", 0o600) as tmp: save_file(tensors, tmp, {"guard": json.dumps(record)})
     with atomic(f"{path}.json", 0o600) as tmp: tmp.write_text(json.dumps(record, indent=1) + "\n")

@@ -218,9 +218,9 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
-# %% ../nbs/08_training.ipynb #6c4523de
+# %% ../nbs/08_training.ipynb #d2836b75
 def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
-    """Train the guard of `config` for members [N, C, H, W], calibrate it and write it to `path` (see `save_guard`); returns it.
+    """Train the guard of `config` for members [N, C, H, W], calibrate it (with `config.mirror` on mirror images too), write it to `path` by `save_guard`, return it.
 
     others [M, C, H, W]: images of the same kind that are no members; a quarter is kept for calibration, the rest is the reference.
     The preset "paper" takes no reference images and is written as printed, without calibration.
@@ -242,7 +242,7 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     if preset == "paper": reference = None
     guard = fit_guard(members, schedule, reference, preset, config.guard_steps, config.guard_batch_size, classifier=network, drive=drive, seed=config.seed)
     try:
-        if preset != "paper": calibrate(guard, members, held_out)
+        if preset != "paper": calibrate(guard, torch.cat([members, members.flip(-1)]) if config.mirror else members, held_out)
     except ValueError:
         if main: checkpoint.unlink(missing_ok=True)     # a refused guard starts afresh, with more steps
         raise

@@ -48,10 +48,30 @@ def test_false_alarms_are_those_planted_and_predict_fresh_ones():
 def test_alpha_is_the_tightest_with_the_wanted_coverage(wanted, seed):
     logits = 1 + 9 * torch.rand(50, generator=torch.Generator().manual_seed(seed))
     guard = Guard(lambda x, t: x[:, :1] * 0 + logits.repeat(len(x) // 50)[:, None], S)
-    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), wanted)
+    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), wanted, allowed=0)
     at = report["levels"].index(report["level"])
     assert report["coverage"][at] >= wanted
     assert guard.alpha == 0.4 or report["coverage"][at] - wanted < 1 / 50, "one image fewer would still have been enough"
+
+
+@given(allowed=st.floats(0, 0.9), n=st.integers(5, 60), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_the_gate_is_opened_as_wide_as_the_held_out_images_allow(allowed, n, seed):
+    "Members far above, held-out images anywhere: one more would have been too many, and the gate is never wider than 0.4."
+    logits = 9 * torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    guard = Guard(lambda x, t: torch.where(x[:, 0] > 0, 20.0, logits.repeat(len(x) // n) if len(x) % n == 0 else logits[0])[:, None] + 0 * x[:, :1], S)
+    report = calibrate(guard, torch.full((1, 2), 1e4), torch.full((n, 2), -1e4), allowed=allowed)
+    alarms = report["false_alarms"][report["levels"].index(report["level"])]
+    assert alarms <= allowed + 1e-9 and report["coverage"][report["levels"].index(report["level"])] == 1
+    assert guard.alpha == pytest.approx(0.4) or alarms + 1 / n > allowed - 1e-9, "one image more would still have been allowed"
+
+
+def test_coverage_comes_before_false_alarms():
+    "Held-out images as certain as the members: the gate stays where coverage wants it, and the report says what that costs."
+    guard = Guard(lambda x, t: 0 * x[:, :1] + 3.0, S)
+    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), allowed=0.01)
+    at = report["levels"].index(report["level"])
+    assert report["coverage"][at] == report["false_alarms"][at] == 1 and guard.alpha == pytest.approx(torch.sigmoid(torch.tensor(-3.0)).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.01])

@@ -1,15 +1,18 @@
 "Training that is killed, at any moment, goes on to the same bits; what cannot be written leaves what was there."
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpsample.classifier import log_odds
 from cpsample.data import load_digits
 from cpsample.ddpm import MLPDenoiser
+from cpsample.protect import certainties
 from cpsample.schedule import make_schedule
-from cpsample.training import CONFIGS, average, fit, half_precision, load_model, mirrored, save_model, train_denoiser
+from cpsample.training import CONFIGS, average, fit, half_precision, load_model, mirrored, save_model, train_denoiser, train_guard
 from cpsample.unet import UNet
 
 PROGRAM = """
@@ -123,6 +126,16 @@ def test_mirrored_flips_images_not_targets(generator):
         assert (same ^ turned).all() and torch.equal(targets, y)
         return turned.float().mean()
     assert 0.4 < mirrored(loss)(None, x0, y, generator=generator) < 0.6 and mirrored(loss, 0)(None, x0, y, generator=generator) == 0
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_guard_for_a_model_that_saw_mirror_images_is_calibrated_with_them(schedule, tmp_path, mirror):
+    x = load_digits()[0][:300]
+    config = replace(CONFIGS["digits"], mirror=mirror, guard_steps=1500, guard_batch_size=64)
+    guard = train_guard(config, x[:10], x[10:], schedule, tmp_path / "guard", progress=False)
+    level = [guard.report["level"]]
+    sure_of = {name: (certainties(guard, y, level, 20) > log_odds(guard.alpha)).float().mean() for name, y in (("members", x[:10]), ("mirrored", x[:10].flip(-1)))}
+    assert guard.report["n_train"] == 10 * (1 + mirror) and sure_of["members"] > 0.85 and (sure_of["mirrored"] > 0.85) == mirror
 
 
 def test_half_precision_leaves_weights_and_later_calls_alone(schedule):

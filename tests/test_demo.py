@@ -65,9 +65,9 @@ def test_scale_zero_gives_the_unguarded_images():
 def test_few_samples_and_a_model_that_copies_everything_lose_no_result(monkeypatch):
     record, images, members = run_demo((3,), **SMALL | {"samples": 2})
     assert len(show_arms(images, members).axes) == 2 * 3 * 2
-    def copier(model, schedule, shape, *rest):
-        model(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64))
-        return load_digits()[0][:1].repeat(shape[0], 1, 1, 1)
+    def copier(model, schedule, shape, n, *rest, **options):
+        model(torch.zeros(n, *shape), torch.zeros(n, dtype=torch.int64))
+        return load_digits()[0][:1].repeat(n, 1, 1, 1)
     monkeypatch.setattr(demo, "draw", copier)
     monkeypatch.setattr(demo, "copy_test", lambda x, x_train: CopyReport(torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.int64), 1 / 3))
     monkeypatch.setattr(demo, "reject_copies", lambda draw, x_train, n: reject_copies(draw, x_train, n, demo.copy_test, 2))

@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from cpsample.data import load_digits, save_json, split
-from cpsample.demo import DEFAULTS, draw, fit_denoiser, measure, pool, provenance
+from cpsample.ddpm import draw
+from cpsample.demo import DEFAULTS, fit_denoiser, measure, pool, provenance
 from cpsample.memorization import copy_test, reject_copies
 from cpsample.protect import GUARDS, calibrate, fit_guard, protect
 from cpsample.schedule import make_schedule
@@ -35,7 +36,7 @@ RECIPES = {  # name: (what to take for the target ½, settings of fit_guard)
 
 def off_the_members(model, schedule, members, reference, seed):
     "What a guard can be told to stay undecided about: held-out images, the model's own images that are no copies, noise."
-    generated = draw(model, schedule, (2000, *members.shape[1:]), 100, 1000 * seed + 500)
+    generated = draw(model, schedule, members.shape[1:], 2000, 100, 1000 * seed + 500)
     noise = 2 * torch.rand(reference.shape, generator=torch.Generator().manual_seed(seed)) - 1
     return {None: None, "held-out": reference, "noise": noise, "generated": generated[~copy_test(generated, members).copied]}
 
@@ -57,7 +58,7 @@ def one_seed(seed):
     parts = split(x, {"members": 100, "reference": 697, "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     model = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed)
-    def images(denoiser, seed=1000 * seed): return draw(denoiser, schedule, (N, *members.shape[1:]), 100, seed)
+    def images(denoiser, seed=1000 * seed): return draw(denoiser, schedule, members.shape[1:], N, 100, seed)
     noises = itertools.count(1000 * seed)
     plain, rejected = images(model), reject_copies(lambda: images(model, next(noises)), members, N)[0]
     found, copies = {("unguarded", "-"): measure(plain, members, held_out)}, plain[copy_test(plain, members).copied]
