@@ -21,11 +21,11 @@ def test_solutions_pass_their_checks(path):
     "Runs the import cells, the package's exports, the check cell and the folded solutions; every check must be used."
     code, prose = cells(path, "code"), "\n".join(cells(path, "markdown"))
     imports = "\n".join(line for c in code if "%pip" not in c for line in c.splitlines() if re.match(r"(import|from) ", line))
-    module = next(m.group(1) for c in code if (m := re.search(r"#\| default_exp (\w+)", c)))
+    exports = [f"from cpsample.{m.group(1)} import *" for c in code if (m := re.search(r"#\| default_exp (\w+)", c))]
     check = next(c for c in code if c.startswith("# check"))
     solutions = "\n".join(re.findall(r"~~~python\n(.*?)~~~", prose[prose.index("<summary>Solutions") :], flags=re.S))
     space = {"answer_1": None}
-    exec(f"{imports}\nfrom cpsample.{module} import *\n", space)
+    exec("\n".join([imports, *exports]), space)
     definitions, loop = check.split("\nfor check, answer in ")
     exec(definitions, space)
     names = re.findall(r"def (check_\d)", definitions)

@@ -35,7 +35,8 @@ from cpsample.sources import CACHE, load_fashion
 from cpsample.training import CONFIGS, load_model, save_model, train_denoiser, train_guard
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-N, MEMBERS, CHUNK, COSINE = 5000, 100, 500, 0.97
+N, MEMBERS, CHUNK = 5000, 100, 500
+CARLINI, COSINE = 0.28, 0.99        # on the choosing rows these ring for at most one real held-out image in 1,000; the papers' 0.5 and 0.97 for 146 and 19
 SPLITS = {"choosing": (range(3000, 6000), 100), "reported": (range(0, 3000), 0)}
 CONFIG = CONFIGS["fashion"]
 TUNE = replace(CONFIG, steps=1500, warmup=100)
@@ -109,7 +110,7 @@ def arms(folder, n, base, model, guards, schedule, members, seed):
 
 def measured(x, members, real, baseline):
     "Copies by three tests, and all measures of quality, of images x."
-    tests = {"": copy_test(x, members), "_carlini": carlini_test(x, members), "_cosine": cosine_test(features(x), features(members), COSINE)}
+    tests = {"": copy_test(x, members), "_carlini": carlini_test(x, members, factor=CARLINI), "_cosine": cosine_test(features(x), features(members), COSINE)}
     counts = {}
     for name, report in tests.items(): counts |= {f"copies{name}": report.copies, f"copy_rate{name}": report.rate, f"copy_ci{name}": list(report.ci)}
     return {"n": len(x)} | counts | quality(x, real, members, baseline)
@@ -186,6 +187,6 @@ if __name__ == "__main__":
         result = experiment(name, work, n)
         record = json.loads(path.read_text()) if path.exists() else {}
         record |= {"name": "fashion", "command": "python tools/fashion.py", **origin, "feature_space": "fashion-conv-64",
-                   "settings": {"members": MEMBERS, "cosine": COSINE, "config": asdict(CONFIG), "tune_steps": TUNE.steps}, name: result}
+                   "settings": {"members": MEMBERS, "carlini": CARLINI, "cosine": COSINE, "config": asdict(CONFIG), "tune_steps": TUNE.steps}, name: result}
         save_json(path, record)
         if name == "reported": ship(work, origin)
