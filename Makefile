@@ -41,13 +41,14 @@ book: .venv/installed-dev  ## run every notebook, export the package, write the 
 	$(BIN)/python tools/book.py run $(ARGS)
 	$(BIN)/python tools/book.py write
 
-weights: .venv/installed-dev  ## train the shipped weights again
+weights: .venv/installed-dev  ## train the shipped encoders again (make results: the models of chapter 10)
 	$(BIN)/python tools/weights.py
 
-results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about two hours for the rest
+results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about two hours for each half of the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
 	$(BIN)/python tools/rejection.py
 	$(BIN)/python tools/guards.py
+	$(BIN)/python tools/fashion.py
 
 clean:
 	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -74,3 +74,12 @@ def test_the_package_needs_none_of_the_extras():
 def test_exports_stay_small():
     lines = {p.stem: len(p.read_text().splitlines()) for p in (ROOT / "cpsample").glob("*.py") if p.stem != "_modidx"}
     assert max(lines.values()) <= 250 and sum(lines.values()) <= 2500, lines
+
+
+def test_what_ships_is_small_and_says_how_it_was_made():
+    data = ROOT / "data"
+    assert sum(p.stat().st_size for p in data.rglob("*") if p.is_file()) < 10e6
+    for path in (data / "weights").glob("*.safetensors"):
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert {"command", "commit", "hardware", "date", "seed"} <= record.keys() and not record["commit"].endswith("-dirty"), path.name
+    for path in (data / "results").glob("*.json"): assert not json.loads(path.read_text())["commit"].endswith("-dirty"), path.name

@@ -6,7 +6,7 @@ import torch
 
 from cpsample.classifier import member_labels, with_reference
 from cpsample.data import first_rows, load_digits, plant_duplicates, random_labels, split
-from cpsample.ddpm import MLPDenoiser, ddpm_loss, run, seeded, timesteps, train
+from cpsample.ddpm import MLPDenoiser, ddpm_loss, draw, last, run, sample, seeded, timesteps, train
 from cpsample.demo import fit_denoiser
 
 X = load_digits()[0][:50]
@@ -51,6 +51,14 @@ def test_loss_falls(schedule, generator):
 def test_timesteps_include_both_ends(T, steps):
     levels = timesteps(T, steps)
     assert len(levels) == steps and levels[0] == T - 1 and levels[-1] == 0 and timesteps(T, levels) == levels
+
+
+@pytest.mark.parametrize("chunk, portions", [(None, [7]), (3, [3, 3, 1]), (7, [7]), (50, [7])])
+def test_draw_gives_so_many_images_in_portions_from_one_stream_of_noise(schedule, chunk, portions, capsys):
+    model, generator = seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16)), torch.Generator().manual_seed(3)
+    expected = torch.cat([last(sample(model, schedule, (k, 1, 8, 8), 5, clip=1, generator=generator)) for k in portions])
+    assert torch.equal(draw(model, schedule, (1, 8, 8), 7, 5, seed=3, chunk=chunk, progress=True), expected)
+    assert f"{5 * len(portions)}/{5 * len(portions)}" in capsys.readouterr().err
 
 
 def test_labels_follow_the_index_and_repeats_share_them():
