@@ -40,8 +40,11 @@ CARLINI, COSINE = 0.28, 0.99        # on the choosing rows these ring for at mos
 SPLITS = {"choosing": (range(3000, 6000), 100), "reported": (range(0, 3000), 0)}
 CONFIG = CONFIGS["fashion"]
 TUNE = replace(CONFIG, steps=1500, warmup=100)
-ARMS = {"before": "the base, before fine-tuning", "unguarded": "the fine-tuned model", "rejection": "exact rejection of its copies", "paper": "the paper's guard as printed",
-        "paper_toward": "the paper's guard with the toward push, calibrated", "guarded": "the default guard"}
+STRENGTH = 4        # times the proposed scale; chosen from TRIED on the choosing rows
+TRIED = (1, 2, 4, 8)
+ARMS = {"unguarded": "the fine-tuned model", "guarded": f"the default guard at {STRENGTH} times its proposed scale", "rejection": "exact rejection of the copies",
+        "paper": "the paper's guard as printed", **{f"guarded_{k}": f"the default guard at {k} times its proposed scale" for k in TRIED if k != STRENGTH},
+        "before": "the base, before fine-tuning", "paper_toward": "the paper's guard with the toward push, calibrated"}
 
 
 def halved(network):
@@ -158,16 +161,18 @@ def experiment(name, work, n):
     folder.mkdir(parents=True, exist_ok=True)
     base, schedule = denoiser(work / "base.safetensors", CONFIG, load_fashion()[0])
     model, _ = denoiser(folder / "tuned.safetensors", replace(TUNE, seed=seed), members, denoiser(work / "base.safetensors", CONFIG, None)[0])
-    guards = {arm: guard(folder / arm, replace(CONFIG, seed=seed), members, others, schedule, preset) for arm, preset in (("guarded", "default"), ("paper", "paper"))}
-    toward = replace(guards["paper"], form="toward")
+    own, paper = (guard(folder / arm, replace(CONFIG, seed=seed), members, others, schedule, preset) for arm, preset in (("guarded", "default"), ("paper", "paper")))
+    guards = {"paper": paper, "guarded": replace(own, scale=STRENGTH * own.scale)}
+    if name == "choosing": guards |= {f"guarded_{k}": replace(own, scale=k * own.scale) for k in TRIED if k != STRENGTH}
+    toward = replace(paper, form="toward")
     try: guards["paper_toward"] = (calibrate(toward, pixels(members), pixels(others[:500])), toward)[1]
     except ValueError as error: print(f"no arm paper_toward: {error}", file=sys.stderr)
     x = pixels(members)
     drawn = arms(folder, n, base, model, guards, schedule, x, seed)
     rows = {arm: {"what": ARMS[arm]} | measured(images, x, real[:n], real[-n:]) | about for arm, (images, about) in drawn.items()}
     rows["held_out"] = {"what": "real images that are no members"} | measured(real[-n:], x, real[:n], real[-n:])
-    return {"seed": seed, "n": n, "arms": rows, "calibration": guards["guarded"].report, "sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]),
-            "training": compute(model, guards["guarded"], members)}
+    return {"seed": seed, "n": n, "arms": rows, "calibration": own.report, "sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]),
+            "training": compute(model, own, members)}
 
 
 def ship(work, origin):
@@ -187,6 +192,6 @@ if __name__ == "__main__":
         result = experiment(name, work, n)
         record = json.loads(path.read_text()) if path.exists() else {}
         record |= {"name": "fashion", "command": "python tools/fashion.py", **origin, "feature_space": "fashion-conv-64",
-                   "settings": {"members": MEMBERS, "carlini": CARLINI, "cosine": COSINE, "config": asdict(CONFIG), "tune_steps": TUNE.steps}, name: result}
+                   "settings": {"members": MEMBERS, "carlini": CARLINI, "cosine": COSINE, "strength": STRENGTH, "config": asdict(CONFIG), "tune_steps": TUNE.steps}, name: result}
         save_json(path, record)
         if name == "reported": ship(work, origin)
