@@ -151,7 +151,7 @@ def train_command(
         train_denoiser(config, members, out, base, grid, accelerator, where, compile)
         print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
-# %% ../nbs/cli.ipynb #aada0ac7
+# %% ../nbs/cli.ipynb #aa62f1bb
 @app.command("guard")
 def guard_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
@@ -182,6 +182,7 @@ def sample_command(
     n: int = typer.Option(64, "--number", "-n", help="How many images."),
     out: Path = typer.Option(Path("samples"), help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred)."),
     unguarded: bool = typer.Option(False, help="Leave the guard off, to compare."),
+    strength: float = typer.Option(1.0, help="Times the guard's own scale s: raise it when copies remain."),
     steps: int = typer.Option(None, help="Network calls per image."),
     seed: int = typer.Option(0, help="Random seed."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
@@ -199,6 +200,7 @@ def sample_command(
         denoiser = model.to(where)
         if not unguarded:
             guard = load_guard(run / "guard")
+            guard = replace(guard, scale=strength * guard.scale)
             guard.classifier.to(where)
             denoiser = protect(denoiser, guard)
         x = draw(denoiser, schedule, model.config["shape"], n, steps, seed, 500, where, progress=True)

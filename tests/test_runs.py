@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from cpsample import cli
 from cpsample.cli import app
+from cpsample.protect import load_guard, protect
 from cpsample.training import load_model
 
 TRAIN = ["train", "fashion-small", "--images", "16", "--tiny"]
@@ -43,6 +45,13 @@ def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
     a, b, c = (np.load(tmp_path / f"{k}.npz")["images"] for k in "abc")
     assert a.shape == (12, 28, 28, 1) and a.dtype == np.uint8 and np.array_equal(a, c) and a.std() > 1 and b.std() > 1
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_strength_multiplies_the_scale_of_the_guard(run, tmp_path, monkeypatch):
+    guards, own = [], load_guard(run / "guard").scale
+    monkeypatch.setattr(cli, "protect", lambda model, guard: guards.append(guard) or protect(model, guard))
+    for strength in (1, 4): assert call("sample", run, "-n", 2, "--out", tmp_path / "s", "--steps", 2, "--strength", strength).exit_code == 0
+    assert [g.scale for g in guards] == [own, 4 * own] and all(g.calibrated for g in guards)
 
 
 def test_the_guard_is_private_and_the_run_says_what_it_is(run):
@@ -101,6 +110,7 @@ def test_mistakes(tmp_path, run):
     refused("holds no run", "sample", tmp_path)
     refused("at least 1", "sample", run, "-n", 0)
     refused("between 2 and T=1000", "sample", run, "--steps", 1)
+    refused("scale must be finite and at least 0", "sample", run, "--strength", -1)
     refused("unknown preset", "guard", run, "--preset", "best")
     assert not (tmp_path / "r").exists()
 
