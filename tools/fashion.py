@@ -171,8 +171,9 @@ def experiment(name, work, n):
     drawn = arms(folder, n, base, model, guards, schedule, x, seed)
     rows = {arm: {"what": ARMS[arm]} | measured(images, x, real[:n], real[-n:]) | about for arm, (images, about) in drawn.items()}
     rows["held_out"] = {"what": "real images that are no members"} | measured(real[-n:], x, real[:n], real[-n:])
-    return {"seed": seed, "n": n, "arms": rows, "calibration": own.report, "sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]),
-            "training": compute(model, own, members)}
+    result = {"seed": seed, "n": n, "arms": rows, "calibration": own.report}
+    if name == "choosing": return result
+    return result | {"sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]), "training": compute(model, own, members)}
 
 
 def ship(work, origin):
