@@ -48,7 +48,8 @@ results: .venv/installed-dev  ## measure every number on file again: minutes for
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
 	$(BIN)/python tools/rejection.py
 	$(BIN)/python tools/guards.py
-	$(BIN)/python tools/fashion.py
+	$(BIN)/python tools/fashion.py choosing --n 1000
+	$(BIN)/python tools/fashion.py reported
 
 clean:
 	rm -rf .venv build dist *.egg-info cpsample-demo
