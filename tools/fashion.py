@@ -36,7 +36,7 @@ from cpsample.training import CONFIGS, load_model, save_model, train_denoiser, t
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 N, MEMBERS, CHUNK = 5000, 100, 500
-CARLINI, COSINE = 0.28, 0.99        # on the choosing rows these ring for at most one real held-out image in 1,000; the papers' 0.5 and 0.97 for 146 and 19
+CARLINI, COSINE = 0.28, 0.99        # on the choosing rows these ring for at most one real held-out image in 1,000; the papers' 0.5 and 0.97 for many more
 SPLITS = {"choosing": (range(3000, 6000), 100), "reported": (range(0, 3000), 0)}
 CONFIG = CONFIGS["fashion"]
 TUNE = replace(CONFIG, steps=1500, warmup=100)
@@ -94,7 +94,7 @@ def kept(path, make):
 
 
 def arms(folder, n, base, model, guards, schedule, members, seed):
-    "{arm: (images, about)}; all but `before` start from the same noise."
+    "{arm: (images, about)}; all start from the same noise."
     def images(model, n, seed): return draw(model, schedule, members.shape[1:], n, CONFIG.sample_steps, seed, CHUNK, progress=True)
     def guarded(guard):
         protected = protect(model, guard)
