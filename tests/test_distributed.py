@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cpsample.ddpm import MLPDenoiser
+from cpsample.ddpm import MLPDenoiser, seeded
 from cpsample.sources import load_fashion
 from cpsample.training import CONFIGS, Together, fit, train_denoiser
 
@@ -29,6 +30,10 @@ def both(folder, accelerator=None):
     classifier, found = UNetClassifier((1, 28, 28), 8, width=8), []
     def drive(model, loss, data, steps, **how): found.extend(fit(model, loss, data, steps, folder / "guard.safetensors", accelerator=accelerator, progress=False, **how)[1])
     fit_guard(pixels(x), make_schedule(), steps=STEPS, batch_size=16, classifier=classifier, drive=drive)
+    plain = seeded(0, lambda: MLPDenoiser((1, 28, 28), 8))
+    net = Together(accelerator.prepare(plain)) if accelerator else plain
+    (net(pixels(x[:16]), torch.arange(16)) - 1).square().mean().backward()      # Adam hides a wrong factor on all gradients, so look at them
+    save_file({name: p.grad.clone() for name, p in plain.named_parameters()}, folder / f"gradient-{accelerator.process_index if accelerator else 0}.safetensors")
     rank = accelerator.process_index if accelerator else 0
     (folder / f"{rank}.json").write_text(json.dumps({"denoiser": losses, "guard": found, "labels": member_labels(x, 8, 0).tolist()}))
 
@@ -47,6 +52,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     both(alone)
     launcher(worker, args=(together,), num_processes=2)
     one, *two = (json.loads(p.read_text()) for p in (alone / "0.json", together / "0.json", together / "1.json"))
+    wanted = load_file(alone / "gradient-0.safetensors")
+    for k in (0, 1): torch.testing.assert_close(load_file(together / f"gradient-{k}.safetensors"), wanted, atol=1e-6, rtol=1e-4)
+    assert max(g.abs().max() for g in wanted.values()) > 1e-3
     for part in ("denoiser", "guard"):
         for other in two: torch.testing.assert_close(torch.tensor(other[part]), torch.tensor(one[part]), atol=1e-4, rtol=0)
         assert len(one[part]) == STEPS and one[part][-1] < one[part][0]

@@ -68,6 +68,7 @@ def test_blur_noise_and_collapse_are_seen_where_they_should_be():
 def test_a_baseline_stands_beside_every_number():
     x = pixels(load_fashion("test", small=True)[0])
     row = quality(x[:300], x[300:600], x[600:900], baseline=x[900:1200])
+    assert {k: row[f"{k}_real"] for k in ("fd", "kid", "mifid")} == {k: v for k, v in quality(x[900:1200], x[300:600], x[600:900]).items() if k in ("fd", "kid", "mifid")}
     assert set(row) == {"fd", "kid", "precision", "recall", "mifid", "fd_real", "kid_real", "precision_real", "recall_real", "mifid_real"}
     assert 0.3 < row["fd"] / row["fd_real"] < 3
 

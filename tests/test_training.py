@@ -8,6 +8,7 @@ from cpsample.classifier import member_labels, with_reference
 from cpsample.data import first_rows, load_digits, plant_duplicates, random_labels, split
 from cpsample.ddpm import MLPDenoiser, ddpm_loss, draw, last, run, sample, seeded, timesteps, train
 from cpsample.demo import fit_denoiser
+from cpsample.training import average
 
 X = load_digits()[0][:50]
 
@@ -72,3 +73,12 @@ def test_split_is_disjoint_complete_and_bound_to_the_data():
     a, b = (split(X, {"a": 20, "b": None}, seed=4) for _ in range(2))
     assert a == b and sorted(a.indices["a"] + a.indices["b"]) == list(range(50)) and a != split(X, {"a": 20, "b": None}, seed=5)
     assert torch.equal(a.of(X, "a"), X[a.indices["a"]])
+
+
+def test_the_average_warms_up_and_then_forgets_slowly():
+    "After step n the average moves by 1 − min(β, (1+n)/(10+n)) of the way: nine tenths at first, a thousandth in the end."
+    for n, share in ((0, 0.9), (1, 9 / 11), (90, 0.09), (10**6, 0.001)):
+        slow, fast = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        before = slow.weight.detach().clone()
+        average(slow, fast, n)
+        torch.testing.assert_close(slow.weight, before + share * (fast.weight - before))
