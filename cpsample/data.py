@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXTURES', 'SHAPES', 'GaussianMixture', 'noised', 'exact_denoiser', 'round_mixture', 'mix', 'toy', 'load_digits',
            'pixels', 'show_grid', 'check_images', 'fingerprint', 'Split', 'split', 'random_labels', 'plant_duplicates',
-           'first_rows', 'distinct', 'atomic', 'save_json', 'data_path', 'need']
+           'first_rows', 'distinct', 'atomic', 'save_json', 'writable', 'save_picture', 'data_path', 'need']
 
 # %% ../nbs/01_data.ipynb #3029702f
 import contextlib, hashlib, importlib, json, math, os, tempfile
@@ -215,10 +215,22 @@ def atomic(path, mode=None):
     finally:
         Path(name).unlink(missing_ok=True)
 
-# %% ../nbs/01_data.ipynb #73449225
+# %% ../nbs/01_data.ipynb #95222791
 def save_json(path, record):
     "Write `record` as JSON, whole or not at all."
     with atomic(path) as tmp: tmp.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+def writable(folder):
+    "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder): pass
+    return Path(folder)
+
+def save_picture(path, fig):
+    "Write a pyplot figure as PNG, whole or not at all, and close it."
+    import matplotlib.pyplot as plt
+    with atomic(path) as tmp: fig.savefig(tmp, dpi=100, bbox_inches="tight")
+    plt.close(fig)
 
 # %% ../nbs/01_data.ipynb #72547683
 def data_path(name):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'SUFFIXES', 'IMAGE_SETS', 'read_idx', 'downloaded', 'load_fashion', 'load_cifar10', 'load_celeba64',
-           'load_crops', 'read_image', 'load_folder', 'load_images']
+           'load_crops', 'read_image', 'load_folder', 'load_images', 'load_array', 'read_data', 'run_of', 'members_of']
 
-# %% ../nbs/sources.ipynb #fc765da7
-import gzip, os, warnings
+# %% ../nbs/sources.ipynb #4edfa5f3
+import gzip, json, os, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .data import data_path, load_digits
+from .data import data_path, fingerprint, load_digits, split
 
 # %% ../nbs/sources.ipynb #a094bfd3
 def read_idx(path):
@@ -89,9 +89,11 @@ def read_image(path, size, channels=3):
         image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
 
-# %% ../nbs/sources.ipynb #2521c146
+# %% ../nbs/sources.ipynb #067a3171
 def load_folder(folder, size=32, channels=3, strict=False, progress=False):
     """All images below `folder`, in the order of their paths: uint8 [N, channels, size, size] and the list of N paths.
+
+    size: None takes the shorter side of the first image that can be read.
 
     A file that cannot be read is skipped with a warning that names it; with `strict` it raises OSError.
     Raises ValueError for a folder without images, or when channels is not 1 or 3.
@@ -104,7 +106,10 @@ def load_folder(folder, size=32, channels=3, strict=False, progress=False):
     if not paths: raise ValueError(f"no images in {folder}: looked for files ending in {', '.join(sorted(SUFFIXES))}")
     images, kept = [], []
     for path in tqdm(paths, desc="reading", disable=not progress):
-        try: images.append(read_image(path, size, channels))
+        try:
+            if size is None:
+                with Image.open(path) as first: size = min(first.size)
+            images.append(read_image(path, size, channels))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if strict: raise OSError(f"{path} cannot be read as an image: {error}") from error
             warnings.warn(f"skipped {path}, it cannot be read as an image: {error}", stacklevel=2)
@@ -120,3 +125,49 @@ def load_images(name):
     "Images [N, C, H, W] (uint8; digits: in [−1, 1]) and classes [N] of the image set `name`. Raises ValueError for an unknown name."
     if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
+
+# %% ../nbs/sources.ipynb #b1193b9d
+def load_array(path):
+    """The images of a .npy or .npz file, as float [N, C, H, W] in [−1, 1]. Of an .npz, `images` is taken, or the first array of three or four axes.
+
+    Taken are uint8, floats within [−1, 1], and floats within [0, 1] or [0, 255]; channels first, last or none. Raises ValueError for anything else.
+    """
+    try: found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{path} cannot be read as an array: {error}") from error
+    arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in sorted(found.files, key=lambda name: name != "images")}
+    x = next((a for a in arrays.values() if a.ndim in (3, 4) and a.dtype.kind in "uf" and len(a)), None)
+    if x is None: raise ValueError(f"{path} holds no images: an array [N, H, W], [N, H, W, C] or [N, C, H, W] of bytes or floats is needed")
+    x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2) if x.shape[1] not in (1, 3) else x
+    if x.shape[1] not in (1, 3): raise ValueError(f"{path} must hold images of 1 or 3 channels, got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all(): raise ValueError(f"{path} holds NaN or infinity: remove these images first")
+    low, high = x.min(), x.max()
+    if high > 1.5: return x.div_(127.5).sub_(1).contiguous() if 0 <= low and high <= 255 else _out_of_range(path, low, high)
+    return (x if low < 0 else x * 2 - 1).contiguous() if low >= -1.5 else _out_of_range(path, low, high)
+
+def _out_of_range(path, low, high): raise ValueError(f"{path} holds values from {low:.3g} to {high:.3g}: images lie in [−1, 1], [0, 1] or [0, 255]")
+
+def read_data(data, size=None, channels=3, strict=False):
+    """The images of a named set, a folder, or a .npy or .npz file: uint8, or float in [−1, 1], [N, C, H, W].
+
+    size: side of the squares that a folder's images are cut to (default: that of the first one that can be read). Raises ValueError for anything else.
+    """
+    if data in IMAGE_SETS: return load_images(data)[0]
+    if Path(data).suffix in (".npy", ".npz") and Path(data).is_file(): return load_array(data)
+    if not Path(data).is_dir(): raise ValueError(f"{data} is neither a folder, nor a .npy or .npz file, nor a known data set ({', '.join(IMAGE_SETS)})")
+    return load_folder(data, size, channels, strict, progress=True)[0]
+
+# %% ../nbs/sources.ipynb #6afba72d
+def run_of(folder):
+    "The description of the run in `folder`. Raises FileNotFoundError when there is none."
+    if not (path := Path(folder) / "run.json").exists(): raise FileNotFoundError(f"{folder} holds no run: cpsample train DATA --out {folder} makes one")
+    return json.loads(path.read_text())
+
+def members_of(run):
+    "(description of the run, its training images, the others of the same set) for a folder that `cpsample train` wrote."
+    about = run_of(run)
+    x = read_data(about["data"], about["size"], about["channels"])
+    if fingerprint(x) != about["fingerprint"]: raise ValueError(f"the images of {about['data']} are not those that {run} was trained on: put them back, or train again")
+    if about["images"] is None: return about, x, x[:0]
+    parts = split(x, {"members": about["images"], "others": None}, about["config"]["seed"])
+    return about, parts.of(x, "members"), parts.of(x, "others")
