@@ -7,7 +7,7 @@ __all__ = ['CHANGES', 'TESTS', 'STYLE', 'NAMES', 'near_pairs', 'duplicate_groups
            'sensitivity', 'feature_space', 'Audit', 'check_sets', 'compared', 'audit', 'show_distances', 'report_html',
            'write_report']
 
-# %% ../nbs/19_audit.ipynb #e96cbc7e
+# %% ../nbs/19_audit.ipynb #f687dbd1
 import base64, html, io
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans
 
 import cpsample
 from .data import atomic, check_images, fingerprint, first_rows, save_json, show_grid
-from .memorization import CopyReport, cosine_test, distance, frechet_distance, nearest, neighbourhood_score, ratio_score, typical_distance
+from .memorization import CopyReport, cosine_test, distance, frechet_distance, nearest, nearest_groups, neighbourhood_score, ratio_score, typical_distance
 from .quality import features, kid, mifid, precision_recall
 
 # %% ../nbs/19_audit.ipynb #af076c3c
@@ -90,21 +90,21 @@ def plant(x_train, share, change, generator):
     rows = torch.randperm(len(x_train), generator=generator)[: round(share * len(x_train))]
     return CHANGES[change](x_train[rows], generator).clamp(-1, 1), rows
 
-# %% ../nbs/19_audit.ipynb #f0ab27e7
+# %% ../nbs/19_audit.ipynb #15c3976e
 TESTS = {"ratio": "d₁/d₂ < 1/3", "neighbourhood": "d₁ < half the mean distance to the 50 nearest", "cosine": "feature cosine > 0.97"}
 
-def copy_reports(x, refs, f, f_refs, flips=True, progress=False):
-    "{test: CopyReport} of images x [n, ...] with features f against refs [N, ...] with features f_refs, and the distances d₁ [n]. Keys of `TESTS`."
-    d, rows = nearest(x, refs, 50, flips=flips, progress=progress)
+def copy_reports(x, training, groups, f, f_training, flips=True, progress=False):
+    "{test: CopyReport} of images x [n, ...] with features f, and the distances d₁ [n] to training images [N, ...] in `duplicate_groups` [N]. Keys of `TESTS`."
+    d, rows = nearest_groups(x, training, groups, 50, flips, progress)
     return {"ratio": CopyReport(ratio_score(d), rows[:, 0], 1 / 3), "neighbourhood": CopyReport(neighbourhood_score(d), rows[:, 0], 1.0),
-            "cosine": cosine_test(f, f_refs)}, d[:, 0]
+            "cosine": cosine_test(f, f_training)}, d[:, 0]
 
-def sensitivity(refs, embed, f_refs, flips=True, seed=0, n=200):
+def sensitivity(training, groups, embed, f_training, flips=True, seed=0, n=200):
     "{change: {test: share found}} of n training images each, planted with the `CHANGES`."
     generator, shares = torch.Generator().manual_seed(seed), {}
     for change in CHANGES:
-        x, _ = plant(refs, min(1, n / len(refs)), change, generator)
-        shares[change] = {name: r.rate for name, r in copy_reports(x, refs, embed(x), f_refs, flips)[0].items()}
+        x, _ = plant(training, min(1, n / len(training)), change, generator)
+        shares[change] = {name: r.rate for name, r in copy_reports(x, training, groups, embed(x), f_training, flips)[0].items()}
     return shares
 
 # %% ../nbs/19_audit.ipynb #afb5ac3b
@@ -122,7 +122,7 @@ def feature_space(training, name=None):
     axes = torch.linalg.svd(some - some.mean(0), full_matrices=False).Vh[:64].T
     return name, lambda x: torch.cat([(part.flatten(1) - some.mean(0)) @ axes for part in x.split(4096)])
 
-# %% ../nbs/19_audit.ipynb #72729ee9
+# %% ../nbs/19_audit.ipynb #a1b6553f
 @dataclass
 class Audit:
     "What `audit` found: `record`, to be kept as JSON, and what its pictures need: the closest `pairs` [2, P, ...], `distances` {set: [n]}."
@@ -163,23 +163,23 @@ def audit(generated, training, held_out=None, space=None, flips=True, limit=10_0
     check_sets(sets)
     radius = typical_distance(training, flips=flips) / 3
     groups = duplicate_groups(training, radius, flips)
-    refs, (space, embed) = training[keep := groups.unique()], feature_space(training, space)
-    if len(refs) < 2: raise ValueError("all training images are duplicates of one another: an audit needs at least two different ones")
-    f = {name: embed(x) for name, x in (sets | {"training": refs}).items()}
-    reports, distances = copy_reports(generated, refs, f["generated"], f["training"], flips, progress)
-    compare = ("generated", "held-out" if "held-out" in f else "training", "training")
+    keep, (space, embed) = groups.unique(), feature_space(training, space)
+    if len(keep) < 2: raise ValueError("all training images are duplicates of one another: an audit needs at least two different ones")
+    f = {name: embed(x) for name, x in sets.items()}
+    known, some = f["training"][keep], {name: rows[:limit] for name, rows in f.items()}
+    reports, distances = copy_reports(generated, training, groups, f["generated"], f["training"], flips, progress)
     tests, found = {name: r.numbers() for name, r in reports.items()}, {"generated": distances}
-    measures = {"auth_pct": auth_pct(f["generated"][:limit], f["training"]), "quality": compared(*(f[name][:limit] for name in compare))}
+    measures = {"auth_pct": auth_pct(some["generated"], known), "quality": compared(some["generated"], some.get("held-out", some["training"]), some["training"])}
     if held_out is not None:
-        innocent, found["held-out"] = copy_reports(held_out[:limit], refs, f["held-out"][:limit], f["training"], flips, progress)
+        innocent, found["held-out"] = copy_reports(held_out[:limit], training, groups, some["held-out"], f["training"], flips, progress)
         for name, r in innocent.items(): tests[name] |= {f"{k}_held_out": v for k, v in r.numbers().items()}
-        measures |= {"auth_pct_held_out": auth_pct(f["held-out"][:limit], f["training"]), "c_t": c_t(f["generated"][:limit], f["held-out"][:limit], f["training"], seed=seed)}
+        measures |= {"auth_pct_held_out": auth_pct(some["held-out"], known), "c_t": c_t(some["generated"], some["held-out"], known, seed=seed)}
     record = {"name": "audit", "version": cpsample.__version__, "seed": seed, "flips": flips, "feature_space": space,
               "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
               "duplicates": {"radius": radius, "rows": len(training) - len(keep), "groups": int((torch.bincount(groups) > 1).sum())},
-              "tests": tests, "finds": sensitivity(refs, embed, f["training"], flips, seed), **measures}
+              "tests": tests, "finds": sensitivity(training, groups, embed, f["training"], flips, seed), **measures}
     closest = reports["ratio"].score.argsort()[:12]
-    return Audit(record, torch.stack([generated[closest], refs[reports["ratio"].nearest[closest]]]), found)
+    return Audit(record, torch.stack([generated[closest], training[reports["ratio"].nearest[closest]]]), found)
 
 # %% ../nbs/19_audit.ipynb #c060108e
 def _picture(fig, alt):

@@ -16,7 +16,7 @@ import cpsample.audit
 from cpsample.audit import CHANGES, audit, auth_pct, c_t, duplicate_groups, feature_space, near_pairs, plant, report_html
 from cpsample.cli import app
 from cpsample.data import pixels, plant_duplicates
-from cpsample.memorization import copy_test, nearest, typical_distance
+from cpsample.memorization import copy_test, nearest, nearest_groups, typical_distance
 from cpsample.sources import load_fashion
 
 TRAIN, REAL = (pixels(load_fashion(part, small=True)[0]) for part in ("train", "test"))
@@ -50,6 +50,29 @@ def test_near_pairs_are_brute_force(k, n, radius, flips):
     if flips: full = torch.minimum(full, (x[:, None] - x.flip(-1)[None]).flatten(2).norm(dim=2))
     if (full - radius).abs().min() < 1e-4: return       # a tie that rounding decides
     assert torch.equal(near_pairs(x, radius, flips, chunk=16), (full <= radius).triu(1).nonzero())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 30))
+def test_of_a_group_only_the_nearest_member_is_a_neighbour(k, k_groups, n):
+    "The nearest distance is exact; so are all of them when only the nearest group has more than one member nearby."
+    g = seed(k)
+    refs, x = torch.randn(n, 1, 2, 3, generator=g), torch.randn(9, 1, 2, 3, generator=g)
+    labels = torch.randint(k_groups, (n,), generator=g)
+    groups = torch.stack([(labels == label).nonzero()[0, 0] for label in labels])
+    full = (x[:, None] - refs[None]).flatten(2).norm(dim=2)
+    d, rows = nearest_groups(x, refs, groups, 2)
+    torch.testing.assert_close(d[:, 0], full.min(1).values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(full.gather(1, rows), d, atol=1e-4, rtol=1e-4)
+    if d.shape[1] > 1: assert (groups[rows[:, 0]] != groups[rows[:, 1]]).all()
+
+
+def test_a_copy_of_any_member_of_a_group_is_found():
+    "Also of one that is not the first; with the first alone, it would be as far away as the group is wide."
+    training = TRAIN[:200].clone()
+    training[100:] = training[:100] + 0.03 * torch.randn(100, 1, 28, 28, generator=seed(0))
+    found = audit(training[100:], training)
+    assert found.record["duplicates"]["rows"] == 100 and found.record["tests"]["ratio"]["copies"] == 100 and found.distances["generated"].max() < 1e-3
 
 
 def test_groups_follow_chains_and_exact_repeats():

@@ -32,14 +32,13 @@ def planted(work):
     generator, rows = torch.Generator().manual_seed(0), {}
     twice = torch.cat([training, training[:1000] + 0.02 * torch.randn(training[:1000].shape, generator=generator)])
     for name, x in (("training", training), ("with duplicates", twice)):
-        refs = x[duplicate_groups(x, typical_distance(x) / 3).unique()]
-        f_refs = features(refs)
-        rows[name] = {"images": len(x), "different": len(refs), "found": {}}
+        groups, refs, f_refs = duplicate_groups(x, typical_distance(x) / 3), x, features(x)
+        rows[name] = {"images": len(x), "different": len(groups.unique()), "found": {}}
         for change in ("exact", "slightly noised", "mirrored", "shifted by one pixel", "brightened", *(c for c in CHANGES if c.startswith("cut"))):
             for share in SHARES:
                 copies, _ = plant(training, share * N / len(training), change, generator) if share else (training[:0], None)
                 x = torch.cat([copies, real[len(copies) :]])
-                found = {test: report.numbers() for test, report in copy_reports(x, refs, features(x), f_refs)[0].items()}
+                found = {test: report.numbers() for test, report in copy_reports(x, refs, groups, features(x), f_refs)[0].items()}
                 rows[name]["found"].setdefault(change, {})[str(share)] = found
                 print(name, change, share, {test: f["words"] for test, f in found.items()}, flush=True)
     return {"n": N, "seed": 0, "false_alarms": rows["training"]["found"]["exact"]["0"], **rows}
