@@ -44,12 +44,14 @@ book: .venv/installed-dev  ## run every notebook, export the package, write the 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the models of chapter 10)
 	$(BIN)/python tools/weights.py
 
-results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about two hours for each half of the rest
+results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about five hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
 	$(BIN)/python tools/rejection.py
 	$(BIN)/python tools/guards.py
 	$(BIN)/python tools/fashion.py choosing --n 1000
 	$(BIN)/python tools/fashion.py reported
+	$(BIN)/python tools/membership.py
+	$(BIN)/python tools/audit.py
 
 clean:
 	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -8,7 +8,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("diffusers", "metrics", "baselines", "notebook")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("diffusers", "metrics", "audit", "baselines", "notebook")}
 extras["dev"] = cfg["dev_requirements"].split() + sum(extras.values(), [])
 extras["bench"] = cfg["bench_requirements"].split() + extras["diffusers"]      # the peers that timings are compared with
 

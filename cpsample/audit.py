@@ -90,12 +90,12 @@ def plant(x_train, share, change, generator):
     rows = torch.randperm(len(x_train), generator=generator)[: round(share * len(x_train))]
     return CHANGES[change](x_train[rows], generator).clamp(-1, 1), rows
 
-# %% ../nbs/19_audit.ipynb #15c3976e
+# %% ../nbs/19_audit.ipynb #3f5e2dc4
 TESTS = {"ratio": "d₁/d₂ < 1/3", "neighbourhood": "d₁ < half the mean distance to the 50 nearest", "cosine": "feature cosine > 0.97"}
 
-def copy_reports(x, training, groups, f, f_training, flips=True, progress=False):
+def copy_reports(x, training, groups, f, f_training, flips=True, progress=False, backend="torch"):
     "{test: CopyReport} of images x [n, ...] with features f, and the distances d₁ [n] to training images [N, ...] in `duplicate_groups` [N]. Keys of `TESTS`."
-    d, rows = nearest_groups(x, training, groups, 50, flips, progress)
+    d, rows = nearest_groups(x, training, groups, 50, flips, progress, backend)
     return {"ratio": CopyReport(ratio_score(d), rows[:, 0], 1 / 3), "neighbourhood": CopyReport(neighbourhood_score(d), rows[:, 0], 1.0),
             "cosine": cosine_test(f, f_training)}, d[:, 0]
 
@@ -122,7 +122,7 @@ def feature_space(training, name=None):
     axes = torch.linalg.svd(some - some.mean(0), full_matrices=False).Vh[:64].T
     return name, lambda x: torch.cat([(part.flatten(1) - some.mean(0)) @ axes for part in x.split(4096)])
 
-# %% ../nbs/19_audit.ipynb #a1b6553f
+# %% ../nbs/19_audit.ipynb #1f2cf92d
 @dataclass
 class Audit:
     "What `audit` found: `record`, to be kept as JSON, and what its pictures need: the closest `pairs` [2, P, ...], `distances` {set: [n]}."
@@ -153,10 +153,10 @@ def compared(f, f_real, f_train):
     try: return found | dict(zip(("kid", "precision", "recall", "mifid"), (kid(f, f_real)[0], *precision_recall(f, f_real), mifid(f, f_train))))
     except ImportError as error: return found | {"left_out": str(error)}
 
-def audit(generated, training, held_out=None, space=None, flips=True, limit=10_000, seed=0, progress=False):
+def audit(generated, training, held_out=None, space=None, flips=True, limit=10_000, seed=0, progress=False, backend="torch"):
     """Does the model copy? Generated [n, C, H, W] against training images [N, C, H, W] and, better, held-out ones [m, C, H, W], all in [−1, 1].
 
-    space: of the features (see `feature_space`); flips: count mirror images as the same; limit: rows that measures of quality look at.
+    space: of the features (see `feature_space`); flips: count mirror images as the same; limit: rows that measures of quality look at; backend: see `nearest`.
     Returns an `Audit`. Raises ValueError for images that do not fit together, NaN, or fewer than two different training images.
     """
     sets = {"generated": generated, "training": training} | ({} if held_out is None else {"held-out": held_out})
@@ -167,11 +167,11 @@ def audit(generated, training, held_out=None, space=None, flips=True, limit=10_0
     if len(keep) < 2: raise ValueError("all training images are duplicates of one another: an audit needs at least two different ones")
     f = {name: embed(x) for name, x in sets.items()}
     known, some = f["training"][keep], {name: rows[:limit] for name, rows in f.items()}
-    reports, distances = copy_reports(generated, training, groups, f["generated"], f["training"], flips, progress)
+    reports, distances = copy_reports(generated, training, groups, f["generated"], f["training"], flips, progress, backend)
     tests, found = {name: r.numbers() for name, r in reports.items()}, {"generated": distances}
     measures = {"auth_pct": auth_pct(some["generated"], known), "quality": compared(some["generated"], some.get("held-out", some["training"]), some["training"])}
     if held_out is not None:
-        innocent, found["held-out"] = copy_reports(held_out[:limit], training, groups, some["held-out"], f["training"], flips, progress)
+        innocent, found["held-out"] = copy_reports(held_out[:limit], training, groups, some["held-out"], f["training"], flips, progress, backend)
         for name, r in innocent.items(): tests[name] |= {f"{k}_held_out": v for k, v in r.numbers().items()}
         measures |= {"auth_pct_held_out": auth_pct(some["held-out"], known), "c_t": c_t(some["generated"], some["held-out"], known, seed=seed)}
     record = {"name": "audit", "version": cpsample.__version__, "seed": seed, "flips": flips, "feature_space": space,

@@ -6,7 +6,7 @@
 __all__ = ['app', 'one_line_errors', 'demo', 'served', 'on_device', 'several_processes', 'train_command', 'guard_command',
            'sample_command', 'audit_command', 'attack_command']
 
-# %% ../nbs/cli.ipynb #68be153a
+# %% ../nbs/cli.ipynb #3acd93db
 import os, shlex, sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,6 +22,7 @@ from .data import atomic, fingerprint, need, pixels, save_json, save_picture, sh
 from .ddpm import draw, timesteps
 from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
 from .membership import attack_table, attacks, guard_attacks, scores_of, verdicts
+from .memorization import SEARCH
 from .protect import load_guard, protect
 from .quality import SPACES
 from .schedule import make_schedule
@@ -92,7 +93,7 @@ def several_processes():
     "An accelerator when `accelerate launch` started several processes, None otherwise."
     return need("accelerate", "diffusers").Accelerator() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
-# %% ../nbs/cli.ipynb #6a83fc5d
+# %% ../nbs/cli.ipynb #37413675
 @app.command("train")
 def train_command(
     data: str = typer.Argument(help=f"A folder of images, or one of {', '.join(IMAGE_SETS)}."),
@@ -120,10 +121,8 @@ def train_command(
         if min(config.steps, config.batch_size) < 1 or not config.lr > 0: raise ValueError("steps and batch_size must be at least 1, and lr above 0")
         x = read_data(data, size, 1 if grey else 3, strict)
         members = x if images is None else split(x, {"members": images, "others": None}, seed).of(x, "members")
-        base = None
-        if start:
-            base, its_schedule, _ = load_model(start)
-            config = replace(config, schedule=its_schedule.name)
+        base, its_schedule, _ = load_model(start) if start else (None, None, None)
+        if start: config = replace(config, schedule=its_schedule.name)
         writable(out)
         save_json(out / "run.json", {"data": data if data in IMAGE_SETS else str(Path(data).resolve()), "size": size, "channels": x.shape[1], "images": images,
                                      "fingerprint": fingerprint(x), "from": str(start) if start else None, "config": asdict(config)})
@@ -183,7 +182,7 @@ def sample_command(
         if guard: print(f"The guard stepped in at {denoiser.certain / denoiser.rows:.1%} of all rows and steps.")
         print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")
 
-# %% ../nbs/cli.ipynb #cdf33e3b
+# %% ../nbs/cli.ipynb #127ed9df
 @app.command("audit")
 def audit_command(
     generated: str = typer.Argument(help="Generated images: a folder, .npz or .npy; or a run, to draw from it."),
@@ -194,6 +193,7 @@ def audit_command(
     test: str = typer.Option("ratio", help=f"Which test that is about: {', '.join(TESTS)}."),
     space: str = typer.Option(None, help=f"Feature space: {', '.join(SPACES)} or pca-64 (default: by the images)."),
     flips: bool = typer.Option(True, help="Look for mirrored copies, too."),
+    backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
     size: int = typer.Option(None, help="Side of the squares that images of folders are cut to (default: as the first training image)."),
     strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
     n: int = typer.Option(1000, "--number", "-n", min=1, help="Images to draw from a run."),
@@ -216,7 +216,7 @@ def audit_command(
             known, unseen = pixels(read_data(training, size, strict=strict)), None
             x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict))
         if held_out: unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict))
-        found = audit(x, known, unseen, space, flips, seed=seed, progress=True)
+        found = audit(x, known, unseen, space, flips, seed=seed, progress=True, backend=backend)
         verdict = None if max_copy_rate is None else found.verdict(max_copy_rate, test)
         page, numbers = write_report(found, out, verdict, command="cpsample " + shlex.join(sys.argv[1:]))
         for name, t in found.record["tests"].items(): print(f"{name:14} {t['words']}" + (f"; held-out images {t['words_held_out']}" if unseen is not None else ""))

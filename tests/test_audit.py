@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +38,21 @@ def test_nearest_is_brute_force(k, n, m, neighbours, flips):
     d, rows = nearest(x, refs, neighbours, chunk=7, flips=flips)
     torch.testing.assert_close(d, full.sort(1).values[:, :neighbours], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(full.gather(1, rows), d, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_faiss_finds_the_same(flips):
+    pytest.importorskip("faiss")
+    d, rows = nearest(REAL[:50], TRAIN[:300], 5, flips=flips)
+    again, rows_again = nearest(REAL[:50], TRAIN[:300], 5, flips=flips, backend="faiss")
+    torch.testing.assert_close(d, again, atol=1e-3, rtol=1e-4)
+    assert (rows == rows_again).float().mean() > 0.99
+
+
+def test_backends_are_checked_before_anything_is_computed(monkeypatch):
+    with pytest.raises(ValueError, match="unknown backend 'annoy'"): nearest(REAL[:2], TRAIN[:9], backend="annoy")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"cpsample\[audit\]"): nearest(REAL[:2], TRAIN[:9], backend="faiss")
 
 
 @settings(deadline=None, max_examples=30)

@@ -65,7 +65,7 @@ def test_changing_the_owner_changes_every_link(monkeypatch):
 
 def test_the_package_needs_none_of_the_extras():
     "Imported with every optional package blocked."
-    blocked = "nbdev execnb fastcore diffusers transformers accelerate torchmetrics torch_fidelity opacus jupyterlab ipywidgets pytest hypothesis".split()
+    blocked = "nbdev execnb fastcore diffusers transformers accelerate torchmetrics torch_fidelity faiss opacus jupyterlab ipywidgets pytest hypothesis".split()
     modules = sorted(p.stem for p in (ROOT / "cpsample").glob("*.py") if not p.stem.startswith("_"))
     program = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + "\n".join(f"import cpsample.{m}" for m in modules)
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
