@@ -41,14 +41,14 @@ def loss_attack(model, x, schedule, t=100, draws=8, seed=0):
     "Members are denoised better: −`denoising_loss` (Matsumoto et al. 2023). Costs `draws` network calls."
     return -denoising_loss(model, x, schedule, t, draws, seed)
 
-# %% ../nbs/11_membership.ipynb #757c9bfe
+# %% ../nbs/11_membership.ipynb #f425ff6a
 def _wins(members, others): return ((members[:, None] > others).double() + 0.5 * (members[:, None] == others)).cpu().numpy()
 
 def _bootstrap(wins, boots, seed):
     "The mean of `wins` [N, M] with rows and columns drawn again with replacement, `boots` times."
     rng = np.random.default_rng(seed)
     rows, columns = (rng.multinomial(k, np.full(k, 1 / k), boots) / k for k in wins.shape)
-    return (rows @ wins * columns).sum(1)
+    return (rows @ wins * columns).sum(1).clip(0, 1)
 
 def check_scores(scores, name):
     "Return scores [N] when there are two or more, all finite; raise ValueError otherwise."

@@ -13,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 from cpsample.data import GaussianMixture, exact_denoiser, load_digits
 from cpsample.ddpm import MLPDenoiser, sample, seeded
 from cpsample.demo import fit_denoiser
-from cpsample.membership import (_ddim, attacks, auc, denoising_loss, guard_attacks, infer, jump_attack, levels_of, loss_attack, loss_test, pia_attack,
-                                 scores_of, sima_attack, size_attack)
+from cpsample.membership import (_ddim, attack_table, attacks, auc, denoising_loss, guard_attacks, infer, jump_attack, levels_of, loss_attack, loss_test,
+                                 nearest_sample_attack, oracle_attack, pia_attack, scores_of, sima_attack, size_attack, verdicts)
 from cpsample.memorization import ideal_denoiser
+from cpsample.protect import Guard
 from cpsample.schedule import make_schedule, signal_noise
 
 SCHEDULE = make_schedule()
@@ -56,6 +57,13 @@ def test_threshold_sign_and_choice_on_known_laws():
         assert found["tpr_ci"][f][0] - 0.03 < norm.sf(norm.isf(f) - 2) < found["tpr_ci"][f][1] + 0.03 and abs(found["fpr"][f] - f) < 0.5 * f
     assert found["tpr"][1e-4] is None and found["fpr"][1e-4] is None
     assert found["auc_ci"][0] < norm.cdf(2 / math.sqrt(2)) < found["auc_ci"][1]
+
+
+def test_the_threshold_comes_from_the_other_half():
+    "A threshold of the counted half would accuse exactly the share that was asked for, every time."
+    g, rates = seed(0), []
+    for k in range(20): rates.append(infer({"x": (torch.randn(40, generator=g), torch.randn(40, generator=g))}, fprs=(0.1,), boots=10, seed=k)["fpr"][0.1])
+    assert len(set(rates)) > 4 and 0.05 < sum(rates) / 20 < 0.2
 
 
 def test_loss_attack_on_a_fitted_mean_has_fishers_auc():
@@ -103,10 +111,12 @@ def test_secmi_walks_as_the_sampler_does_and_finds_its_way_back_where_the_model_
     model = ideal_denoiser(torch.randn(1, 1, 4, 4, generator=seed(0)), SCHEDULE)
     x = torch.randn(5, 1, 4, 4, generator=seed(1))
     assert attacks(SCHEDULE)["SecMI"](model, x).abs().max() < 1e-8        # one training image: its paths are straight, so there and back is exact
-    net = seeded(0, lambda: MLPDenoiser((1, 8, 8)))
+    odd = make_schedule(T=250)                              # 25 levels up, in strides of 2
+    assert attacks(odd)["SecMI"](ideal_denoiser(x[:1], odd), x).abs().max() < 1e-8
+    net = fit_denoiser(load_digits()[0][:50], SCHEDULE, 300)
     steps = list(sample(net, SCHEDULE, (3, 1, 8, 8), steps=[999, 500, 0], eta=0, generator=seed(0)))
     with torch.no_grad(): torch.testing.assert_close(_ddim(net, steps[0].x_t, 999, 500, SCHEDULE), steps[1].x_t)
-    assert attacks(SCHEDULE)["SecMI"](net, torch.rand(3, 1, 8, 8)).max() < 0
+    assert attacks(SCHEDULE)["SecMI"](net, torch.rand(3, 1, 8, 8, generator=seed(2))).max() < -1e-7
 
 
 def test_pfami_is_zero_where_the_loss_is_flat():
@@ -131,6 +141,31 @@ def test_planted_pushes_and_gates_are_found():
         assert auc(s[marked], s[rest])[0] > 0.95, attack.__name__
         s = attack(smooth, x, SCHEDULE)
         assert auc(s[marked], s[rest])[0] < 0.8, attack.__name__
+
+
+def test_jump_is_one_where_the_bend_is_the_same_everywhere():
+    curve = lambda x_t, t: (t.float() ** 2).view(-1, 1).expand_as(x_t)
+    torch.testing.assert_close(jump_attack(curve, torch.zeros(3, 4), SCHEDULE), torch.ones(3))
+
+
+def test_those_who_see_samples_or_hold_the_guard():
+    x = torch.randn(6, 1, 4, 4, generator=seed(0))
+    s = nearest_sample_attack(None, x, torch.cat([x[:2], x[2:4] + 0.5]))
+    torch.testing.assert_close(s[:4], -torch.tensor([0.0, 0, 2, 2]), atol=1e-4, rtol=0)
+    assert s[4:].max() < -2
+    classifier = lambda x_t, t: x_t.mean((1, 2, 3))[:, None] * 10 + t[:, None] / 100        # one label, more certain at higher levels
+    guard = Guard(classifier, SCHEDULE, report={"level": 50, "alpha": 0.05})
+    bright = torch.ones(2, 1, 4, 4) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    at_50, at_400 = oracle_attack(None, bright, guard), oracle_attack(None, bright, guard, level=400)
+    assert at_50[1] > at_50[0] + 10 and abs(at_50[0] - 10.5) < 2 and at_400[0] != at_50[0]
+
+
+def test_the_best_attacker_does_not_hold_the_guard():
+    g = seed(0)
+    pairs = {"weak": (torch.randn(100, generator=g) + 0.5, torch.randn(100, generator=g)), "oracle": (torch.ones(100), torch.zeros(100))}
+    found = verdicts(pairs)
+    assert found["oracle"]["auc"] == 1 and found["best of all"]["turned"]["chosen"] == [("weak", 1)] * 2 and "0.9" not in attack_table(found).splitlines()[-1][:22]
+    assert [line.split()[0] for line in attack_table(found).splitlines()[1:]] == ["weak", "oracle", "best"]
 
 
 def test_loss_test_is_one_sided():
