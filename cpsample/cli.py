@@ -6,7 +6,7 @@
 __all__ = ['app', 'one_line_errors', 'demo', 'served', 'on_device', 'several_processes', 'train_command', 'guard_command',
            'sample_command', 'audit_command', 'attack_command']
 
-# %% ../nbs/cli.ipynb #3acd93db
+# %% ../nbs/cli.ipynb #5f1b0209
 import os, shlex, sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -30,6 +30,7 @@ from .sources import IMAGE_SETS, members_of, read_data, run_of
 from .training import CONFIGS, Config, load_model, train_denoiser, train_guard
 
 app = typer.Typer(help="Keep a diffusion model from handing out its training images.", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.callback()(lambda: None)        # so that `demo` is a command even while it is the only one
 
 # %% ../nbs/cli.ipynb #b62ed576
 @contextmanager
@@ -134,7 +135,7 @@ def train_command(
         train_denoiser(config, members, out, base, grid, accelerator, where, compile)
         print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
-# %% ../nbs/cli.ipynb #b48f1535
+# %% ../nbs/cli.ipynb #2f7ed71b
 @app.command("guard")
 def guard_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
@@ -149,8 +150,7 @@ def guard_command(
         _, schedule, _ = load_model(run / "model.safetensors")
         if reference: others = read_data(str(reference), about["size"], about["channels"])
         if not len(others): raise ValueError("the run used all its images, so there are none to stay undecided about: give --reference FOLDER with others of the same kind")
-        config = Config(**about["config"])
-        if steps is not None: config = replace(config, guard_steps=steps)
+        config = replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps}))
         accelerator = several_processes()
         where = accelerator.device if accelerator else on_device(device)
         guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, run / "guard", preset, accelerator, where)

@@ -267,3 +267,9 @@ def test_the_report_opens_without_a_network(tmp_path):
 def test_typical_distance_is_the_median_to_the_kth_other():
     x = torch.tensor([0.0, 1, 3, 7, 20]).view(5, 1, 1, 1)
     assert typical_distance(x, k=1) == 2.0 and typical_distance(x, k=2) == 3.0       # 1, 1, 2, 4, 13 and 3, 2, 3, 6, 17
+
+
+def test_images_that_taught_the_guard_are_no_strangers(tmp_path):
+    assert call("train", "fashion-small", "--images", 2500, "--tiny", "--out", tmp_path / "run").exit_code == 0
+    said = call("attack", tmp_path / "run", "--unguarded")
+    assert said.exit_code == 2 and "neither the model nor its guard has seen" in said.stderr
