@@ -37,7 +37,7 @@ def ideal_denoiser(x_train, schedule):
         return x0_to_eps(x_t, t, x0.view_as(x_t), schedule)
     return model
 
-# %% ../nbs/03_memorization.ipynb #b47705d4
+# %% ../nbs/03_memorization.ipynb #d3da6cab
 def distance(a, b, flips=False):
     "ℓ₂ distance of each row of a [n, ...] to the same row of b: [n]; with flips, to its mirror image (last axis) where that is nearer."
     d = (a - b).flatten(1).norm(dim=1)
@@ -93,9 +93,9 @@ def nearest_groups(x, refs, groups, k=1, flips=False, progress=False, backend="t
     groups: for each row of refs the number of the first row of its group, int64 [N].
     """
     keep, extra = groups.unique(), (groups != torch.arange(len(refs))).nonzero()[:, 0]
+    if len(extra) == 0: return nearest(x, refs, k, flips=flips, progress=progress, backend=backend)
     d, rows = nearest(x, refs[keep], k, flips=flips, progress=progress, backend=backend)
     rows = keep[rows]
-    if len(extra) == 0: return d, rows
     near, which = nearest(x, refs[extra], 1, flips=flips)       # is one of the others nearer than the first of its group?
     which = extra[which]
     same = groups[rows] == groups[which]
@@ -105,7 +105,7 @@ def nearest_groups(x, refs, groups, k=1, flips=False, progress=False, backend="t
     d, order = torch.where(better, near, d).sort(1)
     return d, torch.where(better, which, rows).gather(1, order)
 
-def typical_distance(x, k=10, flips=True, sample=300, seed=0):
+def typical_distance(x, k=10, flips=True, sample=100, seed=0):
     """The median ℓ₂ distance of a row of x [N, ...] to its k-th nearest other one, over `sample` random rows.
 
     The first few neighbours may be duplicates of the row, the tenth is hardly one.
@@ -206,14 +206,15 @@ def digit_features(x):
     encoder.load_state_dict(load_file(data_path("weights/digits_encoder.safetensors")))
     return encoder.to(x.device).features(x)
 
-# %% ../nbs/03_memorization.ipynb #8bb9b6e1
+# %% ../nbs/03_memorization.ipynb #7c52ea7b
 def cosine_test(features, train_features, threshold=0.97):
     """Copies have feature cosine similarity above `threshold` to a training image (CPSample, section 5: 0.97 on CIFAR-10).
 
     features [B, D], train_features [N, D]. The report's score is 1 − similarity.
     """
     check_images(features, "features"), check_images(train_features, "training features")
-    similarity, rows = (F.normalize(features, dim=1) @ F.normalize(train_features, dim=1).T).max(1)
+    known, chunk = F.normalize(train_features, dim=1).T, max(1, 2**25 // len(train_features))
+    similarity, rows = map(torch.cat, zip(*[(F.normalize(part, dim=1) @ known).max(1) for part in features.split(chunk)]))
     return CopyReport(1 - similarity, rows, 1 - threshold)
 
 # %% ../nbs/03_memorization.ipynb #2ac78ca1
