@@ -168,7 +168,7 @@ def test_spaces_for_other_images(monkeypatch):
 
 
 def test_without_the_extra_the_rest_is_there(monkeypatch):
-    def missing(*_): raise ImportError("torchmetrics is not installed: pip install 'cpsample[metrics]'")
+    def missing(*_, **__): raise ImportError("torchmetrics is not installed: pip install 'cpsample[metrics]'")
     monkeypatch.setattr(cpsample.audit, "kid", missing)
     found = audit(REAL[:100], TRAIN[:100])
     assert "fd" in found.record["quality"] and "cpsample[metrics]" in report_html(found)
