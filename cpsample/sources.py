@@ -126,7 +126,7 @@ def load_images(name):
     if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
 
-# %% ../nbs/sources.ipynb #b1193b9d
+# %% ../nbs/sources.ipynb #c98c0eb7
 def load_array(path):
     """The images of a .npy or .npz file, as float [N, C, H, W] in [−1, 1]. Of an .npz, `images` is taken, or the first array of three or four axes.
 
@@ -137,12 +137,13 @@ def load_array(path):
     arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in sorted(found.files, key=lambda name: name != "images")}
     x = next((a for a in arrays.values() if a.ndim in (3, 4) and a.dtype.kind in "uf" and len(a)), None)
     if x is None: raise ValueError(f"{path} holds no images: an array [N, H, W], [N, H, W, C] or [N, C, H, W] of bytes or floats is needed")
+    bytes_ = x.dtype == np.uint8
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2) if x.shape[1] not in (1, 3) else x
     if x.shape[1] not in (1, 3): raise ValueError(f"{path} must hold images of 1 or 3 channels, got shape {tuple(x.shape)}")
     if not torch.isfinite(x).all(): raise ValueError(f"{path} holds NaN or infinity: remove these images first")
     low, high = x.min(), x.max()
-    if high > 1.5: return x.div_(127.5).sub_(1).contiguous() if 0 <= low and high <= 255 else _out_of_range(path, low, high)
+    if bytes_ or high > 1.5: return x.div_(127.5).sub_(1).contiguous() if 0 <= low and high <= 255 else _out_of_range(path, low, high)
     return (x if low < 0 else x * 2 - 1).contiguous() if low >= -1.5 else _out_of_range(path, low, high)
 
 def _out_of_range(path, low, high): raise ValueError(f"{path} holds values from {low:.3g} to {high:.3g}: images lie in [−1, 1], [0, 1] or [0, 255]")

@@ -9,7 +9,7 @@ from PIL import Image
 
 import cpsample.sources
 from cpsample.data import first_rows, pixels
-from cpsample.sources import load_crops, load_fashion, load_folder, load_images, read_idx, read_image
+from cpsample.sources import load_array, load_crops, load_fashion, load_folder, load_images, read_idx, read_image
 
 RNG = np.random.default_rng(0)
 
@@ -130,3 +130,11 @@ def test_hidden_folders_and_bombs(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.warns(UserWarning, match="big.png"): x, paths = load_folder(tmp_path, 8)
     assert [p.name for p in paths] == ["a.png"]
+
+
+def test_dark_bytes_are_bytes(tmp_path):
+    "Their values, 0 and 1, would be black and white as floats."
+    np.save(tmp_path / "dark.npy", np.eye(4, dtype=np.uint8)[None])
+    assert load_array(tmp_path / "dark.npy").max() < -0.99
+    np.save(tmp_path / "floats.npy", np.eye(4, dtype=np.float32)[None])
+    assert load_array(tmp_path / "floats.npy").max() == 1
