@@ -7,7 +7,7 @@ __all__ = ['CHANGES', 'TESTS', 'STYLE', 'NAMES', 'near_pairs', 'duplicate_groups
            'sensitivity', 'feature_space', 'Audit', 'check_sets', 'compared', 'audit', 'show_distances', 'report_html',
            'write_report']
 
-# %% ../nbs/19_audit.ipynb #f687dbd1
+# %% ../nbs/19_audit.ipynb #ef757cef
 import base64, html, io
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,35 +21,36 @@ from sklearn.cluster import KMeans
 import cpsample
 from .data import atomic, check_images, fingerprint, first_rows, save_json, show_grid
 from .memorization import CopyReport, cosine_test, distance, frechet_distance, nearest, nearest_groups, neighbourhood_score, ratio_score, typical_distance
-from .quality import features, kid, mifid, precision_recall
+from .quality import features, inception, kid, mifid, precision_recall
 
-# %% ../nbs/19_audit.ipynb #9a43f716
-def near_pairs(x, radius, flips=True, chunk=128, dims=32):
+# %% ../nbs/19_audit.ipynb #741edce5
+def near_pairs(x, radius, flips=True, chunk=512, dims=32):
     """All pairs i < j of rows of x [N, ...] that are nearer than `radius` in ℓ₂; with flips, one of them mirrored or not. Exact; int64 [P, 2].
 
-    Compared are windows of `radius` along the first principal axis, in `dims` dimensions first, in full what is still near after that.
+    Compared are windows of `radius` along the first principal axis, in `dims` dimensions first (`chunk` by `chunk`: small enough for the cache), in full what is left.
     """
     flat, N = x.flatten(1), len(x)
     centre, some = flat.mean(0), flat[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:500]]
     axes = torch.linalg.svd(some - centre, full_matrices=False).Vh[:dims].T
     z = torch.cat([((part.flip(-1) if mirror else part).flatten(1) - centre) @ axes for mirror in range(1 + flips) for part in x.split(4096)])
     order = z[:, 0].argsort()
-    z, found = z[order], []
+    z, found = z[order], [torch.empty(2, 0, dtype=torch.long)]
     half = z.square().sum(1, keepdim=True) / 2
     one, room = torch.ones_like(half), radius**2 / 2 + 1e-5 * half.max()
     left, right = torch.cat([z, one, room - half], 1), torch.cat([z, -half, one], 1)     # left · right = (radius² − ‖difference‖²) / 2 + slack
     for i in range(0, len(z), chunk):
         stop = int(torch.searchsorted(z[:, 0].contiguous(), z[i : i + chunk][-1, 0] + radius, right=True))
-        a, b = (left[i : i + chunk] @ right[i:stop].T >= 0).nonzero().T
-        found.append(order[torch.stack([i + a[a < b], i + b[a < b]], 1)] % N)
-    pairs = torch.cat(found).sort(1).values.unique(dim=0)
+        for j in range(i, stop, chunk):
+            near = left[i : i + chunk] @ right[j : min(j + chunk, stop)].T
+            if near.max() >= 0: found.append((near >= 0).nonzero().T + torch.tensor([[i], [j]]))
+    pairs = (order[torch.cat(found, 1)].T % N).sort(1).values.unique(dim=0)
     pairs = pairs[pairs[:, 0] < pairs[:, 1]]
     return torch.cat([part[distance(x[part[:, 0]], x[part[:, 1]], flips) <= radius] for part in pairs.split(4096)]) if len(pairs) else pairs
 
 def duplicate_groups(x, radius, flips=True):
     "For each row of x the number of the first row of its group of duplicates: exact ones, and chains of pairs nearer than `radius`. int64 [N]."
     keep, member = first_rows(x).unique(return_inverse=True)
-    a, b = near_pairs(x[keep], radius, flips).T.numpy()
+    a, b = near_pairs(x if len(keep) == len(x) else x[keep], radius, flips).T.numpy()
     labels = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(keep), len(keep))), directed=False)[1]
     leader = np.full(labels.max() + 1, len(x))
     np.minimum.at(leader, labels, keep.numpy())
@@ -108,7 +109,7 @@ def sensitivity(training, groups, embed, f_training, flips=True, seed=0, n=60):
     found = copy_reports(x, training, groups, embed(x), f_training, flips)[0]
     return {change: {test: r.copied.view(len(CHANGES), -1)[i].float().mean().item() for test, r in found.items()} for i, change in enumerate(CHANGES)}
 
-# %% ../nbs/19_audit.ipynb #56746f62
+# %% ../nbs/19_audit.ipynb #91c71d7e
 def feature_space(training, name=None):
     """(name, function from images to features [N, D]) for images like `training`: a key of `SPACES`, or "pca-64", the first 64 principal components.
 
@@ -116,14 +117,15 @@ def feature_space(training, name=None):
     """
     name = name or {(1, 8, 8): "digits-mlp-64", (1, 28, 28): "fashion-conv-64"}.get(tuple(training.shape[1:]))
     if name is None:
-        try: return "inception-2048", features(training[:2], "inception-2048") is not None and (lambda x: features(x, "inception-2048"))
+        try: inception()
         except (ImportError, OSError): name = "pca-64"
+        else: name = "inception-2048"
     if name != "pca-64": return name, lambda x: features(x, name)
     some = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:500]].flatten(1)
     axes = torch.linalg.svd(some - some.mean(0), full_matrices=False).Vh[:64].T
     return name, lambda x: torch.cat([(part.flatten(1) - some.mean(0)) @ axes for part in x.split(4096)])
 
-# %% ../nbs/19_audit.ipynb #557b2e50
+# %% ../nbs/19_audit.ipynb #1e014861
 @dataclass
 class Audit:
     "What `audit` found: `record`, to be kept as JSON, and what its pictures need: the closest `pairs` [2, P, ...], `distances` {set: [n]}."
@@ -133,8 +135,7 @@ class Audit:
 
     def verdict(self, max_copy_rate, test="ratio"):
         "(passed, sentence): whether the upper bound of the copy rate by `test` is at most `max_copy_rate`."
-        t = self.record["tests"][test]
-        passed = t["ci"][1] <= max_copy_rate
+        passed = (t := self.record["tests"][test])["ci"][1] <= max_copy_rate
         return passed, f"{'passed' if passed else 'FAILED'}: copies by the {test} test {t['words']}; upper bound {t['ci'][1]:.2%}, allowed {max_copy_rate:.2%}"
 
 def check_sets(sets):
@@ -147,8 +148,7 @@ def check_sets(sets):
 
 def compared(f, f_real, f_train):
     "Distances and the like of generated features against real ones, and of one half of the real ones against the other."
-    n = len(f_real) // 2
-    if min(len(f), n, len(f_train)) < 10: return {"left_out": "measures of quality need at least 20 real images, and 10 of the others"}
+    if min(len(f), n := len(f_real) // 2, len(f_train)) < 10: return {"left_out": "measures of quality need at least 20 real images, and 10 of the others"}
     found = {"fd": frechet_distance(f, f_real), "fd_real_halves": frechet_distance(f_real[:n], f_real[n:])}
     try: return found | dict(zip(("kid", "precision", "recall", "mifid"), (kid(f, f_real, subsets=20)[0], *precision_recall(f, f_real), mifid(f, f_train))))
     except ImportError as error: return found | {"left_out": str(error)}
@@ -161,8 +161,7 @@ def audit(generated, training, held_out=None, space=None, flips=True, limit=2000
     """
     sets = {"generated": generated, "training": training} | ({} if held_out is None else {"held-out": held_out})
     check_sets(sets)
-    radius = typical_distance(training, flips=flips) / 3
-    groups = duplicate_groups(training, radius, flips)
+    groups = duplicate_groups(training, radius := typical_distance(training, flips=flips) / 3, flips)
     keep, (space, embed) = groups.unique(), feature_space(training, space)
     if len(keep) < 2: raise ValueError("all training images are duplicates of one another: an audit needs at least two different ones")
     f = {name: embed(x) for name, x in sets.items()}
@@ -178,10 +177,10 @@ def audit(generated, training, held_out=None, space=None, flips=True, limit=2000
               "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
               "duplicates": {"radius": radius, "rows": len(training) - len(keep), "groups": int((torch.bincount(groups) > 1).sum())},
               "tests": tests, "finds": sensitivity(training, groups, embed, f["training"], flips, seed), **measures}
-    closest = reports["ratio"].score.argsort()[:12]
-    return Audit(record, torch.stack([generated[closest], training[reports["ratio"].nearest[closest]]]), found)
+    closest, match = reports["ratio"].score.argsort()[:12], reports["ratio"].nearest
+    return Audit(record, torch.stack([generated[closest], training[match[closest]]]), found)
 
-# %% ../nbs/19_audit.ipynb #c060108e
+# %% ../nbs/19_audit.ipynb #a30fdd39
 def _picture(fig, alt):
     "A pyplot figure as an HTML image that needs no other file; closes the figure."
     import matplotlib.pyplot as plt
@@ -204,6 +203,7 @@ def show_distances(found):
     ax.legend(frameon=False)
     return fig
 
+# %% ../nbs/19_audit.ipynb #57b01810
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0}
 td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}img{max-width:100%}.bad{color:#b00020}.good{color:#00701a}"""
 

@@ -180,9 +180,10 @@ def last(steps):
     for step in steps: pass
     return step.x0_pred
 
-# %% ../nbs/02_ddpm.ipynb #fa499dc6
+# %% ../nbs/02_ddpm.ipynb #e0b0af60
 def draw(model, schedule, shape, n, steps=100, seed=0, chunk=None, device="cpu", progress=False):
     "n images [n, *shape] in [−1, 1], on the CPU: DDPM sampling with `steps` network calls each from the noise of `seed`, `chunk` at a time (default: all)."
+    if n < 1: raise ValueError(f"the number of images must be at least 1, got {n}")
     generator, sizes = torch.Generator().manual_seed(seed), [min(chunk or n, n - i) for i in range(0, n, chunk or n)]
     trails = (sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device) for k in sizes)
     with tqdm(total=steps * len(sizes), desc="sampling", disable=not progress) as bar:

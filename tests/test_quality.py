@@ -86,7 +86,7 @@ def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
     with pytest.raises(ImportError, match=r"no_such_module is not installed: pip install 'cpsample\[metrics\]'"): need("no_such_module.part", "metrics")
     class Extractor:
         def __init__(self, *args): raise OSError("no route to host")
-    cpsample.quality._inception.cache_clear()
+    cpsample.quality.inception.cache_clear()
     monkeypatch.setattr(need("torch_fidelity.feature_extractor_inceptionv3", "metrics"), "FeatureExtractorInceptionV3", Extractor)
     with pytest.raises(OSError, match="connect to the network, or use another feature space"): inception_features(torch.zeros(2, 1, 28, 28))
 
@@ -96,7 +96,7 @@ def test_inception_gets_bytes_in_three_channels(monkeypatch):
     class Extractor(torch.nn.Module):
         def __init__(self, *args): super().__init__()
         def forward(self, x): seen.append(x); return (x.float().mean((1, 2, 3))[:, None],)
-    cpsample.quality._inception.cache_clear()
+    cpsample.quality.inception.cache_clear()
     monkeypatch.setattr(need("torch_fidelity.feature_extractor_inceptionv3", "metrics"), "FeatureExtractorInceptionV3", Extractor)
     cpsample.quality.features(torch.linspace(-1.2, 1.2, 5).view(5, 1, 1, 1).expand(5, 1, 4, 4), "inception-2048")
     assert seen[0].dtype == torch.uint8 and seen[0].shape == (5, 3, 4, 4) and seen[0][:, 0, 0, 0].tolist() == [0, 51, 128, 204, 255]

@@ -108,8 +108,9 @@ def test_mistakes(tmp_path, run):
     refused("/dev/null", *TRAIN, "--out", "/dev/null/r")
     refused("holds no run", "guard", tmp_path)
     refused("holds no run", "sample", tmp_path)
-    few = call("sample", run, "-n", 0)                      # a range of the option itself: the parser says so
-    assert few.exit_code == 2 and "--number" in few.stderr and "1" in few.stderr.splitlines()[-1]
+    refused("at least 1, got 0", "sample", run, "-n", 0)
+    refused("at least 1, got -3", "audit", run, "-n", -3)
+    refused("between 0 and 1, got 1.5", "audit", run, "--max-copy-rate", 1.5)
     refused("between 2 and T=1000", "sample", run, "--steps", 1)
     refused("scale must be finite and at least 0", "sample", run, "--strength", -1)
     refused("unknown preset", "guard", run, "--preset", "best")

@@ -101,6 +101,6 @@ if __name__ == "__main__":
     path, origin = Path(__file__).resolve().parent.parent / "data" / "results" / "audit.json", provenance()
     for part in (planted, large, models):
         if words and part.__name__ not in words: continue
-        result = part(work)
+        start, result = time.perf_counter(), part(work)
         record = json.loads(path.read_text()) if path.exists() else {}
-        save_json(path, record | {"name": "audit", "command": "python tools/audit.py", **origin, part.__name__: result})
+        save_json(path, record | {"name": "audit", part.__name__: {"command": f"python tools/audit.py {part.__name__}", **origin, "seconds": time.perf_counter() - start} | result})

@@ -105,6 +105,6 @@ if __name__ == "__main__":
     path, origin = Path(__file__).resolve().parent.parent / "data" / "results" / "membership.json", provenance()
     for name, seeds in (("digits", (0, 1, 2)), ("fashion", (0,))):
         if words and words[0] in ("digits", "fashion") and name not in words: continue
-        result = run(name, seeds, work)
+        start, result = time.perf_counter(), run(name, seeds, work)
         record = json.loads(path.read_text()) if path.exists() else {}
-        save_json(path, record | {"name": "membership", "command": "python tools/membership.py", **origin, name: result})
+        save_json(path, record | {"name": "membership", name: {"command": f"python tools/membership.py {name}", **origin, "seconds": time.perf_counter() - start} | result})
