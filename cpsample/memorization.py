@@ -37,7 +37,7 @@ def ideal_denoiser(x_train, schedule):
         return x0_to_eps(x_t, t, x0.view_as(x_t), schedule)
     return model
 
-# %% ../nbs/03_memorization.ipynb #d3da6cab
+# %% ../nbs/03_memorization.ipynb #d7195662
 def distance(a, b, flips=False):
     "ℓ₂ distance of each row of a [n, ...] to the same row of b: [n]; with flips, to its mirror image (last axis) where that is nearer."
     d = (a - b).flatten(1).norm(dim=1)
@@ -76,12 +76,12 @@ SEARCH = {"torch": _through_torch, "faiss": _through_faiss}
 def nearest(x, refs, k=1, chunk=None, flips=False, progress=False, backend="torch"):
     """The k nearest rows of `refs` [N, ...] to each row of x [B, ...] in ℓ₂: distances and row numbers, both [B, k], nearest first. Exact.
 
-    chunk: rows of x at a time (default: so many that their distances to all of refs take 128 MiB); flips: see `distance`; backend: a key of `SEARCH`.
+    chunk: rows of x at a time (default: so many that their distances to all of refs, mirrored too with flips, take 128 MiB); flips: see `distance`; backend: a key of `SEARCH`.
     """
     if x.shape[1:] != refs.shape[1:]: raise ValueError(f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} differ in shape")
     if backend not in SEARCH: raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
     k, search, found = min(k, len(refs)), SEARCH[backend](refs, min(k + 4, len(refs)), flips), []         # a few more: rounding may exchange neighbours
-    for part in tqdm(x.split(chunk or max(1, 2**25 // len(refs))), desc="nearest", disable=not progress):
+    for part in tqdm(x.split(chunk or max(1, 2**25 // (len(refs) * (1 + flips)))), desc="nearest", disable=not progress):
         d, rows = search(part)
         d, order = d.sort(1)
         found.append((d[:, :k], rows.gather(1, order)[:, :k]))
