@@ -61,7 +61,7 @@ def auc(members, others, level=0.95, boots=1000, seed=0):
     wins = _wins(check_scores(members, "members"), check_scores(others, "others"))
     return float(wins.mean()), tuple(np.quantile(_bootstrap(wins, boots, seed), [(1 - level) / 2, (1 + level) / 2]).tolist())
 
-# %% ../nbs/11_membership.ipynb #93a35f4b
+# %% ../nbs/11_membership.ipynb #f2bf86ad
 def halves(n, seed):
     "The row numbers 0 … n−1 in two random halves."
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -86,10 +86,11 @@ def infer(scores, fprs=(0.01, 0.001), level=0.95, boots=1000, seed=0):
         wins, ordered = _wins(a[mine[test]], b[theirs[test]]), b[theirs[tune]].sort(descending=True).values
         values.append(wins.mean()), again.append(_bootstrap(wins, boots, seed + test)), chosen.append((name, sign))
         for f in fprs:
-            threshold = ordered[min(int(f * len(ordered)), len(ordered) - 1)]
+            k = int(f * (len(ordered) + 1) + 1e-9)                  # of n exchangeable scores the k-th largest is exceeded by a new one with probability k / (n + 1)
+            threshold = ordered[k - 1] if k else torch.inf
             caught[f] += int((a[mine[test]] > threshold).sum())
             accused[f] += int((b[theirs[test]] > threshold).sum())
-    enough = {f: f * (m // 2) >= 1 for f in fprs}
+    enough = {f: f * (m // 2 + 1) + 1e-9 >= 1 for f in fprs}
     return {"auc": float(np.mean(values)), "auc_ci": np.quantile(np.mean(again, 0), [(1 - level) / 2, (1 + level) / 2]).tolist(), "chosen": chosen,
             "tpr": {f: caught[f] / n if enough[f] else None for f in fprs}, "tpr_ci": {f: list(proportion_ci(caught[f], n)) if enough[f] else None for f in fprs},
             "fpr": {f: accused[f] / m if enough[f] else None for f in fprs}}

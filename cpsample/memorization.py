@@ -23,7 +23,7 @@ from .data import check_images, data_path, distinct, need
 from .ddpm import run, seeded, train
 from .schedule import randn, signal_noise, x0_to_eps
 
-# %% ../nbs/03_memorization.ipynb #d1a3ed1e
+# %% ../nbs/03_memorization.ipynb #a8f29399
 def ideal_denoiser(x_train, schedule):
     """The denoiser that minimises the DDPM loss on the finite set `x_train` [N, ...], in closed form.
 
@@ -32,25 +32,24 @@ def ideal_denoiser(x_train, schedule):
     flat = check_images(x_train, "training images").flatten(1)
     def model(x_t, t):
         signal, sigma = signal_noise(schedule, t, x_t.flatten(1))
-        d2 = torch.cdist(x_t.flatten(1) / signal, flat).square()
-        x0 = (-d2 * signal**2 / (2 * sigma**2)).softmax(1) @ flat
+        x0 = (-(torch.cdist(x_t.flatten(1) / signal, flat) * signal / sigma).square() / 2).softmax(1) @ flat
         return x0_to_eps(x_t, t, x0.view_as(x_t), schedule)
     return model
 
-# %% ../nbs/03_memorization.ipynb #d7195662
+# %% ../nbs/03_memorization.ipynb #1ffb3731
 def distance(a, b, flips=False):
     "ℓ₂ distance of each row of a [n, ...] to the same row of b: [n]; with flips, to its mirror image (last axis) where that is nearer."
     d = (a - b).flatten(1).norm(dim=1)
     return torch.minimum(d, (a - b.flip(-1)).flatten(1).norm(dim=1)) if flips else d
 
-def _through_torch(refs, k, flips):
+def _through_torch(refs, k, flips, chunk):
     "part [n, ...] → (distances [n, k], rows [n, k]) by one matrix product."
     flat = refs.flatten(1)
-    half = torch.linalg.vector_norm(flat, dim=1).square() / 2
+    half, room = torch.linalg.vector_norm(flat, dim=1).square() / 2, flat.new_empty(chunk, len(flat))         # the same memory for every part
     def search(part):
-        closeness = part.flatten(1) @ flat.T
-        if flips: torch.maximum(closeness, part.flip(-1).flatten(1) @ flat.T, out=closeness)
-        value, rows = closeness.sub_(half).topk(k)
+        closeness = torch.addmm(-half, part.flatten(1), flat.T, out=room[: len(part)])
+        if flips: torch.maximum(closeness, torch.addmm(-half, part.flip(-1).flatten(1), flat.T), out=closeness)
+        value, rows = closeness.topk(k)
         mine = torch.linalg.vector_norm(part.flatten(1), dim=1, keepdim=True).square() / 2
         d = (2 * (mine - value)).clamp(min=0).sqrt()
         for where in (d.square() < 0.04 * (mine + half[rows])).nonzero().split(4096):       # digits were lost: the direct way
@@ -59,7 +58,7 @@ def _through_torch(refs, k, flips):
         return d, rows
     return search
 
-def _through_faiss(refs, k, flips):
+def _through_faiss(refs, k, flips, chunk):
     "The same by an exact (flat) index of faiss."
     index = need("faiss", "audit").IndexFlatL2(refs[0].numel())
     index.add(refs.flatten(1).cpu().numpy())
@@ -80,8 +79,9 @@ def nearest(x, refs, k=1, chunk=None, flips=False, progress=False, backend="torc
     """
     if x.shape[1:] != refs.shape[1:]: raise ValueError(f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} differ in shape")
     if backend not in SEARCH: raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
-    k, search, found = min(k, len(refs)), SEARCH[backend](refs, min(k + 4, len(refs)), flips), []         # a few more: rounding may exchange neighbours
-    for part in tqdm(x.split(chunk or max(1, 2**25 // (len(refs) * (1 + flips)))), desc="nearest", disable=not progress):
+    k, chunk, found = min(k, len(refs)), min(len(x), chunk or max(1, 2**25 // (len(refs) * (1 + flips)))), []
+    search = SEARCH[backend](refs, min(k + 4, len(refs)), flips, chunk)           # a few more: rounding may exchange neighbours
+    for part in tqdm(x.split(chunk), desc="nearest", disable=not progress):
         d, rows = search(part)
         d, order = d.sort(1)
         found.append((d[:, :k], rows.gather(1, order)[:, :k]))
@@ -95,9 +95,8 @@ def nearest_groups(x, refs, groups, k=1, flips=False, progress=False, backend="t
     keep, extra = groups.unique(), (groups != torch.arange(len(refs))).nonzero()[:, 0]
     if len(extra) == 0: return nearest(x, refs, k, flips=flips, progress=progress, backend=backend)
     d, rows = nearest(x, refs[keep], k, flips=flips, progress=progress, backend=backend)
-    rows = keep[rows]
     near, which = nearest(x, refs[extra], 1, flips=flips)       # is one of the others nearer than the first of its group?
-    which = extra[which]
+    rows, which = keep[rows], extra[which]
     same = groups[rows] == groups[which]
     late = ~same.any(1) & (near[:, 0] < d[:, -1])               # its group was not among the neighbours at all
     same[late, -1], d[late, -1] = True, torch.inf
@@ -113,11 +112,10 @@ def typical_distance(x, k=10, flips=True, sample=100, seed=0):
     k, rows = min(k, len(x) - 1), torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:sample]
     return nearest(x[rows], x, k + 1, flips=flips)[0][:, k].median().item()
 
-# %% ../nbs/03_memorization.ipynb #692fdcb0
+# %% ../nbs/03_memorization.ipynb #f19a7cfc
 def proportion_ci(k, n, level=0.95):
     "Clopper–Pearson interval of a rate: k hits in n trials → (low, high)."
-    ci = binomtest(int(k), int(n)).proportion_ci(level, method="exact")
-    return float(ci.low), float(ci.high)
+    return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, method="exact")))
 
 def describe_rate(k, n, level=0.95):
     "A rate as a sentence: '12 of 1000 = 1.2 % [0.62, 2.1]', or '0 of 1000, below 0.37 % at 95 %' (two-sided)."
@@ -206,16 +204,19 @@ def digit_features(x):
     encoder.load_state_dict(load_file(data_path("weights/digits_encoder.safetensors")))
     return encoder.to(x.device).features(x)
 
-# %% ../nbs/03_memorization.ipynb #7c52ea7b
+# %% ../nbs/03_memorization.ipynb #d1da383d
 def cosine_test(features, train_features, threshold=0.97):
     """Copies have feature cosine similarity above `threshold` to a training image (CPSample, section 5: 0.97 on CIFAR-10).
 
     features [B, D], train_features [N, D]. The report's score is 1 − similarity.
     """
     check_images(features, "features"), check_images(train_features, "training features")
-    known, chunk = F.normalize(train_features, dim=1).T, max(1, 2**25 // len(train_features))
-    similarity, rows = map(torch.cat, zip(*[(F.normalize(part, dim=1) @ known).max(1) for part in features.split(chunk)]))
-    return CopyReport(1 - similarity, rows, 1 - threshold)
+    tiles, found = F.normalize(train_features, dim=1).split(1024), []         # a tile at a time stays in the processor's cache
+    for part in F.normalize(features, dim=1).split(512):
+        value, row = map(torch.stack, zip(*[(part @ tile.T).max(1) for tile in tiles]))
+        best, tile = value.max(0)
+        found.append((1 - best, 1024 * tile + row.gather(0, tile[None])[0]))
+    return CopyReport(*map(torch.cat, zip(*found)), 1 - threshold)
 
 # %% ../nbs/03_memorization.ipynb #2ac78ca1
 def frechet_distance(a, b):

@@ -66,6 +66,15 @@ def test_the_threshold_comes_from_the_other_half():
     assert len(set(rates)) > 4 and 0.05 < sum(rates) / 20 < 0.2
 
 
+def test_no_more_false_accusations_than_were_allowed():
+    "On average over many audiences: k of n + 1, which is the rate asked for where n + 1 is a multiple, and never above it."
+    g, rates = seed(1), {n: [] for n in (60, 198)}
+    for n, kept in rates.items():
+        for k in range(300): kept.append(infer({"x": (torch.arange(20.0), torch.rand(n, generator=g))}, fprs=(0.05,), boots=2, seed=k)["fpr"][0.05])
+    assert 0.02 < sum(rates[60]) / 300 < 0.045              # halves of 30: one of 31 allowed
+    assert abs(sum(rates[198]) / 300 - 0.05) < 0.004        # halves of 99: five of 100
+
+
 def test_loss_attack_on_a_fitted_mean_has_fishers_auc():
     D, n, members, others = 30, 4, [], []
     for k in range(80):
