@@ -1,6 +1,6 @@
 """The audit put to the test, into data/results/audit.json: python tools/audit.py [planted | large | models] [--work FOLDER]
 
-planted: known shares of copies of 3,000 training images among 5,000 real test images, in five disguises, without and with duplicates in the
+planted: known shares of copies of 3,000 training images among 5,000 real test images, in the six disguises of `CHANGES`, without and with duplicates in the
          training set; and the false alarms of each test on these 5,000 images.
 large:   an audit of 10,000 × 50,000 colour images of 32×32 pixels over one matrix product of that size: time and memory, and how time grows.
 models:  the samples of tools/membership.py (drawn again if they are not in FOLDER, default: the cache), audited against their training images.
@@ -34,7 +34,7 @@ def planted(work):
     for name, x in (("training", training), ("with duplicates", twice)):
         groups, refs, f_refs = duplicate_groups(x, typical_distance(x) / 3), x, features(x)
         rows[name] = {"images": len(x), "different": len(groups.unique()), "found": {}}
-        for change in ("exact", "slightly noised", "mirrored", "shifted by one pixel", "brightened", *(c for c in CHANGES if c.startswith("cut"))):
+        for change in CHANGES:
             for share in SHARES:
                 copies, _ = plant(training, share * N / len(training), change, generator) if share else (training[:0], None)
                 x = torch.cat([copies, real[len(copies) :]])
