@@ -23,7 +23,7 @@ from .data import atomic, check_images, fingerprint, first_rows, save_json, show
 from .memorization import CopyReport, cosine_test, distance, frechet_distance, nearest, nearest_groups, neighbourhood_score, ratio_score, typical_distance
 from .quality import features, inception, kid, mifid, precision_recall
 
-# %% ../nbs/19_audit.ipynb #7ee273c9
+# %% ../nbs/19_audit.ipynb #76ff6796
 def near_pairs(x, radius, flips=True, chunk=512, dims=32):
     """All pairs i < j of rows of x [N, ...] that are nearer than `radius` in ℓ₂; with flips, one of them mirrored or not. Exact; int64 [P, 2].
 
@@ -34,7 +34,7 @@ def near_pairs(x, radius, flips=True, chunk=512, dims=32):
     axes = torch.linalg.svd(some - centre, full_matrices=False).Vh[:dims].T
     z = torch.cat([((part.flip(-1) if mirror else part).flatten(1) - centre) @ axes for mirror in range(1 + flips) for part in x.split(4096)])
     order = z[:, 0].argsort()
-    z, found = z[order], [torch.empty(2, 0, dtype=torch.long)]
+    z, found = z[order], []
     half = z.square().sum(1, keepdim=True) / 2
     one, room = torch.ones_like(half), radius**2 / 2 + 1e-5 * half.max()
     left, right = torch.cat([z, one, room - half], 1), torch.cat([z, -half, one], 1)     # left · right = (radius² − ‖difference‖²) / 2 + slack
@@ -42,7 +42,7 @@ def near_pairs(x, radius, flips=True, chunk=512, dims=32):
         stop = int(torch.searchsorted(z[:, 0].contiguous(), z[i : i + chunk][-1, 0] + radius, right=True))
         for j in range(i, stop, chunk):
             near = left[i : i + chunk] @ right[j : min(j + chunk, stop)].T
-            if near.max() >= 0: found.append((near >= 0).nonzero().T + torch.tensor([[i], [j]]))
+            if near.max() >= 0: found.append((near >= 0).nonzero().T + torch.tensor([[i], [j]]))       # at least every row with itself
     pairs = (order[torch.cat(found, 1)].T % N).sort(1).values.unique(dim=0)
     pairs = pairs[pairs[:, 0] < pairs[:, 1]]
     return torch.cat([part[distance(x[part[:, 0]], x[part[:, 1]], flips) <= radius] for part in pairs.split(4096)]) if len(pairs) else pairs

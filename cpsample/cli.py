@@ -29,7 +29,7 @@ from .schedule import make_schedule
 from .sources import IMAGE_SETS, members_of, read_data, run_of
 from .training import CONFIGS, Config, load_model, train_denoiser, train_guard
 
-# %% ../nbs/cli.ipynb #11159215
+# %% ../nbs/cli.ipynb #875323e1
 @contextmanager
 def one_line_errors():
     "Turn the errors a user can act on into one line on standard error and an exit status."
@@ -46,7 +46,7 @@ class OneLineErrors(typer.core.TyperGroup):
     def invoke(self, ctx):
         with one_line_errors(): return super().invoke(ctx)
 
-app = typer.Typer(cls=OneLineErrors, help="Keep a diffusion model from handing out its training images.",
+app = typer.Typer(cls=OneLineErrors, callback=lambda: None, help="Keep a diffusion model from handing out its training images.",     # callback: a group even of one
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 # %% ../nbs/cli.ipynb #bf9057fe

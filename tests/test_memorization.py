@@ -24,6 +24,14 @@ def test_planted_copies_are_read(share, noise, duplicates, generator):
     assert report.copied[:share].all() and report.ci[0] <= share / 1000 <= report.ci[1]
 
 
+def test_cosine_test_is_brute_force_over_many_tiles(generator):
+    f, known = torch.randn(700, 8, generator=generator), torch.randn(2500, 8, generator=generator)
+    value, rows = torch.nn.functional.cosine_similarity(f[:, None], known[None], dim=2).max(1)
+    report = cosine_test(f, known)
+    assert torch.equal(report.nearest, rows)
+    torch.testing.assert_close(report.score, 1 - value, atol=1e-5, rtol=0)
+
+
 def test_neighbourhood_and_cosine_tests_find_exact_copies(generator):
     x = torch.cat([MEMBERS[:30], OTHERS[:30]])
     assert carlini_test(x, MEMBERS, threshold=0.3).copied.tolist() == [True] * 30 + [False] * 30
