@@ -202,7 +202,7 @@ def show_distances(found):
     ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/19_audit.ipynb #adbf7586
+# %% ../nbs/19_audit.ipynb #534d6638
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0}
 td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}img{max-width:100%}.bad{color:#b00020}.good{color:#00701a}"""
 
@@ -221,7 +221,7 @@ def _words(r):
     blind, dup, n = [change for change, shares in r["finds"].items() if shares["ratio"] < 0.9], r["duplicates"], r["sets"]["training"]["n"]
     missed = f"The ratio test misses more than a tenth of copies that are {', '.join(blind)}." if blind else "The ratio test finds nine tenths or more of each kind."
     return (missed + " What is not found here is not found in your images either, and an image that no test calls a copy may still show what a training image shows.",
-            f"{dup['rows']:,} of {n:,} training images repeat another one (nearer than {dup['radius']:.3g}, a third of what is usual"
+            f"Repeats of others among the {n:,} training images: {dup['rows']:,} (nearer than {dup['radius']:.3g}, a third of what is usual"
             f"{', mirrored or not' if r['flips'] else ''}). Each group of repeats counts as one image."
             + (" So few training images make the neighbourhood test ring too often: its fifty nearest are a large part of them." if n - dup["rows"] < 500 else ""),
             f"Features: {r['feature_space']}{'' if r['feature_space'].startswith('inception') else ' (not an FID)'}. Seed {r['seed']}, cpsample {r['version']}. "
@@ -237,7 +237,7 @@ def report_html(found, title="Does the model copy?", verdict=None):
              "<h2>Copies</h2>", _table(("test", "a copy is", "generated images [95 %]", "held-out images (false alarms)"), tests),
              _picture(show_grid(found.pairs.flatten(0, 1), columns=found.pairs.shape[1]).figure, "closest pairs"),
              "<p>The closest pairs by the ratio test: generated images above, the nearest training image of each below.</p>", _picture(show_distances(found), "distances"),
-             "<h2>What these tests can see</h2><p>Training images were changed in known ways and put to the tests; found were</p>",
+             "<p>Copies lie at the left; held-out images are innocent.</p>", "<h2>What these tests can see</h2><p>Training images were changed in known ways; found were</p>",
              _table(("copies that are", *TESTS), finds), f"<p>{missed}</p>", f"<h2>The training set</h2><p>{duplicates}</p>",
              "<h2>Other measures</h2>", _table(("measure", "value"), _measures(r)), f"<p>{features_used}</p>"]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
