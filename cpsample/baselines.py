@@ -66,7 +66,7 @@ def train_private(model, x, schedule, sigma, steps, rate=0.25, bound=1.0, draws=
         opt.zero_grad()
         yield TrainStep(step + 1, losses.mean().item() if len(losses) else 0.0, lr)
 
-# %% ../nbs/12_baselines.ipynb #a41e13c7
+# %% ../nbs/12_baselines.ipynb #e8188df1
 def random_mask(x, missing, generator=None):
     "[B, 1, H, W] for images x [B, C, H, W]: each pixel 0 with probability `missing`, otherwise 1."
     return (torch.rand((len(x), 1, *x.shape[2:]), generator=generator) >= missing).to(x)
@@ -83,8 +83,11 @@ def ambient_loss(network, x0, mask, schedule, further=0.1, generator=None):
     x_t, seen = noisify(x0, t, schedule, generator=generator)[0], mask * random_mask(x0, further, generator)
     return (mask * (_restored(network, x_t, seen, t) - x0)).square().mean()
 
-def ambient_denoiser(network, schedule, missing, seed=0):
-    "A denoiser `model(x_t, t) -> eps` that shows the `network` one fixed random mask per row (the paper's fixed-mask sampler). missing: as in training, both masks."
+def ambient_denoiser(network, schedule, missing, seed=10_000):
+    """A denoiser `model(x_t, t) -> eps` that shows the `network` one fixed random mask per row (the paper's fixed-mask sampler).
+
+    missing: as in training, both masks together; seed: of the masks, never one that training masks were drawn with.
+    """
     def model(x_t, t):
         seen = random_mask(x_t, missing, torch.Generator().manual_seed(seed))
         return x0_to_eps(x_t, t, _restored(network, x_t, seen, t), schedule)
