@@ -102,5 +102,6 @@ if __name__ == "__main__":
     for part in (planted, large, models):
         if words and part.__name__ not in words: continue
         start, result = time.perf_counter(), part(work)
-        record = json.loads(path.read_text()) if path.exists() else {}
-        save_json(path, record | {"name": "audit", part.__name__: {"command": f"python tools/audit.py {part.__name__}", **origin, "seconds": time.perf_counter() - start} | result})
+        parts = {k: v for k, v in json.loads(path.read_text()).items() if k != "name"} if path.exists() else {}     # each says where it comes from
+        made = {"command": f"python tools/audit.py {part.__name__}", **origin, "seconds": time.perf_counter() - start}
+        save_json(path, {"name": "audit"} | parts | {part.__name__: made | result})

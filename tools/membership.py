@@ -106,5 +106,5 @@ if __name__ == "__main__":
     for name, seeds in (("digits", (0, 1, 2)), ("fashion", (0,))):
         if words and words[0] in ("digits", "fashion") and name not in words: continue
         start, result = time.perf_counter(), run(name, seeds, work)
-        record = json.loads(path.read_text()) if path.exists() else {}
-        save_json(path, record | {"name": "membership", name: {"command": f"python tools/membership.py {name}", **origin, "seconds": time.perf_counter() - start} | result})
+        parts = {k: v for k, v in json.loads(path.read_text()).items() if k != "name"} if path.exists() else {}     # each says where it comes from
+        save_json(path, {"name": "membership"} | parts | {name: {"command": f"python tools/membership.py {name}", **origin, "seconds": time.perf_counter() - start} | result})
