@@ -1,9 +1,9 @@
-# make demo · make test · make lab · make bench: each makes .venv and installs what it needs the first time.
+# make demo · make test · make lab · make bench · make comparison: each makes .venv and installs what it needs the first time.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lab bench book weights results clean
+.PHONY: demo test lab bench book weights results comparison clean
 
 .venv/installed: settings.ini setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -52,6 +52,9 @@ results: .venv/installed-dev  ## measure every number on file again: minutes for
 	$(BIN)/python tools/fashion.py reported
 	$(BIN)/python tools/membership.py
 	$(BIN)/python tools/audit.py
+
+comparison: .venv/installed-dev  ## every protection in one table (resumable; about an hour for the digits), into data/results/comparison.json
+	$(BIN)/python tools/comparison.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -45,7 +45,7 @@ def test_first_code_cell_installs_and_badge_is_derived(path):
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     user, repo, branch = (ini["DEFAULT"][k] for k in ("user", "repo", "branch"))
     assert f"github/{user}/{repo}/blob/{branch}/nbs/{path.name}" in "\n".join(cells(path, "markdown"))
-    assert re.search(rf'%pip install -q ("cpsample\[\w+\] @ )?git\+https://github\.com/{user}/{repo}\b', cells(path, "code")[0])
+    assert re.search(rf'%pip install -q ("cpsample\[[\w,]+\] @ )?git\+https://github\.com/{user}/{repo}\b', cells(path, "code")[0])
 
 
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
