@@ -29,7 +29,7 @@ def seed(k): return torch.Generator().manual_seed(k)
 def images(n, k=0): return torch.rand(n, 1, 8, 8, generator=seed(k)) * 2 - 1
 
 
-def network(**options): return seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16, depth=1, **options))
+def network(): return seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16, depth=1))
 
 
 def awake(model):
