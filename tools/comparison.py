@@ -1,16 +1,22 @@
-"""Every protection in one table: python tools/comparison.py [digits | growth] [--work FOLDER], into data/results/comparison.json.
+"""Every protection in one table, into data/results/comparison.json: python tools/comparison.py [digits] [fashion] [costs] [growth] [--seed S] [--work FOLDER]
 
-digits: six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2; the code is that of the cells of nbs/13_comparison.ipynb that begin
-        with "# comparison". Every trial is kept in FOLDER (default: the cache), so that a run that was stopped goes on.
-growth: seconds and memory per sample as the training set grows from 10² to 10⁶ images, each in a process of its own.
+digits, fashion: six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/13_comparison.ipynb that
+                 begin with "# comparison". Every trial is kept in FOLDER (default: the cache), so that a run that was stopped goes on. With --seed only
+                 the trials of that seed are done and no result is written: with 100 done first, the others can run side by side.
+costs:           what the chosen settings cost: training in FLOPs, sampling time beside the unguarded model's in interleaved pairs. Run it alone.
+growth:          seconds and memory of sampling as the training set grows from 10² to 10⁶ images, each in a process of its own. Run it alone.
 """
 import json
+import statistics
 import subprocess
 import sys
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from cpsample.data import save_json
@@ -18,11 +24,13 @@ from cpsample.demo import provenance
 from cpsample.sources import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "data" / "results" / "comparison.json"
 CHOOSING, REPORTED = 100, (0, 1, 2)
 
 
+@cache
 def chapter():
-    "The shared cells of chapter 13, as a namespace."
+    "The shared cells of chapter 13, as a dict of names."
     space = {}
     for cell in json.loads((ROOT / "nbs" / "13_comparison.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -30,30 +38,73 @@ def chapter():
     return space
 
 
-def digits(work):
-    book, worlds = chapter(), {}
-    def world(seed):
-        if seed not in worlds:
-            worlds.clear()                      # one at a time
-            worlds[seed] = book["world_of"](seed)
-        return worlds[seed]
+@cache
+def world(data, seed, work):
+    "One world at full size; only the last one is kept in memory."
+    world.cache_clear()
+    return chapter()["world_of"](seed, chapter()[data.upper()], work)
+
+
+def compare(data, work, only=None):
+    "The part `data` of the result; with `only` a seed, its trials alone, and None."
+    book, origin = chapter(), provenance()
     def kept(seed, method, k, setting, attack):
-        path = work / f"digits-{seed}-{method.replace(' ', '-')}-{k}{'-attacked' if attack else ''}.json"
-        if not path.exists(): save_json(path, book["trial"](method, setting, world(seed), attack) | {"world_seconds": world(seed).seconds})
+        path = work / f"{data}-{seed}-{method.replace(' ', '-')}-{k}.json"
+        if not path.exists():
+            start = time.perf_counter()
+            save_json(path, book["trial"](method, setting, world(data, seed, work), attack) | {"seconds": time.perf_counter() - start, "commit": origin["commit"]})
+        bar.update()
         return json.loads(path.read_text())
-    jobs = sum(map(len, book["GRIDS"].values())) + len(REPORTED) * len(book["GRIDS"])
-    with tqdm(total=jobs, desc="comparison") as bar:
-        tuning, best, reported = {}, {}, {}
-        def step(*job):
-            found = kept(*job)
-            bar.update()
-            return found
-        for method, grid in book["GRIDS"].items():
-            tuning[method] = [step(CHOOSING, method, k, setting, False) for k, setting in enumerate(grid)]
-            best[method] = book["chosen"](tuning[method])["setting"]
-        for seed in REPORTED:
-            for method, setting in best.items(): reported.setdefault(method, []).append(step(seed, method, "best", setting, True) | {"seed": seed})
-    return {"seeds": list(REPORTED), "choosing": CHOOSING, "size": vars(book["FULL"]), "tuning": tuning, "chosen": best, "reported": reported}
+    grids, seeds = book["GRIDS"][data], [s for s in REPORTED if only in (None, s)]
+    with tqdm(total=sum(map(len, grids.values())) + len(seeds) * len(grids), desc=data) as bar:
+        tuning = {method: [kept(CHOOSING, method, k, setting, False) for k, setting in enumerate(grid)] for method, grid in grids.items()}
+        best = {method: book["chosen"](trials)["setting"] for method, trials in tuning.items()}
+        reported = {method: [kept(seed, method, "best", setting, True) | {"seed": seed} for seed in seeds] for method, setting in best.items()}
+    if only is not None: return None
+    return {"seeds": seeds, "choosing": CHOOSING, "size": vars(book[data.upper()]), "tuning": tuning, "chosen": best, "reported": reported}
+
+
+def passes(network, rows=4):
+    "FLOPs of one image's way through a network and back (forward and backward)."
+    x = torch.zeros(rows, *network.config["shape"])
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        network.train().requires_grad_()(x, torch.zeros(rows, dtype=torch.long)).sum().backward()
+    network.eval().requires_grad_(False)
+    return counter.get_total_flops() / rows
+
+
+def training_flops(method, setting, w, z):
+    "FLOPs of what this method trains, beside the public model: (the denoiser, what is trained on top)."
+    plain = z.train_steps * z.batch * passes(w.start())
+    guard = lambda preset: z.guard_steps * z.guard_batch * passes(w.guards[preset].classifier)
+    if method == "early stopping": return setting["share"] * plain, 0
+    if method.startswith("ambient"): return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
+    if method.startswith("DP-SGD"):
+        network = w.start() if z.data == "fashion" else chapter()["new_denoiser"](z, 0, small=True)
+        return setting["steps"] * z.rate * z.images * z.draws * passes(network), 0
+    preset = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}.get(method)
+    return plain, guard(preset) if preset else 0
+
+
+def costs(work, pairs=5):
+    "Of the settings chosen, in the world of seed 0."
+    book, record, found = chapter(), json.loads(RESULT.read_text()), {}
+    for data in ("digits", "fashion"):
+        w, z, rows = world(data, 0, work), book[data.upper()], {}
+        plain = w.snapshots[1]
+        def seconds(method, model):
+            start = time.perf_counter()
+            book["images_of"](method, model, w)
+            return time.perf_counter() - start
+        seconds("unguarded", plain)
+        for method, setting in record[data]["chosen"].items():
+            model = book["denoiser_of"](method, setting, w)
+            ratios = [seconds(method, model) / seconds("unguarded", plain) for _ in range(pairs)]
+            denoiser, extra = training_flops(method, setting, w, z)
+            rows[method] = {"sampling": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "denoiser_flops": denoiser, "extra_flops": extra}
+            print(data, method, rows[method], flush=True)
+        found[data] = {"drawn": z.drawn, "pairs": pairs, "seconds_unguarded": seconds("unguarded", plain), "rows": rows}
+    return found
 
 
 GROW = """
@@ -64,44 +115,54 @@ from cpsample.ddpm import MLPDenoiser, draw, seeded
 from cpsample.memorization import copy_test
 from cpsample.protect import fit_guard, protect
 from cpsample.schedule import make_schedule
+from cpsample.unet import UNet, UNetClassifier
 
-method, N = sys.argv[1], int(sys.argv[2])
-schedule, model = make_schedule(), seeded(0, lambda: MLPDenoiser((1, 8, 8))).eval().requires_grad_(False)
-x = torch.rand(N, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-guard = fit_guard(x[:100], schedule, steps=1, alpha=0.499) if method == "guard" else None     # all but open: it pushes nearly every row
-if guard is not None: del x                                                                    # a guard needs no training set any more
+data, method, N = sys.argv[1], sys.argv[2], int(sys.argv[3])
+shape = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}[data]
+schedule = make_schedule()
+model = seeded(0, lambda: MLPDenoiser(shape) if data == "digits" else UNet(shape, 16)).eval().requires_grad_(False)
+classifier = None if data == "digits" else UNetClassifier(shape, 8, 16, (1, 3))
+x = torch.rand(N, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+if method == "guard":                                       # all but open at every level, so that it works on every row in every step
+    guard = fit_guard(x[:100], schedule, steps=1, batch_size=16, alpha=0.499, t_max=1000, classifier=classifier)
+    guard.report = {"alpha": 0.499}
+    x = None                                                # it needs no training set any more
 make = {"unguarded": lambda: model, "rejection": lambda: model, "guard": lambda: protect(model, guard), "SPELL": lambda: spell(model, schedule, x, 1.0),
         "similarity guidance": lambda: similarity_guidance(model, schedule, x, 10.0, 1.0)}[method]
 def once():
-    start, images = time.perf_counter(), draw(make(), schedule, (1, 8, 8), 100, 20, seed=1)
+    start, images = time.perf_counter(), draw(make(), schedule, shape, 100, 20, seed=1)
     if method == "rejection": copy_test(images, x)
     return time.perf_counter() - start
 once()
-times = sorted(once() for _ in range(5 if N < 10**5 else 3))
+times = sorted(once() for _ in range(7 if N < 10**5 else 3))
 print(json.dumps({"seconds": times[len(times) // 2], "min": times[0], "max": times[-1], "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
 """
 
 
 def growth(work):
     rows = {}
-    for method in ("unguarded", "guard", "SPELL", "similarity guidance", "rejection"):
-        for N in (10**2, 10**3, 10**4, 10**5, 10**6):
-            found = subprocess.run([sys.executable, "-c", GROW, method, str(N)], capture_output=True, text=True, check=True, cwd=ROOT)
-            rows.setdefault(method, {})[str(N)] = json.loads(found.stdout)
-            print(method, N, rows[method][str(N)], flush=True)
-    return {"images_drawn": 100, "steps": 20, "rows": rows}
+    for data, sizes in (("digits", (10**2, 10**3, 10**4, 10**5, 10**6)), ("fashion", (10**2,))):
+        for method in ("unguarded", "guard", "SPELL", "similarity guidance", "rejection"):
+            for N in sizes:
+                found = subprocess.run([sys.executable, "-c", GROW, data, method, str(N)], capture_output=True, text=True, cwd=ROOT)
+                if found.returncode: raise SystemExit(f"growth of {method} at {N} images failed: {found.stderr.strip().splitlines()[-1]}")
+                rows.setdefault(data, {}).setdefault(method, {})[str(N)] = json.loads(found.stdout)
+                print(data, method, N, found.stdout.strip(), flush=True)
+    return {"drawn": 100, "steps": 20, "rows": rows}
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "nobody has measured")
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "comparison"
-    words = [w for w in words if w != "--work"]
+    only = int(words.pop(words.index("--seed") + 1)) if "--seed" in words else None
+    names, origin = [w for w in words if not w.startswith("--")] or ["digits", "fashion", "costs", "growth"], provenance()
     work.mkdir(parents=True, exist_ok=True)
-    path, origin = ROOT / "data" / "results" / "comparison.json", provenance()
-    for part in (digits, growth):
-        if words and part.__name__ not in words: continue
-        start, result = time.perf_counter(), part(work)
-        parts = {k: v for k, v in json.loads(path.read_text()).items() if k != "name"} if path.exists() else {}
-        made = {"command": f"python tools/comparison.py {part.__name__}", **origin, "seconds": time.perf_counter() - start}
-        save_json(path, {"name": "comparison"} | parts | {part.__name__: made | result})
+    for name in names:
+        start = time.perf_counter()
+        result = {"costs": costs, "growth": growth}[name](work) if name in ("costs", "growth") else compare(name, work, only)
+        if result is None: continue
+        trials = [t for group in ("tuning", "reported") for rows in result.get(group, {}).values() for t in rows]
+        made = {"command": f"python tools/comparison.py {name}", **origin, "seconds": sum(t["seconds"] for t in trials) or time.perf_counter() - start}
+        parts = {k: v for k, v in json.loads(RESULT.read_text()).items() if k != "name"} if RESULT.exists() else {}
+        save_json(RESULT, {"name": "comparison"} | parts | {name: made | result})
