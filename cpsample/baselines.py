@@ -6,19 +6,20 @@
 __all__ = ['example_gradients', 'epsilon_spent', 'noise_multiplier', 'train_private', 'random_mask', 'ambient_loss',
            'ambient_denoiser', 'spell', 'similarity_guidance']
 
-# %% ../nbs/12_baselines.ipynb #97f17b4b
+# %% ../nbs/12_baselines.ipynb #06657b7c
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import check_images, need, pixels
 from .ddpm import TrainStep
 from .memorization import nearest
 from .schedule import eps_to_x0, noisify, signal_noise, x0_to_eps
 
-# %% ../nbs/12_baselines.ipynb #0fe6e1b4
+# %% ../nbs/12_baselines.ipynb #24979463
 def example_gradients(model, x0, schedule, draws=1, generator=None):
     """The gradient of each row's own loss, its mean over `draws` noise levels and noises: ({parameter: [B, ...]}, losses [B]) for x0 [B, ...].
 
@@ -29,7 +30,8 @@ def example_gradients(model, x0, schedule, draws=1, generator=None):
     t = torch.randint(schedule.T, (len(x0) * draws,), generator=generator).to(x0.device)
     x_t, eps = noisify(x0.repeat_interleave(draws, 0), t, schedule, generator=generator)
     def loss(parameters, x_t, t, eps): return F.mse_loss(functional_call(model, parameters, (x_t, t)), eps)
-    return vmap(grad_and_value(loss), (None, 0, 0, 0))(parameters, *(v.unflatten(0, (len(x0), draws)) for v in (x_t, t, eps)))
+    with sdpa_kernel(SDPBackend.MATH):                  # the fused attention would run row by row
+        return vmap(grad_and_value(loss), (None, 0, 0, 0))(parameters, *(v.unflatten(0, (len(x0), draws)) for v in (x_t, t, eps)))
 
 # %% ../nbs/12_baselines.ipynb #f886fbeb
 def epsilon_spent(sigma, delta, rate, steps, accountant="prv"):

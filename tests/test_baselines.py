@@ -32,6 +32,9 @@ def images(n, k=0): return torch.rand(n, 1, 8, 8, generator=seed(k)) * 2 - 1
 def network(): return seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16, depth=1))
 
 
+def unet(attention): return seeded(0, lambda: UNet((1, 8, 8), width=16, unshuffle=1, attention=attention)).to(memory_format=torch.channels_last)
+
+
 def awake(model):
     "Networks start with zeros in their last layer: move them, so that every gradient is there."
     with torch.no_grad():
@@ -41,7 +44,8 @@ def awake(model):
 
 # differential privacy
 
-@pytest.mark.parametrize("build", [network, lambda: seeded(0, lambda: UNet((1, 8, 8), width=8, unshuffle=1, attention=False))], ids=["MLP", "UNet"])
+@pytest.mark.filterwarnings("error")                # torch warns where an operation would go row by row
+@pytest.mark.parametrize("build", [network, lambda: unet(False), lambda: unet(True)], ids=["MLP", "UNet", "attention"])
 def test_each_rows_gradient_is_that_row_alone(build):
     model, x = awake(build()), images(4)
     together, losses = example_gradients(model, x, SCHEDULE, 3, seed(1))

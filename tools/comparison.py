@@ -1,8 +1,8 @@
-"""Every protection in one table, into data/results/comparison.json: python tools/comparison.py [digits] [fashion] [costs] [growth] [--seed S] [--work FOLDER]
+"""Every protection in one table, into data/results/comparison.json: python tools/comparison.py [digits] [bags] [costs] [growth] [--seed S] [--work FOLDER]
 
-digits, fashion: six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/13_comparison.ipynb that
-                 begin with "# comparison". Every trial is kept in FOLDER (default: the cache), so that a run that was stopped goes on. With --seed only
-                 the trials of that seed are done and no result is written: with 100 done first, the others can run side by side.
+digits, bags:   six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/13_comparison.ipynb that
+                begin with "# comparison". Every trial is kept in FOLDER (default: the cache), so that a run that was stopped goes on. With --seed only
+                the trials of that seed are done and no result is written: with 100 done first, the others can run side by side.
 costs:           what the chosen settings cost: training in FLOPs, sampling time beside the unguarded model's in interleaved pairs. Run it alone.
 growth:          seconds and memory of sampling as the training set grows from 10² to 10⁶ images, each in a process of its own. Run it alone.
 """
@@ -80,7 +80,7 @@ def training_flops(method, setting, w, z):
     if method == "early stopping": return setting["share"] * plain, 0
     if method.startswith("ambient"): return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
     if method.startswith("DP-SGD"):
-        network = w.start() if z.data == "fashion" else chapter()["new_denoiser"](z, 0, small=True)
+        network = w.start() if z.data == "bags" else chapter()["new_denoiser"](z, 0, small=True)
         return setting["steps"] * z.rate * z.images * z.draws * passes(network), 0
     preset = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}.get(method)
     return plain, guard(preset) if preset else 0
@@ -89,7 +89,7 @@ def training_flops(method, setting, w, z):
 def costs(work, pairs=5):
     "Of the settings chosen, in the world of seed 0."
     book, record, found = chapter(), json.loads(RESULT.read_text()), {}
-    for data in ("digits", "fashion"):
+    for data in ("digits", "bags"):
         w, z, rows = world(data, 0, work), book[data.upper()], {}
         plain = w.snapshots[1]
         def seconds(method, model):
@@ -118,7 +118,7 @@ from cpsample.schedule import make_schedule
 from cpsample.unet import UNet, UNetClassifier
 
 data, method, N = sys.argv[1], sys.argv[2], int(sys.argv[3])
-shape = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}[data]
+shape = {"digits": (1, 8, 8), "bags": (1, 28, 28)}[data]
 schedule = make_schedule()
 model = seeded(0, lambda: MLPDenoiser(shape) if data == "digits" else UNet(shape, 16)).eval().requires_grad_(False)
 classifier = None if data == "digits" else UNetClassifier(shape, 8, 16, (1, 3))
@@ -141,7 +141,7 @@ print(json.dumps({"seconds": times[len(times) // 2], "min": times[0], "max": tim
 
 def growth(work):
     rows = {}
-    for data, sizes in (("digits", (10**2, 10**3, 10**4, 10**5, 10**6)), ("fashion", (10**2,))):
+    for data, sizes in (("digits", (10**2, 10**3, 10**4, 10**5, 10**6)), ("bags", (10**2,))):
         for method in ("unguarded", "guard", "SPELL", "similarity guidance", "rejection"):
             for N in sizes:
                 found = subprocess.run([sys.executable, "-c", GROW, data, method, str(N)], capture_output=True, text=True, cwd=ROOT)
@@ -156,7 +156,7 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "comparison"
     only = int(words.pop(words.index("--seed") + 1)) if "--seed" in words else None
-    names, origin = [w for w in words if not w.startswith("--")] or ["digits", "fashion", "costs", "growth"], provenance()
+    names, origin = [w for w in words if not w.startswith("--")] or ["digits", "bags", "costs", "growth"], provenance()
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
         start = time.perf_counter()
