@@ -159,6 +159,8 @@ if __name__ == "__main__":
     names, origin = [w for w in words if not w.startswith("--")] or ["digits", "bags", "costs", "growth"], provenance()
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
+        last = json.loads(RESULT.read_text()).get(name) if RESULT.exists() else None
+        if last: print(f"{name}: {last['seconds'] / 60:.0f} minutes of one core when last measured, on {last['hardware']}")
         start = time.perf_counter()
         result = {"costs": costs, "growth": growth}[name](work) if name in ("costs", "growth") else compare(name, work, only)
         if result is None: continue
