@@ -53,7 +53,7 @@ results: .venv/installed-dev  ## measure every number on file again: minutes for
 	$(BIN)/python tools/membership.py
 	$(BIN)/python tools/audit.py
 
-comparison: .venv/installed-dev  ## every protection in one table (resumable; about an hour for the digits), into data/results/comparison.json
+comparison: .venv/installed-dev  ## every protection in one table (resumable; two to three hours of one core), into data/results/comparison.json
 	$(BIN)/python tools/comparison.py $(ARGS)
 
 clean:

@@ -1,4 +1,5 @@
 "The book: solutions pass their checks, links lead somewhere, the owner stands once; the package stays light."
+import ast
 import json
 import re
 import subprocess
@@ -87,3 +88,20 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     for path in (data / "results").glob("*.json"):
         commits = re.findall(r'"commit": "([^"]+)"', path.read_text())         # of the file, or of each of its parts
         assert commits and not any(commit.endswith("-dirty") for commit in commits), path.name
+
+
+@pytest.mark.parametrize("name, first, tables", [("index", "#| echo: false", 5), ("13_comparison", "# results", 4)])
+def test_numbers_on_the_page_are_those_of_the_files(name, first, tables):
+    "Every table that a page makes from data/results is made again: nothing in it was typed, or is of an older file."
+    space, compared = {}, 0
+    for cell in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith("# comparison\nimport"): exec(source, space)
+        if not source.startswith(first): continue
+        tree = ast.parse(source)
+        if not ast.unparse(tree.body[-1]).startswith("Markdown("): continue
+        exec(compile(ast.Module(tree.body[:-1], []), name, "exec"), space)
+        shown = eval(compile(ast.Expression(tree.body[-1].value), name, "eval"), space).data
+        assert shown == "".join(cell["outputs"][0]["data"]["text/markdown"])
+        compared += 1
+    assert compared == tables

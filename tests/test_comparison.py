@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import comparison  # noqa: E402
@@ -19,7 +21,7 @@ def small(monkeypatch):
     calls = []
     def trial(method, setting, w, attack):
         calls.append((method, setting["x"], w, attack))
-        return {"setting": setting, "n": 20, "copies": 5 * (setting["x"] == 1), "fd": 10.0 - setting["x"]}
+        return {"setting": setting, "n": 20, "copies": 5 * (setting["x"] == 1), "fd": 10.0 - setting["x"]}, torch.full((2, 3), float(w))
     book |= {"trial": trial, "world_of": lambda seed, size, folder: seed}
     monkeypatch.setattr(comparison, "chapter", lambda: book)
     monkeypatch.setattr(comparison, "REPORTED", (0, 1))
@@ -45,10 +47,19 @@ def test_a_run_that_was_stopped_goes_on(small, tmp_path):
             assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == [{k: v for k, v in r.items() if k != "seconds"} for r in again[part][method]]
 
 
+def test_a_trial_with_another_setting_is_not_taken_for_the_one_chosen(small, tmp_path):
+    comparison.compare("digits", tmp_path)
+    small.clear()
+    path = tmp_path / "digits-0-first-best.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"setting": {"x": 1}}))
+    assert comparison.compare("digits", tmp_path)["reported"]["first"][0]["setting"] == {"x": 2} and small == [("first", 2, 0, True)]
+
+
 def test_one_seed_alone_writes_its_trials_and_no_result(small, tmp_path):
     assert comparison.compare("digits", tmp_path, 1) is None
     assert {w for _, _, w, _ in small} == {100, 1}
     assert json.loads((tmp_path / "digits-1-first-best.json").read_text())["setting"] == {"x": 2}
+    assert load_file(tmp_path / "digits-1-first-best.safetensors")["x"].unique().tolist() == [1.0]
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():
@@ -56,7 +67,7 @@ def test_worlds_are_large_enough_for_what_is_asked_of_them():
     for size in (book["DIGITS"], book["BAGS"]):
         assert 100 <= size.attacked <= size.strangers                       # a TPR at 1 % FPR needs a hundred others
         assert all(len(grid) in (1, 6) for grid in book["GRIDS"][size.data].values())
-        assert all(round(share * size.train_steps) >= 1 for share in book["SHARES"])
+        assert all(round(setting.get("share", 1) * size.train_steps) >= 40 for grid in book["GRIDS"][size.data].values() for setting in grid)
 
 
 def test_flops_of_a_network_are_those_counted_by_hand():

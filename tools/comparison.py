@@ -1,10 +1,10 @@
 """Every protection in one table, into data/results/comparison.json: python tools/comparison.py [digits] [bags] [costs] [growth] [--seed S] [--work FOLDER]
 
 digits, bags:   six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/13_comparison.ipynb that
-                begin with "# comparison". Every trial is kept in FOLDER (default: the cache), so that a run that was stopped goes on. With --seed only
+                begin with "# comparison". Every trial is kept in FOLDER with its samples (default: the cache), so that a run that was stopped goes on. With --seed only
                 the trials of that seed are done and no result is written: with 100 done first, the others can run side by side.
 costs:           what the chosen settings cost: training in FLOPs, sampling time beside the unguarded model's in interleaved pairs. Run it alone.
-growth:          seconds and memory of sampling as the training set grows from 10² to 10⁶ images, each in a process of its own. Run it alone.
+growth:          seconds and memory of sampling as the training set grows from 10² to 10⁶ images, each in a process of its own (Linux). Run it alone.
 """
 import json
 import statistics
@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from cpsample.data import save_json
+from cpsample.data import atomic, save_json
 from cpsample.demo import provenance
 from cpsample.sources import CACHE
 
@@ -50,9 +51,11 @@ def compare(data, work, only=None):
     book, origin = chapter(), provenance()
     def kept(seed, method, k, setting, attack):
         path = work / f"{data}-{seed}-{method.replace(' ', '-')}-{k}.json"
-        if not path.exists():
+        if not path.exists() or json.loads(path.read_text())["setting"] != setting:
             start = time.perf_counter()
-            save_json(path, book["trial"](method, setting, world(data, seed, work), attack) | {"seconds": time.perf_counter() - start, "commit": origin["commit"]})
+            found, x = book["trial"](method, setting, world(data, seed, work), attack)
+            with atomic(path.with_suffix(".safetensors")) as tmp: save_file({"x": x.contiguous()}, tmp)
+            save_json(path, found | {"seconds": time.perf_counter() - start, "commit": origin["commit"]})
         bar.update()
         return json.loads(path.read_text())
     grids, seeds = book["GRIDS"][data], [s for s in REPORTED if only in (None, s)]
@@ -81,7 +84,8 @@ def training_flops(method, setting, w, z):
     if method.startswith("ambient"): return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
     if method.startswith("DP-SGD"):
         network = w.start() if z.data == "bags" else chapter()["new_denoiser"](z, 0, small=True)
-        return setting["steps"] * z.rate * z.images * z.draws * passes(network), 0
+        public = z.train_steps * z.batch * passes(network) if z.data == "digits" and "public" in method else 0        # the bags' public model is everybody's
+        return setting["steps"] * z.rate * z.images * z.draws * passes(network), public
     preset = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}.get(method)
     return plain, guard(preset) if preset else 0
 
@@ -89,15 +93,16 @@ def training_flops(method, setting, w, z):
 def costs(work, pairs=5):
     "Of the settings chosen, in the world of seed 0."
     book, record, found = chapter(), json.loads(RESULT.read_text()), {}
-    for data in ("digits", "bags"):
+    for data in [name for name in ("digits", "bags") if name in record]:
         w, z, rows = world(data, 0, work), book[data.upper()], {}
-        plain = w.snapshots[1]
+        plain = w.model
         def seconds(method, model):
             start = time.perf_counter()
             book["images_of"](method, model, w)
             return time.perf_counter() - start
         seconds("unguarded", plain)
         for method, setting in record[data]["chosen"].items():
+            if method in ("real images", "public model"): continue
             model = book["denoiser_of"](method, setting, w)
             ratios = [seconds(method, model) / seconds("unguarded", plain) for _ in range(pairs)]
             denoiser, extra = training_flops(method, setting, w, z)
@@ -108,7 +113,7 @@ def costs(work, pairs=5):
 
 
 GROW = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from cpsample.baselines import similarity_guidance, spell
 from cpsample.ddpm import MLPDenoiser, draw, seeded
@@ -122,11 +127,14 @@ shape = {"digits": (1, 8, 8), "bags": (1, 28, 28)}[data]
 schedule = make_schedule()
 model = seeded(0, lambda: MLPDenoiser(shape) if data == "digits" else UNet(shape, 16)).eval().requires_grad_(False)
 classifier = None if data == "digits" else UNetClassifier(shape, 8, 16, (1, 3))
-x = torch.rand(N, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-if method == "guard":                                       # all but open at every level, so that it works on every row in every step
-    guard = fit_guard(x[:100], schedule, steps=1, batch_size=16, alpha=0.499, t_max=1000, classifier=classifier)
+x = torch.empty(100 if method in ("unguarded", "guard") else N, *shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+if method == "guard":                                       # open at every level and certain of everything, so that it works on every row in every step
+    guard = fit_guard(x, schedule, steps=1, batch_size=16, alpha=0.499, t_max=1000, classifier=classifier)
+    torch.nn.init.ones_(guard.classifier.out.bias)
     guard.report = {"alpha": 0.499}
-    x = None                                                # it needs no training set any more
+    protected = protect(model, guard)
+    draw(protected, schedule, shape, 10, 20)
+    assert protected.certain == protected.rows
 make = {"unguarded": lambda: model, "rejection": lambda: model, "guard": lambda: protect(model, guard), "SPELL": lambda: spell(model, schedule, x, 1.0),
         "similarity guidance": lambda: similarity_guidance(model, schedule, x, 10.0, 1.0)}[method]
 def once():
@@ -135,7 +143,7 @@ def once():
     return time.perf_counter() - start
 once()
 times = sorted(once() for _ in range(7 if N < 10**5 else 3))
-print(json.dumps({"seconds": times[len(times) // 2], "min": times[0], "max": times[-1], "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+print(json.dumps({"seconds": times[len(times) // 2], "min": times[0], "max": times[-1], "peak_gb": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e6}))
 """
 
 
