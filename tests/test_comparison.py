@@ -13,7 +13,7 @@ import comparison  # noqa: E402
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
     "The book's cells with two methods, two settings and next to no work."
     book = dict(comparison.chapter())
     book["DIGITS"] = SimpleNamespace(**vars(book["DIGITS"]) | {"drawn": 20})
@@ -21,10 +21,11 @@ def small(monkeypatch):
     calls = []
     def trial(method, setting, w, attack):
         calls.append((method, setting["x"], w, attack))
-        return {"setting": setting, "n": 20, "copies": 5 * (setting["x"] == 1), "fd": 10.0 - setting["x"]}, torch.full((2, 3), float(w))
+        return {"setting": setting, "n": 20, "copies": 5 * (setting["x"] == 1), "fd": 10.0 - setting["x"]}, torch.full((20, 3), 1.0 if w else -1.0)
     book |= {"trial": trial, "world_of": lambda seed, size, folder: seed}
     monkeypatch.setattr(comparison, "chapter", lambda: book)
     monkeypatch.setattr(comparison, "REPORTED", (0, 1))
+    monkeypatch.setattr(comparison, "RESULT", tmp_path / "result.json")
     comparison.world.cache_clear()
     return calls
 
@@ -34,6 +35,14 @@ def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(small, tmp_path)
     assert small == [("first", 1, 100, False), ("first", 2, 100, False), ("second", 3, 100, False),
                      ("first", 2, 0, True), ("first", 2, 1, True), ("second", 3, 0, True), ("second", 3, 1, True)]
     assert found["chosen"] == {"first": {"x": 2}, "second": {"x": 3}} and [r["seed"] for r in found["reported"]["first"]] == [0, 1]
+
+
+def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(small, tmp_path):
+    comparison.compare("digits", tmp_path)
+    kept = load_file(comparison.RESULT.with_suffix(".safetensors"))
+    assert {name: (tuple(x.shape), x.unique().tolist()) for name, x in kept.items() if "members" not in name} == {f"digits, {m}": ((14, 3), [0]) for m in ("first", "second")}
+    members = comparison.chapter()["images_for"](0, comparison.chapter()["DIGITS"]).members
+    torch.testing.assert_close(kept["digits, members"].float() / 127.5 - 1, members, atol=0.5 / 127.5 + 1e-6, rtol=0)
 
 
 def test_a_run_that_was_stopped_goes_on(small, tmp_path):
@@ -60,6 +69,7 @@ def test_one_seed_alone_writes_its_trials_and_no_result(small, tmp_path):
     assert {w for _, _, w, _ in small} == {100, 1}
     assert json.loads((tmp_path / "digits-1-first-best.json").read_text())["setting"] == {"x": 2}
     assert load_file(tmp_path / "digits-1-first-best.safetensors")["x"].unique().tolist() == [1.0]
+    assert not comparison.RESULT.with_suffix(".safetensors").exists()
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():

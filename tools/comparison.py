@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -64,7 +64,17 @@ def compare(data, work, only=None):
         best = {method: book["chosen"](trials)["setting"] for method, trials in tuning.items()}
         reported = {method: [kept(seed, method, "best", setting, True) | {"seed": seed} for seed in seeds] for method, setting in best.items()}
     if only is not None: return None
+    keep_samples(data, work, list(best))
     return {"seeds": seeds, "choosing": CHOOSING, "size": vars(book[data.upper()]), "tuning": tuning, "chosen": best, "reported": reported}
+
+
+def keep_samples(data, work, methods, n=14):
+    "The first samples of every method on the first reported seed, and the members, as bytes, for the page."
+    book, path = chapter(), RESULT.with_suffix(".safetensors")
+    found = load_file(path) if path.exists() else {}
+    rows = {"members": book["images_for"](REPORTED[0], book[data.upper()]).members}
+    for method in methods: rows[method] = load_file(work / f"{data}-{REPORTED[0]}-{method.replace(' ', '-')}-best.safetensors")["x"][:n]
+    with atomic(path) as tmp: save_file(found | {f"{data}, {name}": x.clamp(-1, 1).add(1).mul(127.5).round().byte().contiguous() for name, x in rows.items()}, tmp)
 
 
 def passes(network, rows=4):
@@ -116,9 +126,10 @@ GROW = """
 import json, re, sys, time
 import torch
 from cpsample.baselines import similarity_guidance, spell
+from cpsample.classifier import MLPClassifier
 from cpsample.ddpm import MLPDenoiser, draw, seeded
 from cpsample.memorization import copy_test
-from cpsample.protect import fit_guard, protect
+from cpsample.protect import Guard, protect
 from cpsample.schedule import make_schedule
 from cpsample.unet import UNet, UNetClassifier
 
@@ -126,12 +137,11 @@ data, method, N = sys.argv[1], sys.argv[2], int(sys.argv[3])
 shape = {"digits": (1, 8, 8), "bags": (1, 28, 28)}[data]
 schedule = make_schedule()
 model = seeded(0, lambda: MLPDenoiser(shape) if data == "digits" else UNet(shape, 16)).eval().requires_grad_(False)
-classifier = None if data == "digits" else UNetClassifier(shape, 8, 16, (1, 3))
 x = torch.empty(100 if method in ("unguarded", "guard") else N, *shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
 if method == "guard":                                       # open at every level and certain of everything, so that it works on every row in every step
-    guard = fit_guard(x, schedule, steps=1, batch_size=16, alpha=0.499, t_max=1000, classifier=classifier)
-    torch.nn.init.ones_(guard.classifier.out.bias)
-    guard.report = {"alpha": 0.499}
+    classifier = (MLPClassifier(shape) if data == "digits" else UNetClassifier(shape, 8, 16, (1, 3))).eval().requires_grad_(False)
+    torch.nn.init.ones_(classifier.out.bias)
+    guard = Guard(classifier, schedule, alpha=0.499, scale=1.0, form="toward", t_max=1000, made={}, report={"alpha": 0.499})
     protected = protect(model, guard)
     draw(protected, schedule, shape, 10, 20)
     assert protected.certain == protected.rows
