@@ -89,7 +89,7 @@ def passes(network, rows=4):
 def training_flops(method, setting, w, z):
     "FLOPs of what this method trains, beside the public model: (the denoiser, what is trained on top)."
     plain = z.train_steps * z.batch * passes(w.start())
-    guard = lambda preset: z.guard_steps * z.guard_batch * passes(w.guards[preset].classifier)
+    guard = lambda preset: z.guard_steps * z.guard_batch * passes(chapter()["guard_of"](preset, w).classifier)
     if method == "early stopping": return setting["share"] * plain, 0
     if method.startswith("ambient"): return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
     if method.startswith("DP-SGD"):
