@@ -69,9 +69,7 @@ class Guard:
     report: dict | None = None
 
     one_sided = property(lambda self: self.form == "member")
-
-    @property
-    def calibrated(self): return self.report is not None and self.report["alpha"] == self.alpha
+    calibrated = property(lambda self: self.report is not None and self.report["alpha"] == self.alpha)
 
     def __post_init__(self):
         check_settings(self.alpha, self.scale, self.form, self.t_max, self.schedule.T)
@@ -85,25 +83,29 @@ class Protected:
     "`protect(model, guard)`. `rows` counts the rows denoised so far over all steps, `certain` those of them that were pushed."
     def __init__(self, model, guard):
         self.model, self.guard, self.rows, self.certain = model, guard, 0, 0
+        if guard.scale > 0 and not guard.calibrated:
+            warnings.warn(f"nobody has measured what this guard covers at alpha={guard.alpha:g}: calibrate(guard, train, held_out) does", stacklevel=3)
 
-    def __call__(self, x_t, t):
-        eps, guard = self.model(x_t, t), self.guard
-        self.rows += len(x_t)
-        if guard.scale == 0: return eps
+    def change(self, x_t, t):
+        "(the certain rows, the change of the noise prediction at each of them), or None where the guard has nothing to say. t: one level, or one per row."
+        guard, self.rows = self.guard, self.rows + len(x_t)
+        if guard.scale == 0: return None
         t = torch.as_tensor(t, device=x_t.device).reshape(-1)
         if len(t) not in (1, len(x_t)): raise ValueError(f"t must be one level or one per row: got {len(t)} for {len(x_t)} rows")
         t = t.expand(len(x_t))
         near = (t < guard.t_max).nonzero()[:, 0]
-        if len(near) == 0: return eps
+        if len(near) == 0: return None
         x = x_t.to(next((p.dtype for p in getattr(guard.classifier, "parameters", list)()), x_t.dtype))
         with torch.no_grad(): logits = guard.classifier(x[near], t[near])
         if logits.dim() != 2 or len(logits) != len(near): raise ValueError(f"the guard's classifier must give logits [B, K], got {tuple(logits.shape)} for {len(near)} rows")
         rows = near[is_certain(logits, guard.alpha, guard.one_sided)]
-        if len(rows) == 0: return eps
+        if len(rows) == 0: return None
         self.certain += len(rows)
-        _, sigma = signal_noise(guard.schedule, t[rows], x[rows])
-        step = guard.scale * sigma * push(guard.classifier, x[rows], t[rows], guard.form)
-        return eps.index_add(0, rows, step.to(eps.dtype), alpha=-1)
+        return rows, -guard.scale * signal_noise(guard.schedule, t[rows], x[rows])[1] * push(guard.classifier, x[rows], t[rows], guard.form)
+
+    def __call__(self, x_t, t):
+        eps, found = self.model(x_t, t), self.change(x_t, t)
+        return eps if found is None else eps.index_add(0, found[0], found[1].to(eps.dtype))
 
 # %% ../nbs/05_protect.ipynb #7fdff85d
 def protect(model, guard):
@@ -111,8 +113,6 @@ def protect(model, guard):
     Any sampler takes it. `guard.schedule` must be the model's own; no gradient flows through the push. Not a differential-privacy guarantee, and whoever
     holds the model can leave it off. Warns when nobody has measured what the guard covers (see `calibrate`). Source: CPSample, section 4.
     """
-    if guard.scale > 0 and not guard.calibrated:
-        warnings.warn(f"nobody has measured what this guard covers at alpha={guard.alpha:g}: calibrate(guard, train, held_out) does", stacklevel=2)
     return Protected(model, guard)
 
 # %% ../nbs/05_protect.ipynb #f5fff32b
