@@ -23,6 +23,7 @@ from .ddpm import draw, timesteps
 from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
 from .membership import attack_table, attacks, guard_attacks, scores_of, verdicts
 from .memorization import SEARCH
+from .pipelines import guard_pipeline
 from .protect import load_guard, protect
 from .quality import SPACES
 from .schedule import make_schedule
@@ -106,11 +107,9 @@ def train_command(
     out: Path = typer.Option(..., help="Folder of the run; a run that was stopped goes on."),
     images: int = typer.Option(None, help="Train on this many images, drawn by the seed (default: all)."),
     start: Path = typer.Option(None, "--from", help="Fine-tune this model (a model.safetensors) instead of starting fresh."),
-    steps: int = typer.Option(None, help="Training steps."),
-    batch_size: int = typer.Option(None, help="Images per step, over all processes."),
+    steps: int = typer.Option(None, help="Training steps."), batch_size: int = typer.Option(None, help="Images per step, over all processes."),
     lr: float = typer.Option(None, help="Highest learning rate."),
-    seed: int = typer.Option(0, help="Random seed."),
-    size: int = typer.Option(32, help="Side of the squares that images of a folder are cut to."),
+    seed: int = typer.Option(0, help="Random seed."), size: int = typer.Option(32, help="Side of the squares that images of a folder are cut to."),
     grey: bool = typer.Option(False, help="Read a folder's images as grey."),
     strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
     mirror: bool = typer.Option(None, help="Train on mirrored images too."),
@@ -121,8 +120,7 @@ def train_command(
     "Train a denoiser on a named image set or on a folder of images. With accelerate launch, on several processes."
     config = CONFIGS.get(data.replace("-small", ""), replace(CONFIGS["folder"], data=data))
     if tiny: config = config.tiny()
-    given = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, mirror=mirror)
-    config = replace(config, **{k: v for k, v in given.items() if v is not None})
+    config = replace(config, **{k: v for k, v in dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, mirror=mirror).items() if v is not None})
     if min(config.steps, config.batch_size) < 1 or not config.lr > 0: raise ValueError("steps and batch_size must be at least 1, and lr above 0")
     x = read_data(data, size, 1 if grey else 3, strict)
     members = x if images is None else split(x, {"members": images, "others": None}, seed).of(x, "members")
@@ -141,25 +139,30 @@ def train_command(
 # %% ../nbs/cli.ipynb #6b7c12c5
 @app.command("guard")
 def guard_command(
-    run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
+    run: Path = typer.Argument(None, help="Folder of the run, made by cpsample train."),
     reference: Path = typer.Option(None, help="Folder of other images of the same kind (default: the rest of the set, if the run took a part)."),
-    steps: int = typer.Option(None, help="Training steps."),
-    preset: str = typer.Option("default", help="default, member or paper."),
+    steps: int = typer.Option(None, help="Training steps."), preset: str = typer.Option("default", help="default, member or paper."),
+    pipeline: str = typer.Option(None, help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."),
+    data: Path = typer.Option(None, help="For a pipeline: the folder of images that it was fine-tuned on."),
+    out: Path = typer.Option(Path("guard"), help="For a pipeline: where to, OUT.safetensors and OUT.json."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
-    "Train a guard for the images of a run, calibrate it, and store it beside the model. Keep it as secret as the images."
-    about, members, others = members_of(run)
-    _, schedule, _ = load_model(run / "model.safetensors")
-    if reference: others = read_data(str(reference), about["size"], about["channels"])
-    if not len(others): raise ValueError("the run used all its images, so there are none to stay undecided about: give --reference FOLDER with others of the same kind")
-    config = replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps}))
-    accelerator, where = processes(device)
-    writable(run)
-    guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, run / "guard", preset, accelerator, where)
-    if guard.report is None: return print(f"As printed in the paper, and not calibrated: {run / 'guard.safetensors'}")
+    "Train a guard for the images of a run, or of a diffusers pipeline, calibrate it, and store it. Keep it as secret as the images."
+    if (run is None) == (pipeline is None): raise ValueError("give the folder of a run, or --pipeline, and not both")
+    if pipeline: guard = guard_pipeline(pipeline, data, reference, out, steps or 4000, preset, on_device(device))
+    else:
+        about, members, others = members_of(run)
+        _, schedule, _ = load_model(run / "model.safetensors")
+        if reference: others = read_data(str(reference), about["size"], about["channels"])
+        if not len(others): raise ValueError("the run used all its images, so there are none to stay undecided about: give --reference FOLDER with others of the same kind")
+        config, out = replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps})), run / "guard"
+        accelerator, where = processes(device)
+        writable(run)
+        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, out, preset, accelerator, where)
+    if guard.report is None: return print(f"As printed in the paper, and not calibrated: {out}.safetensors")
     r, at = guard.report, guard.report["levels"].index(guard.report["level"])
     print(f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "
-          f"at t = {r['level']}: {run / 'guard.safetensors'}")
+          f"at t = {r['level']}: {out}.safetensors")
 
 @app.command("sample")
 def sample_command(
@@ -168,8 +171,7 @@ def sample_command(
     out: Path = typer.Option(Path("samples"), help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred)."),
     unguarded: bool = typer.Option(False, help="Leave the guard off, to compare."),
     strength: float = typer.Option(1.0, help="Times the guard's own scale s: raise it when copies remain."),
-    steps: int = typer.Option(None, help="Network calls per image."),
-    seed: int = typer.Option(0, help="Random seed."),
+    steps: int = typer.Option(None, help="Network calls per image."), seed: int = typer.Option(0, help="Random seed."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Draw images from the model of a run, protected by its guard."
@@ -193,14 +195,11 @@ def audit_command(
     max_copy_rate: float = typer.Option(None, help="Exit with status 1 when the upper bound of the copy rate is above this."),
     test: str = typer.Option("ratio", help=f"Which test that is about: {', '.join(TESTS)}."),
     space: str = typer.Option(None, help=f"Feature space: {', '.join(SPACES)} or pca-64 (default: by the images)."),
-    flips: bool = typer.Option(True, help="Look for mirrored copies, too."),
-    backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
+    flips: bool = typer.Option(True, help="Look for mirrored copies, too."), backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
     size: int = typer.Option(None, help="Side of the squares that images of folders are cut to (default: as the first training image)."),
     strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
-    n: int = typer.Option(1000, "--number", "-n", help="Images to draw from a run."),
-    unguarded: bool = typer.Option(False, help="Draw from a run without its guard."),
-    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
-    seed: int = typer.Option(0, help="Random seed."),
+    n: int = typer.Option(1000, "--number", "-n", help="Images to draw from a run."), unguarded: bool = typer.Option(False, help="Draw from a run without its guard."),
+    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."), seed: int = typer.Option(0, help="Random seed."),
     device: str = typer.Option(None, help="cpu or cuda, to draw on (default: cuda if there is one)."),
 ):
     "Count copies of training images among generated ones, and write a report."
@@ -242,9 +241,8 @@ def attack_command(
     strangers = read_data(others, about["size"], about["channels"]) if others else rest[4 * len(members) + 400 :]     # those before may have taught the guard
     if len(strangers) < 20: raise ValueError("there are not enough images that neither the model nor its guard has seen: give --others")
     sides = [pixels(side[torch.randperm(len(side), generator=torch.Generator().manual_seed(0))[:limit]]).to(where) for side in (members, strangers)]
-    collection, scores = attacks(schedule) | guard_attacks(schedule, guard), {}
-    for name, ask in tqdm(collection.items(), desc="attacking"): scores[name] = tuple(scores_of(ask, model, side).cpu() for side in sides)
-    results = verdicts(scores)
+    collection = attacks(schedule) | guard_attacks(schedule, guard)
+    results = verdicts({name: tuple(scores_of(ask, model, side).cpu() for side in sides) for name, ask in tqdm(collection.items(), desc="attacking")})
     record = {"name": "attack", "command": "cpsample " + shlex.join(sys.argv[1:]), "members": len(sides[0]), "others": len(sides[1]), "guarded": not unguarded}
     if json_file: save_json(json_file, record | {"attacks": results})
     print(attack_table(results))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TO_EPS', 'CARD', 'schedule_of', 'network_of', 'as_denoiser', 'PipelineGuard', 'protect_pipeline', 'image_shape',
-           'encode', 'fit_pipeline_guard', 'hub_errors', 'push_to_hub', 'from_pretrained']
+           'encode', 'fit_pipeline_guard', 'hub_errors', 'guard_pipeline', 'push_to_hub', 'from_pretrained']
 
-# %% ../nbs/14_pipelines.ipynb #4d7643df
+# %% ../nbs/14_pipelines.ipynb #9d5ad932
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .data import atomic, fingerprint, need, pixels
+from .data import atomic, fingerprint, need, pixels, writable
 from .protect import Protected, load_guard, save_guard
 from .schedule import Schedule, v_to_eps, x0_to_eps
+from .sources import read_data
 from .training import CONFIGS, train_guard, write_tensors
 
 # %% ../nbs/14_pipelines.ipynb #625c1f23
@@ -48,7 +49,7 @@ def as_denoiser(network, scheduler, **conditioning):
     schedule, to_eps = schedule_of(scheduler), TO_EPS[scheduler.config.get("prediction_type", "epsilon")]
     return lambda x_t, t: to_eps(x_t, t, network(x_t, t, **conditioning, return_dict=False)[0][:, : x_t.shape[1]], schedule)
 
-# %% ../nbs/14_pipelines.ipynb #7898058a
+# %% ../nbs/14_pipelines.ipynb #3f1d5bea
 class PipelineGuard(Protected):
     """What `protect_pipeline` returns: `rows` and `certain` count as in `Protected`, `remove()` takes the protection off, and so does the end of a `with` block."""
     def __init__(self, pipe, guard):
@@ -62,7 +63,8 @@ class PipelineGuard(Protected):
         if self.pipe.scheduler is self.scheduler: return
         abar = schedule_of(self.pipe.scheduler).abar
         if abar.shape != self.guard.schedule.abar.shape or (abar - self.guard.schedule.abar.cpu()).abs().max() > 1e-3:
-            raise ValueError(f"this guard was trained for another noise schedule than that of the pipeline's {type(self.pipe.scheduler).__name__}: train one with schedule_of(pipe.scheduler)")
+            raise ValueError(f"this guard was trained for another noise schedule than that of the pipeline's {type(self.pipe.scheduler).__name__}: "
+                             "train one with schedule_of(pipe.scheduler)")
         self.scheduler = self.pipe.scheduler
 
     @torch.compiler.disable
@@ -138,14 +140,7 @@ def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default"
     config = replace(CONFIGS["folder"], data="pipeline", shape=tuple(x.shape[1:]), mirror=False, guard=options or CONFIGS["folder"].guard, guard_steps=steps, seed=seed)
     return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress)
 
-# %% ../nbs/14_pipelines.ipynb #f240c901
-CARD = """---
-tags: [cpsample, privacy]
----
-A CPSample guard: a classifier that has memorised random labels of a model's training images. **Keep it as secret as those images:** whoever holds it
-can tell whether a picture was among them. Load it with `cpsample.pipelines.from_pretrained`.
-"""
-
+# %% ../nbs/14_pipelines.ipynb #1da68db1
 @contextmanager
 def hub_errors(repo, wanted):
     "Turn what the Hub's client raises into one line that says what to do."
@@ -155,7 +150,35 @@ def hub_errors(repo, wanted):
         status = getattr(getattr(error, "response", None), "status_code", None)
         why = {401: "the token is wrong or missing: hf auth login, or token=…", 403: "this token is not allowed to: ask for the right to write, or use another one",
                404: "there is no such repository, or the token may not see it: check the name, hf auth login, or token=…"}.get(status)
-        raise OSError(f"{wanted} {repo!r} on the Hub failed: {why or f'{str(error).splitlines()[0]}: connect to the network and try again, what has arrived is kept'}") from error
+        why = why or str(error).splitlines()[0].rstrip(".:") + ": connect to the network and try again"
+        raise OSError(f"{wanted} {repo!r} on the Hub failed: {why}") from error
+
+# %% ../nbs/14_pipelines.ipynb #c1015c9f
+def guard_pipeline(name, data, reference, out, steps=4000, preset="default", device="cpu"):
+    """`fit_pipeline_guard` for a pipeline in a folder or on the Hub, called `name`, and images in folders (or what `read_data` takes), cut to the size that the pipeline draws.
+
+    Raises OSError when the pipeline cannot be had, ValueError when images are missing or of another size.
+    """
+    if not (data and reference): raise ValueError("a pipeline needs the images that it was fine-tuned on (--data) and others of the same kind (--reference)")
+    loader = need("diffusers", "diffusers").DiffusionPipeline
+    with hub_errors(name, "loading"):
+        parts = [part for part, kind in loader.load_config(name).items() if isinstance(kind, list) and part not in ("unet", "transformer", "vae", "scheduler")]
+        pipe = loader.from_pretrained(name, **dict.fromkeys(parts)).to(device)       # a guard reads no captions
+    shape = image_shape(pipe)
+    sides = members, others = [pixels(read_data(str(images), shape[1], shape[0])) for images in (data, reference)]
+    for x, where in zip(sides, (data, reference)):
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size")
+    writable(Path(out).parent)
+    return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device)
+
+# %% ../nbs/14_pipelines.ipynb #24bf6e02
+CARD = """---
+tags: [cpsample, privacy]
+---
+A CPSample guard: a classifier that has memorised random labels of a model's training images. **Keep it as secret as those images:** whoever holds it
+can tell whether a picture was among them. Load it with `cpsample.pipelines.from_pretrained`.
+"""
 
 def push_to_hub(guard, repo, private=True, token=None):
     """Upload a guard to the Hugging Face Hub, as `repo` ("owner/name"); returns the address. Private unless told otherwise: a guard tells who was in the training set.

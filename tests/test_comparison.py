@@ -33,7 +33,7 @@ def small(monkeypatch, tmp_path):
 def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(small, tmp_path):
     found = comparison.compare("digits", tmp_path)
     assert small == [("first", 1, 100, False), ("first", 2, 100, False), ("second", 3, 100, False),
-                     ("first", 2, 0, True), ("first", 2, 1, True), ("second", 3, 0, True), ("second", 3, 1, True)]
+                     ("first", 2, 0, True), ("second", 3, 0, True), ("first", 2, 1, True), ("second", 3, 1, True)]
     assert found["chosen"] == {"first": {"x": 2}, "second": {"x": 3}} and [r["seed"] for r in found["reported"]["first"]] == [0, 1]
 
 

@@ -1,5 +1,4 @@
 "diffusers pipelines, protected: schedulers × predictions × pipelines against closed forms; removal, compilation, precision; latents, the Hub, a network that fails."
-import contextlib
 from types import SimpleNamespace
 
 import diffusers
@@ -9,21 +8,26 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
+from typer.testing import CliRunner
+
+from cpsample import pipelines
 from cpsample.classifier import log_odds
+from cpsample.cli import app
 from cpsample.pipelines import as_denoiser, encode, image_shape, protect_pipeline, schedule_of
 from cpsample.data import GaussianMixture, noised
 from cpsample.ddpm import last, sample
 from cpsample.memorization import copy_test
-from cpsample.protect import Guard, Protected, calibrate, fit_guard, protect
+from cpsample.protect import Guard, Protected, calibrate, fit_guard, load_guard, protect
 from cpsample.schedule import abar_at
 
-pytestmark = [pytest.mark.filterwarnings("ignore:nobody has measured"), pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.filterwarnings(f"ignore{which}") for which in (":nobody has measured", "::DeprecationWarning", "::FutureWarning")]
 SCHEDULERS = {
-    "DDPM": ("DDPMScheduler", {"clip_sample": False}), "DDIM": ("DDIMScheduler", {"clip_sample": False}), "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "DPM++": ("DPMSolverMultistepScheduler", {}), "DPM++ single": ("DPMSolverSinglestepScheduler", {}),
-    "SDE-DPM++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}), "DPM++ Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "Euler": ("EulerDiscreteScheduler", {}), "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}), "Heun": ("HeunDiscreteScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}), "KDPM2": ("KDPM2DiscreteScheduler", {}), "UniPC": ("UniPCMultistepScheduler", {}),
+    "DDPM": ("DDPMScheduler", {"clip_sample": False}), "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}), "DPM++": ("DPMSolverMultistepScheduler", {}), "DPM++ single": ("DPMSolverSinglestepScheduler", {}),
+    "SDE-DPM++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}), "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}), "Heun": ("HeunDiscreteScheduler", {}), "LMS": ("LMSDiscreteScheduler", {}),
+    "KDPM2": ("KDPM2DiscreteScheduler", {}), "UniPC": ("UniPCMultistepScheduler", {}),
 }
 REFUSED = {("PNDM", "sample"), ("Euler ancestral", "sample"), ("KDPM2", "sample")}        # by diffusers itself: see the test of it
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -42,17 +46,20 @@ def seeded(seed, build):
 
 
 def conditional(channels=4, out=4):
-    return seeded(1, lambda: UNet2DConditionModel(sample_size=8, in_channels=channels, out_channels=out, layers_per_block=1, block_out_channels=(8, 8), cross_attention_dim=8, norm_num_groups=4,
-                                                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4))
+    return seeded(1, lambda: UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=out, layers_per_block=1, block_out_channels=(8, 8), cross_attention_dim=8, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")))
 
 
-VAE = seeded(2, lambda: AutoencoderKL(block_out_channels=(4, 4), latent_channels=4, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))
+VAE = seeded(2, lambda: AutoencoderKL(block_out_channels=(4, 4), latent_channels=4, norm_num_groups=4, scaling_factor=5.0,
+                                      down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))
+PARTS = dict(vae=VAE, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 PIPELINES = {"StableDiffusionPipeline": {}, "StableDiffusionImg2ImgPipeline": {"strength": 0.8}, "StableDiffusionInpaintPipeline": {"strength": 1.0}}
 
 
 def pipeline(kind, scheduler):
     unet = conditional(9 if "Inpaint" in kind else 4)
-    pipe = getattr(diffusers, kind)(vae=VAE, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **PARTS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -80,8 +87,9 @@ def same(a, b): return torch.equal(a, b)        # a function of its own, so that
 
 def watched(pipe):
     "Notes for each call of the network what it saw, and its output before and after the guard, which must be put on between."
-    calls, before, after = [], None, None
-    def first(network, args, kwargs, output): calls.append(SimpleNamespace(x=args[0].clone(), t=torch.as_tensor(args[1]), plain=output[0].clone(), sigma=sigma_now(pipe.scheduler)))
+    calls = []
+    def first(network, args, kwargs, output):
+        calls.append(SimpleNamespace(x=args[0].clone(), t=torch.as_tensor(args[1]), plain=output[0].clone(), sigma=sigma_now(pipe.scheduler)))
     def then(network, args, kwargs, output): calls[-1].guarded = output[0].clone()
     before = pipe.unet.register_forward_hook(first, with_kwargs=True)
     return calls, lambda: (before, pipe.unet.register_forward_hook(then, with_kwargs=True))
@@ -326,8 +334,9 @@ def copying():
     members = torch.randn(16, 4, 8, 8, generator=generator)
     others = torch.randn(600, 4, 8, 8, generator=generator)
     unet = Ideal()
-    unet.schedule, unet.mixture = schedule, GaussianMixture(torch.cat([members.flatten(1), torch.zeros(1, 256)]), torch.tensor([0.05] * 16 + [1.0]), torch.tensor([0.06] * 16 + [0.04]))
-    pipe = diffusers.StableDiffusionPipeline(vae=VAE, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler_of("DDIM"), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    unet.schedule = schedule
+    unet.mixture = GaussianMixture(torch.cat([members.flatten(1), torch.zeros(1, 256)]), torch.tensor([0.05] * 16 + [1.0]), torch.tensor([0.06] * 16 + [0.04]))
+    pipe = diffusers.StableDiffusionPipeline(unet=unet, scheduler=scheduler_of("DDIM"), **PARTS)
     pipe.set_progress_bar_config(disable=True)
     guard = fit_guard(members, schedule, others[:500], steps=600, width=128, t_max=700)
     calibrate(guard, members, others[500:])
@@ -339,6 +348,46 @@ def test_under_each_scheduler_a_copying_model_copies_less(name, copying):
     pipe, members, guard = copying
     pipe.scheduler = scheduler_of(name)
     plain = copy_test(run(pipe, 64, 7.5, steps=25), members)
-    with protect_pipeline(pipe, guard) as protection: guarded = copy_test(run(pipe, 64, 7.5, steps=25), members)
-
+    with protect_pipeline(pipe, guard): guarded = copy_test(run(pipe, 64, 7.5, steps=25), members)
     assert plain.rate > 0.6 and guarded.rate < plain.rate / 3
+
+
+def test_images_of_a_pipeline_and_their_latents(tmp_path, monkeypatch):
+    "Scaled means of the autoencoder; from the disk the second time; other images are other latents; a write that fails leaves nothing, and the next one works."
+    pipe, x = pipeline("StableDiffusionPipeline", scheduler_of("DDIM")), torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    assert image_shape(pipe) == (3, 16, 16) and image_shape(unconditional()) == (1, 8, 8)
+    assert encode(unconditional(), x).equal(x.float() / 127.5 - 1)
+    with monkeypatch.context() as patch:
+        def full(*_): raise OSError("No space left on device")
+        patch.setattr(pipelines, "write_tensors", full)
+        with pytest.raises(OSError, match="No space left"): encode(pipe, x, tmp_path)
+    assert not list(tmp_path.iterdir())
+    wanted = pipe.vae.encode(x.float() / 127.5 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(encode(pipe, x, tmp_path, chunk=2), wanted)
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: pytest.fail("encoded again"))
+    torch.testing.assert_close(encode(pipe, x, tmp_path), wanted)
+    with pytest.raises(pytest.fail.Exception): encode(pipe, x + 1, tmp_path)
+
+
+def test_a_guard_from_the_shell_for_a_pipeline_in_a_folder(tmp_path):
+    "Trained in the pipeline's space and at its levels; stops at what is missing."
+    from PIL import Image
+    pipe = pipeline("StableDiffusionPipeline", scheduler_of("DDIM"))
+    pipe.save_pretrained(tmp_path / "pipe")
+    generator = np.random.default_rng(0)
+    for folder, n in (("mine", 6), ("others", 40)):
+        (tmp_path / folder).mkdir()
+        for i in range(n): Image.fromarray(generator.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    def call(*words): return CliRunner().invoke(app, ["guard", *map(str, words)])
+    images = ["--data", tmp_path / "mine", "--reference", tmp_path / "others"]
+    complete = ["--pipeline", tmp_path / "pipe", *images, "--out", tmp_path / "kept" / "guard", "--steps", 250, "--device", "cpu"]
+    done = call(*complete)
+    assert done.exit_code == 0 and "of 6 training images" in done.stdout, done.output
+    guard = load_guard(tmp_path / "kept" / "guard")
+    torch.testing.assert_close(guard.schedule.abar, pipe.scheduler.alphas_cumprod)
+    assert guard.classifier.config["shape"] == [4, 8, 8] and guard.calibrated and len(list((tmp_path / "kept").glob("latents-*"))) == 2
+    with protect_pipeline(pipe, guard) as protection: run(pipe)
+    assert protection.rows == 4
+    for words, says in ((complete[:4], "--reference"), (complete + [tmp_path], "and not both"), ([], "and not both"), (["--pipeline", tmp_path / "none", *images], "loading")):
+        refused = call(*words)
+        assert refused.exit_code == 2 and says in refused.stderr and len(refused.stderr.strip().splitlines()) == 1, refused.stderr

@@ -62,9 +62,10 @@ def compare(data, work, only=None):
     with tqdm(total=sum(map(len, grids.values())) + len(seeds) * len(grids), desc=data) as bar:
         tuning = {method: [kept(CHOOSING, method, k, setting, False) for k, setting in enumerate(grid)] for method, grid in grids.items()}
         best = {method: book["chosen"](trials)["setting"] for method, trials in tuning.items()}
-        reported = {method: [kept(seed, method, "best", setting, True) | {"seed": seed} for seed in seeds] for method, setting in best.items()}
+        rows = [{method: kept(seed, method, "best", setting, True) | {"seed": seed} for method, setting in best.items()} for seed in seeds]
     if only is not None: return None
     keep_samples(data, work, list(best))
+    reported = {method: [r[method] for r in rows] for method in best}
     return {"seeds": seeds, "choosing": CHOOSING, "size": vars(book[data.upper()]), "tuning": tuning, "chosen": best, "reported": reported}
 
 
