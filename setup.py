@@ -29,6 +29,6 @@ setup(
     # data/ travels inside the package as cpsample/_files
     packages=["cpsample", "cpsample._files"],
     package_dir={"cpsample._files": "data"},
-    package_data={"cpsample._files": ["**/*.json", "**/*.safetensors", "**/*.gz", "**/README.md"]},
+    package_data={"cpsample._files": ["**/*.json", "**/*.safetensors", "**/*.xz", "**/README.md"]},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
 )

@@ -8,7 +8,7 @@ __all__ = ['MIXTURES', 'SHAPES', 'GaussianMixture', 'noised', 'exact_denoiser', 
            'first_rows', 'distinct', 'atomic', 'save_json', 'writable', 'save_picture', 'data_path', 'need']
 
 # %% ../nbs/01_data.ipynb #3029702f
-import contextlib, hashlib, importlib, json, math, os, tempfile
+import contextlib, hashlib, importlib, json, math, os, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,8 +220,9 @@ def atomic(path, mode=None):
 
 # %% ../nbs/01_data.ipynb #95222791
 def save_json(path, record):
-    "Write `record` as JSON, whole or not at all."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    "Write `record` as JSON, whole or not at all; lists of numbers on one line each."
+    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(record, indent=1, allow_nan=False))
+    with atomic(path) as tmp: tmp.write_text(text + "\n")
 
 def writable(folder):
     "Make `folder` and prove that it can be written, before any work is done. Raises OSError."

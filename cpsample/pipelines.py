@@ -129,14 +129,15 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
         with atomic(path, 0o600) as tmp: write_tensors({"latents": latents}, tmp, {})
     return latents
 
-# %% ../nbs/14_pipelines.ipynb #2ff2a576
+# %% ../nbs/14_pipelines.ipynb #04fc4744
 def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True):
     """Train a guard for a pipeline in the pipeline's own space and at its own noise levels, calibrate it, keep it at `path` (see `save_guard`), and return it.
 
     members, others: images [N, C, H, W] that the pipeline learned, and others of the same kind; steps: of the training, which goes on where it was stopped; options: of the
     classifier (see `UNetClassifier`). Latents are kept beside `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
     """
-    x, rest = (encode(pipe, images, Path(path).parent, progress=progress) for images in (members, others))
+    folder = writable(Path(path).parent)
+    x, rest = (encode(pipe, images, folder, progress=progress) for images in (members, others))
     config = replace(CONFIGS["folder"], data="pipeline", shape=tuple(x.shape[1:]), mirror=False, guard=options or CONFIGS["folder"].guard, guard_steps=steps, seed=seed)
     return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress)
 
@@ -153,7 +154,7 @@ def hub_errors(repo, wanted):
         why = why or str(error).splitlines()[0].rstrip(".:") + ": connect to the network and try again"
         raise OSError(f"{wanted} {repo!r} on the Hub failed: {why}") from error
 
-# %% ../nbs/14_pipelines.ipynb #c1015c9f
+# %% ../nbs/14_pipelines.ipynb #25cdcc7d
 def guard_pipeline(name, data, reference, out, steps=4000, preset="default", device="cpu"):
     """`fit_pipeline_guard` for a pipeline in a folder or on the Hub, called `name`, and images in folders (or what `read_data` takes), cut to the size that the pipeline draws.
 
@@ -169,7 +170,6 @@ def guard_pipeline(name, data, reference, out, steps=4000, preset="default", dev
     for x, where in zip(sides, (data, reference)):
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size")
-    writable(Path(out).parent)
     return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device)
 
 # %% ../nbs/14_pipelines.ipynb #24bf6e02

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'FashionEncoder', 'fashion_encoder', 'inception', 'inception_features', 'features', 'kid',
-           'precision_recall', 'mifid', 'quality']
+           'precision_recall', 'mifid', 'quality', 'vendi_score']
 
 # %% ../nbs/09_quality.ipynb #733276c3
 import functools, warnings
@@ -98,3 +98,10 @@ def quality(x, real, train=None, baseline=None, space="fashion-conv-64"):
     if train is not None: found["mifid"] = mifid(g, features(train, space))
     if baseline is not None: found |= {f"{k}_real": v for k, v in quality(baseline, real, train, space=space).items()}
     return found
+
+# %% ../nbs/09_quality.ipynb #dc4cd0e4
+def vendi_score(features):
+    "How many different images the features [n, D] amount to, from 1 (all the same) to n (all orthogonal), with the cosine as similarity (Friedman & Dieng 2023, eq. 2)."
+    f = nn.functional.normalize(features.double(), dim=1)
+    share = torch.linalg.eigvalsh(f.T @ f / len(f)).clamp(min=1e-15)         # those of K/n, but for zeros
+    return float((-(share * share.log()).sum()).exp())

@@ -7,7 +7,7 @@ __all__ = ['CACHE', 'SUFFIXES', 'IMAGE_SETS', 'read_idx', 'downloaded', 'load_fa
            'load_crops', 'read_image', 'load_folder', 'load_images', 'load_array', 'read_data', 'run_of', 'members_of']
 
 # %% ../nbs/sources.ipynb #4edfa5f3
-import gzip, json, os, warnings, zipfile
+import gzip, json, lzma, os, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from .data import data_path, fingerprint, load_digits, split
 
 # %% ../nbs/sources.ipynb #a094bfd3
 def read_idx(path):
-    "The bytes of a gzipped idx file (the format of MNIST) as a uint8 tensor of the shape that its header tells."
-    raw = gzip.decompress(Path(path).read_bytes())
+    "The bytes of an idx file (the format of MNIST), packed as .gz or .xz, as a uint8 tensor of the shape that its header tells."
+    raw = (lzma if Path(path).suffix == ".xz" else gzip).decompress(Path(path).read_bytes())
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
 
@@ -40,12 +40,12 @@ def load_fashion(part="train", small=False):
     small: the part that ships with the project instead (the first 3,000 and 2,000). Raises OSError without files and network.
     """
     name = {"train": "train", "test": "t10k"}[part]
-    folder = data_path("fashion") if small else Path("/usr/share/datasets/fashion-mnist")
+    folder, packed = (data_path("fashion"), "xz") if small else (Path("/usr/share/datasets/fashion-mnist"), "gz")
     if not folder.exists():
         from torchvision.datasets import FashionMNIST
         downloaded(lambda root: FashionMNIST(root, download=True), "Fashion-MNIST")
         folder = CACHE / "FashionMNIST" / "raw"
-    return read_idx(folder / f"{name}-images-idx3-ubyte.gz")[:, None], read_idx(folder / f"{name}-labels-idx1-ubyte.gz").long()
+    return read_idx(folder / f"{name}-images-idx3-ubyte.{packed}")[:, None], read_idx(folder / f"{name}-labels-idx1-ubyte.{packed}").long()
 
 # %% ../nbs/sources.ipynb #08afe62c
 def load_cifar10(part="train"):

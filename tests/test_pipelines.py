@@ -1,4 +1,6 @@
 "diffusers pipelines, protected: schedulers × predictions × pipelines against closed forms; removal, compilation, precision; latents, the Hub, a network that fails."
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -7,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from PIL import Image
 
 from typer.testing import CliRunner
 
@@ -21,6 +24,7 @@ from cpsample.protect import Guard, Protected, calibrate, fit_guard, load_guard,
 from cpsample.schedule import abar_at
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore{which}") for which in (":nobody has measured", "::DeprecationWarning", "::FutureWarning")]
+ROOT = Path(__file__).resolve().parent.parent
 SCHEDULERS = {
     "DDPM": ("DDPMScheduler", {"clip_sample": False}), "DDIM": ("DDIMScheduler", {"clip_sample": False}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}), "DPM++": ("DPMSolverMultistepScheduler", {}), "DPM++ single": ("DPMSolverSinglestepScheduler", {}),
@@ -143,8 +147,8 @@ def test_what_diffusers_refuses(name, prediction):
     with pytest.raises((ValueError, NotImplementedError), match="prediction_type"): run(pipeline("StableDiffusionPipeline", scheduler_of(name, prediction)))
 
 
-def unconditional(kind="DDIM", prediction="epsilon", out=1, **options):
-    unet = seeded(1, lambda: UNet2DModel(sample_size=8, in_channels=1, out_channels=out, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+def unconditional(kind="DDIM", prediction="epsilon", out=1, channels=1, **options):
+    unet = seeded(1, lambda: UNet2DModel(sample_size=8, in_channels=channels, out_channels=out * channels, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
                                          down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))
     scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=1000, prediction_type=prediction, **options)
     pipe = getattr(diffusers, f"{kind}Pipeline")(unet, scheduler)
@@ -369,15 +373,18 @@ def test_images_of_a_pipeline_and_their_latents(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception): encode(pipe, x + 1, tmp_path)
 
 
+def save_noise(folder, n, size):
+    "n pictures of noise, size × 16 pixels (8 × 8 for size 8), as PNG files."
+    Path(folder).mkdir()
+    generator = np.random.default_rng(n)
+    for i in range(n): Image.fromarray(generator.integers(0, 256, (size, min(size, 16), 3), dtype=np.uint8)).save(Path(folder) / f"{i}.png")
+
+
 def test_a_guard_from_the_shell_for_a_pipeline_in_a_folder(tmp_path):
     "Trained in the pipeline's space and at its levels; stops at what is missing."
-    from PIL import Image
     pipe = pipeline("StableDiffusionPipeline", scheduler_of("DDIM"))
     pipe.save_pretrained(tmp_path / "pipe")
-    generator = np.random.default_rng(0)
-    for folder, n in (("mine", 6), ("others", 40)):
-        (tmp_path / folder).mkdir()
-        for i in range(n): Image.fromarray(generator.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    save_noise(tmp_path / "mine", 6, 20), save_noise(tmp_path / "others", 40, 20)
     def call(*words): return CliRunner().invoke(app, ["guard", *map(str, words)])
     images = ["--data", tmp_path / "mine", "--reference", tmp_path / "others"]
     complete = ["--pipeline", tmp_path / "pipe", *images, "--out", tmp_path / "kept" / "guard", "--steps", 250, "--device", "cpu"]
@@ -391,3 +398,13 @@ def test_a_guard_from_the_shell_for_a_pipeline_in_a_folder(tmp_path):
     for words, says in ((complete[:4], "--reference"), (complete + [tmp_path], "and not both"), ([], "and not both"), (["--pipeline", tmp_path / "none", *images], "loading")):
         refused = call(*words)
         assert refused.exit_code == 2 and says in refused.stderr and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+
+def test_the_lines_of_the_readme(tmp_path, monkeypatch):
+    "Run as printed, but for fewer steps of training, with a small pipeline of one's own and two folders of pictures."
+    block = next(b for b in re.findall(r"~~~python\n(.*?)~~~", (ROOT / "README.md").read_text(), re.S) if "fit_pipeline_guard" in b)
+    monkeypatch.chdir(tmp_path)
+    unconditional("DDIM", channels=3).save_pretrained("my_pipeline")
+    save_noise("my_pictures", 6, 8), save_noise("other_pictures", 40, 8)
+    exec(block.replace('"secret/guard")', '"secret/guard", steps=250)'), space := {})
+    assert space["protection"].rows == 50 and space["guard"].calibrated and Path("secret/guard.safetensors").exists()

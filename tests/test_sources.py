@@ -1,5 +1,6 @@
 "Images as a person has them."
 import gzip
+import lzma
 import warnings
 
 import numpy as np
@@ -92,7 +93,8 @@ def test_three_images(tmp_path):
 def test_idx(tmp_path):
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     (tmp_path / "x.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">i4").tobytes() + values.tobytes()))
-    assert np.array_equal(read_idx(tmp_path / "x.gz").numpy(), values)
+    (tmp_path / "x.xz").write_bytes(lzma.compress(gzip.decompress((tmp_path / "x.gz").read_bytes())))
+    for name in ("x.gz", "x.xz"): assert np.array_equal(read_idx(tmp_path / name).numpy(), values)
 
 
 def test_the_shipped_part_of_fashion_is_sound():

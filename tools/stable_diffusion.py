@@ -1,20 +1,29 @@
-"""The small text-to-image pipeline of chapter 17, into data/collapse, and its numbers, into data/results/stable_diffusion.json:
-python tools/stable_diffusion.py [train] [measure] [--work FOLDER]
+"""The small text-to-image pipeline of chapter 17 and its guard, into data/collapse, and its numbers, into data/results/stable_diffusion.json:
+python tools/stable_diffusion.py [train] [guard] [measure] [--work FOLDER]
 
-The code is that of the cells of nbs/17_stable_diffusion.ipynb that begin with "# collapse". Training keeps checkpoints in FOLDER (default: the cache) and goes on from them.
+The code is that of the cells of nbs/17_stable_diffusion.ipynb that begin with "# collapse". Trainings keep checkpoints in FOLDER (default: the cache) and go on from them.
 """
 import json
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import torch
 
-from cpsample.data import save_json
+from cpsample.data import pixels, save_json
 from cpsample.demo import provenance
-from cpsample.sources import CACHE
+from cpsample.protect import load_guard, save_guard
+from cpsample.sources import CACHE, read_idx
+from weights import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data" / "collapse"
+STRENGTHS, CHOOSING, REPORTED, SCALE, STEPS = (1.0, 2.0, 4.0, 8.0), 100, (0, 1, 2), 3.0, 25
+SCHEDULERS = {"DDPM": {"clip_sample": False}, "DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}, "DPMSolverMultistep": {}, "DPMSolverSinglestep": {},
+              "EulerDiscrete": {}, "EulerAncestralDiscrete": {}, "HeunDiscrete": {}, "LMSDiscrete": {}, "KDPM2Discrete": {}, "UniPCMultistep": {}}
 
 
 def chapter():
@@ -26,18 +35,69 @@ def chapter():
     return space
 
 
+def made(name, book, origin, start, **more):
+    "Note how a part of data/collapse was made."
+    path = DATA / "made.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    save_json(path, record | {name: {"command": f"python tools/stable_diffusion.py {name}", **origin, "seed": 0, **more, "seconds": time.perf_counter() - start}})
+
+
 def train(book, work, origin):
-    "The pipeline at full size, in half precision, as `StableDiffusionPipeline.from_pretrained` reads it."
+    "The pipeline at full size, in half precision, as `StableDiffusionPipeline.from_pretrained` reads it, and the pictures that it was fine-tuned on."
     start = time.perf_counter()
     pipe, losses = book["make_pipeline"](book["SMALL"], work, True)
-    pipe.to(dtype=torch.float16).save_pretrained(ROOT / "data" / "collapse")
-    save_json(ROOT / "data" / "collapse" / "made.json", {"command": "python tools/stable_diffusion.py train", **origin, "seed": 0, "size": vars(book["SMALL"]),
-              "losses": {name: sum(values[-100:]) / 100 for name, values in zip(("vae", "base", "tuned"), losses)}, "seconds": time.perf_counter() - start})
+    pipe.to(dtype=torch.float16).save_pretrained(DATA)
+    write_idx(DATA / "members-idx3-ubyte.xz", ((book["pictures"](book["SMALL"])[2]["members"][:, :, 2:30, 2:30] + 1) * 127.5).round())
+    made("train", book, origin, start, size=vars(book["SMALL"]), losses={name: sum(values[-100:]) / 100 for name, values in zip(("vae", "base", "tuned"), losses)})
+
+
+def shipped():
+    "(the pipeline, the members) in data/collapse."
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(DATA, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pixels(read_idx(DATA / "members-idx3-ubyte.xz")[:, None])
+
+
+def guard(book, work, origin):
+    "The guard, its weights rounded to half precision; with the strength that is chosen here: the weakest that leaves at most one copy in a hundred, on the seed that chooses."
+    start, (pipe, members) = time.perf_counter(), shipped()
+    own, tried = book["make_guard"](pipe, book["SMALL"], work / "guard", True), []
+    own.classifier.half().float()
+    for strength in STRENGTHS:
+        x = book["ask"](pipe, book["CAPTIONS"][book["BAG"]], 200, CHOOSING, STEPS, SCALE, replace(own, scale=strength * own.scale))
+        tried.append({"strength": strength, **book["described"](x, book["BAG"], members)})
+        print(tried[-1], flush=True)
+    best = next((t for t in tried if t["copies"] <= 0.01 * t["n"]), min(tried, key=lambda t: t["copies"]))
+    own.scale *= best["strength"]
+    own.classifier.half()
+    save_guard(own, DATA / "guard")
+    for path in (DATA / "guard.safetensors", DATA / "guard.json"): path.chmod(0o644)        # these pictures are public
+    made("guard", book, origin, start, choosing=CHOOSING, tried=tried, strength=best["strength"])
+
+
+def measure(book, work, origin):
+    "Every caption on three seeds, and the collapsed one under each scheduler, unguarded and guarded."
+    start, (pipe, members), own = time.perf_counter(), shipped(), load_guard(DATA / "guard")
+    arms, schedulers = {"unguarded": {}, "guarded": {}}, {}
+    for kind, caption in enumerate(book["CAPTIONS"]):
+        for arm in arms:
+            answers = [book["ask"](pipe, caption, 200, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
+            arms[arm][caption] = [book["described"](x, kind, members) | {"seed": seed} for x, seed in zip(answers, REPORTED)]
+            print(arm, caption, arms[arm][caption], flush=True)
+    for name, options in SCHEDULERS.items():
+        pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **options)
+        ask = [book["ask"](pipe, book["CAPTIONS"][book["BAG"]], 100, 0, STEPS, SCALE, g) for g in (None, own)]
+        schedulers[name] = {arm: book["described"](x, book["BAG"], members) for arm, x in zip(arms, ask)}
+        print(name, schedulers[name], flush=True)
+    record = {"seeds": list(REPORTED), "scale": SCALE, "steps": STEPS, "alpha": own.alpha, "s": own.scale, "arms": arms, "schedulers": schedulers}
+    save_json(ROOT / "data" / "results" / "stable_diffusion.json", {"name": "stable_diffusion", "command": "python tools/stable_diffusion.py measure", **origin, **record,
+              "seconds": time.perf_counter() - start})
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "collapse"
     work.mkdir(parents=True, exist_ok=True)
     book, origin = chapter(), provenance()
-    for name in [w for w in words if not w.startswith("--")] or ["train"]: {"train": train}[name](book, work, origin)
+    for name in words or ["train", "guard", "measure"]: {"train": train, "guard": guard, "measure": measure}[name](book, work, origin)
