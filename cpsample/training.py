@@ -81,7 +81,8 @@ def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="train
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     state = Progress(model, copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters(), fused=True), generator, [])
-    run = {"network": type(model).__name__, "options": getattr(model, "config", None), "steps": steps, "beta": beta, "seed": generator.initial_seed()}
+    options = {k: v for k, v in dict(getattr(model, "config", None) or {}).items() if not k.startswith("_")}        # diffusers keeps notes of its own there
+    run = {"network": type(model).__name__, "options": options, "steps": steps, "beta": beta, "seed": generator.initial_seed()}
     run |= {"data": [fingerprint(d) for d in data]} | {k: v for k, v in how.items() if isinstance(v, int | float)} | (about or {})
     if path:
         if Path(path).exists(): load_progress(path, state, run)
