@@ -234,14 +234,13 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     members, others = pixels(members).to(device), pixels(others).to(device)
     held_out, reference = others[: len(others) // 4], others[len(others) // 4 :]
     name, K = "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier", GUARDS[preset]["K"]
-    network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard))
-    network = network.to(device, memory_format=torch.channels_last)
+    network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard)).to(device, memory_format=torch.channels_last)
     checkpoint, main = Path(f"{path}.checkpoint.safetensors"), accelerator is None or accelerator.is_main_process
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
         fit(model, loss, data, steps, checkpoint, config.every, name="guard", about={"mirror": config.mirror}, progress=progress, accelerator=accelerator, **how)
-    if preset == "paper": reference = None
-    guard = fit_guard(members, schedule, reference, preset, config.guard_steps, config.guard_batch_size, classifier=network, drive=drive, seed=config.seed)
+    how = dict(preset=preset, steps=config.guard_steps, batch_size=config.guard_batch_size, seed=config.seed)
+    guard = fit_guard(members, schedule, None if preset == "paper" else reference, classifier=network, drive=drive, **how)
     try:
         if preset != "paper": calibrate(guard, torch.cat([members, members.flip(-1)]) if config.mirror else members, held_out)
     except ValueError:

@@ -178,3 +178,17 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path):
     before = {k: v.clone() for k, v in base.state_dict().items()}
     tuned, _, _ = train_denoiser(config, x, tmp_path, start=base, progress=False)
     assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in tuned.state_dict().items())
+
+
+def test_a_network_of_diffusers_goes_on(tmp_path):
+    "Its configuration holds notes in an order that changes from process to process, and numbers that matter."
+    diffusers = pytest.importorskip("diffusers")
+    def again(shuffled, **options):
+        network = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2, add_attention=False,
+                                        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **options)
+        network._internal_dict = type(network.config)(dict(network.config) | {"_use_default_values": shuffled})
+        loss = lambda model, x, generator=None: model(x, 1).sample.square().mean()
+        return fit(network, loss, (torch.zeros(4, 1, 8, 8),), 2, tmp_path / "c.safetensors", progress=False, batch_size=2)
+    first = again(["a", "b"])[1]
+    assert again(["b", "a"])[1] == first
+    with pytest.raises(ValueError, match="belongs to another run"): again(["a", "b"], act_fn="gelu")
