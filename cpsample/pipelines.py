@@ -23,7 +23,7 @@ from .schedule import Schedule, v_to_eps, x0_to_eps
 from .sources import read_data
 from .training import CONFIGS, train_guard, write_tensors
 
-# %% ../nbs/14_pipelines.ipynb #625c1f23
+# %% ../nbs/14_pipelines.ipynb #704b7463
 TO_EPS = {"epsilon": lambda x_t, t, out, schedule: out, "v_prediction": v_to_eps, "sample": x0_to_eps}
 
 def schedule_of(scheduler):
@@ -32,9 +32,9 @@ def schedule_of(scheduler):
     Raises ValueError for schedulers whose network does not see x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε at whole levels t: flow matching, EDM, continuous time.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    kind, flow = config.get("prediction_type", "epsilon"), "FlowMatch" in name or config.get("use_flow_sigmas")
+    kind, flow = config.get("prediction_type", "epsilon"), bool(config.get("use_flow_sigmas"))
     if flow or kind not in TO_EPS or config.get("timestep_type") == "continuous" or getattr(scheduler, "alphas_cumprod", None) is None:
-        raise ValueError(f"{name}{' with use_flow_sigmas' * bool(config.get('use_flow_sigmas'))} (prediction_type {kind!r}) has no noise levels ᾱ_t that a guard could know: "
+        raise ValueError(f"{name}{' with use_flow_sigmas' * flow} (prediction_type {kind!r}) has no noise levels ᾱ_t that a guard could know: "
                          f"take a scheduler of the DDPM family (DDIM, DPM-Solver++, Euler, UniPC, …) and a network that predicts {', '.join(TO_EPS)}")
     return Schedule(config.get("beta_schedule", name), scheduler.alphas_cumprod.float().cpu())
 

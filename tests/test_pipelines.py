@@ -285,7 +285,8 @@ class Linear(torch.nn.Module):
     def forward(self, x, t): return 5.0 + (x.sin() * self.w).flatten(1).sum(1, keepdim=True)
 
 
-REFUSALS = {"FlowMatchEulerDiscreteScheduler": {}, "EDMEulerScheduler": {}, "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+REFUSALS = {"FlowMatchEulerDiscreteScheduler": {}, "EDMEulerScheduler": {}, "UniPCMultistepScheduler": {"use_flow_sigmas": True},
+            "DPMSolverMultistepScheduler": {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
             "EulerDiscreteScheduler": {"timestep_type": "continuous", "prediction_type": "v_prediction"}}
 
 

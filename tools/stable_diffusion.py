@@ -81,7 +81,7 @@ def measure(book, work, origin):
     arms, schedulers = {"unguarded": {}, "guarded": {}}, {}
     for kind, caption in enumerate(book["CAPTIONS"]):
         for arm in arms:
-            answers = [book["ask"](pipe, caption, 200, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
+            answers = [book["ask"](pipe, caption, 200 if kind == book["BAG"] else 100, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
             arms[arm][caption] = [book["described"](x, kind, members) | {"seed": seed} for x, seed in zip(answers, REPORTED)]
             print(arm, caption, arms[arm][caption], flush=True)
     for name, options in SCHEDULERS.items():
