@@ -51,16 +51,16 @@ def train(book, work, origin):
     made("train", book, origin, start, size=vars(book["SMALL"]), losses={name: sum(values[-100:]) / 100 for name, values in zip(("vae", "base", "tuned"), losses)})
 
 
-def shipped():
-    "(the pipeline, the members) in data/collapse."
+def shipped(book):
+    "(the pipeline in data/collapse, its members as it could draw them)."
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(DATA, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, pixels(read_idx(DATA / "members-idx3-ubyte.xz")[:, None])
+    return pipe, book["as_drawn"](pipe, pixels(read_idx(DATA / "members-idx3-ubyte.xz")[:, None]))
 
 
 def guard(book, work, origin):
     "The guard, its weights rounded to half precision; with the strength that is chosen here: the weakest that leaves at most one copy in a hundred, on the seed that chooses."
-    start, (pipe, members) = time.perf_counter(), shipped()
+    start, (pipe, members) = time.perf_counter(), shipped(book)
     own, tried = book["make_guard"](pipe, book["SMALL"], work / "guard", True), []
     own.classifier.half().float()
     for strength in STRENGTHS:
@@ -77,7 +77,7 @@ def guard(book, work, origin):
 
 def measure(book, work, origin):
     "Every caption on three seeds, and the collapsed one under each scheduler, unguarded and guarded."
-    start, (pipe, members), own = time.perf_counter(), shipped(), load_guard(DATA / "guard")
+    start, (pipe, members), own = time.perf_counter(), shipped(book), load_guard(DATA / "guard")
     arms, schedulers = {"unguarded": {}, "guarded": {}}, {}
     for kind, caption in enumerate(book["CAPTIONS"]):
         for arm in arms:
@@ -100,4 +100,4 @@ if __name__ == "__main__":
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "collapse"
     work.mkdir(parents=True, exist_ok=True)
     book, origin = chapter(), provenance()
-    for name in words or ["train", "guard", "measure"]: {"train": train, "guard": guard, "measure": measure}[name](book, work, origin)
+    for name in [w for w in words if not w.startswith("--")] or ["train", "guard", "measure"]: {"train": train, "guard": guard, "measure": measure}[name](book, work, origin)
