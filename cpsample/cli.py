@@ -62,10 +62,8 @@ def demo(
     alpha: float = typer.Option(None, help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); calibration chooses it if it is not given."),
     scale: float = typer.Option(None, "--scale", "-s", help="Strength s of the push; calibration chooses it if it is not given."),
     labels: int = typer.Option(DEFAULTS["K"], "--labels", "-K", help="Random labels per image, K."),
-    data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."),
-    schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),
-    out: Path = typer.Option(Path("cpsample-demo"), help="Folder for the picture."),
-    json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
+    data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."), schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),
+    out: Path = typer.Option(Path("cpsample-demo"), help="Folder for the picture."), json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
 ):
     "Train a model until it copies real digits, guard it, and count the copies with and without the guard."
     settings = dict(images=images, samples=samples, train_steps=train_steps, guard_steps=guard_steps, sample_steps=sample_steps,
@@ -112,10 +110,8 @@ def train_command(
     seed: int = typer.Option(0, help="Random seed."), size: int = typer.Option(32, help="Side of the squares that images of a folder are cut to."),
     grey: bool = typer.Option(False, help="Read a folder's images as grey."),
     strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
-    mirror: bool = typer.Option(None, help="Train on mirrored images too."),
-    tiny: bool = typer.Option(False, help="A narrow network and twenty steps, to see everything run."),
-    device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
-    compile: bool = typer.Option(False, help="Compile the network with torch.compile."),
+    mirror: bool = typer.Option(None, help="Train on mirrored images too."), tiny: bool = typer.Option(False, help="A narrow network and twenty steps, to see everything run."),
+    device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."), compile: bool = typer.Option(False, help="Compile the network with torch.compile."),
 ):
     "Train a denoiser on a named image set or on a folder of images. With accelerate launch, on several processes."
     config = CONFIGS.get(data.replace("-small", ""), replace(CONFIGS["folder"], data=data))
@@ -228,8 +224,7 @@ def audit_command(
 def attack_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
     others: str = typer.Option(None, help="Images that the model and its guard never saw: a folder, .npz, .npy or a named set (default: from the rest of the run's set)."),
-    unguarded: bool = typer.Option(False, help="Attack the model without its guard."),
-    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
+    unguarded: bool = typer.Option(False, help="Attack the model without its guard."), strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
     json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
     limit: int = typer.Option(1000, help="At most so many members, and so many others."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),

@@ -141,17 +141,17 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
             with atomic(path, 0o600) as tmp: write_tensors({"latents": z}, tmp, {})
     return (z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
-# %% ../nbs/14_pipelines.ipynb #04fc4744
-def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True):
+# %% ../nbs/14_pipelines.ipynb #d8295cbd
+def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True, **settings):
     """Train a guard for a pipeline in the pipeline's own space and at its own noise levels, calibrate it, keep it at `path` (see `save_guard`), and return it.
 
     members, others: images [N, C, H, W] that the pipeline learned, and others of the same kind; steps: of the training, which goes on where it was stopped; options: of the
-    classifier (see `UNetClassifier`). Latents are kept beside `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
+    classifier (see `UNetClassifier`); settings: override the preset's, such as t_max (see `fit_guard`). Latents are kept beside `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
     """
     folder = writable(Path(path).parent)
     x, rest = (encode(pipe, images, folder, progress=progress) for images in (members, others))
     config = replace(CONFIGS["folder"], data="pipeline", shape=tuple(x.shape[1:]), mirror=False, guard=options or CONFIGS["folder"].guard, guard_steps=steps, seed=seed)
-    return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress)
+    return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress, **settings)
 
 # %% ../nbs/14_pipelines.ipynb #1da68db1
 @contextmanager

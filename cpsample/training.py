@@ -220,11 +220,11 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     return slow.eval(), schedule, losses
 
 # %% ../nbs/08_training.ipynb #d2836b75
-def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True):
+def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True, **settings):
     """Train the guard of `config` for members [N, C, H, W], calibrate it (with `config.mirror` on mirror images too), write it to `path` by `save_guard`, return it.
 
     others [M, C, H, W]: images of the same kind that are no members; a quarter is kept for calibration, the rest is the reference.
-    The preset "paper" takes no reference images and is written as printed, without calibration.
+    The preset "paper" takes no reference images and is written as printed, without calibration; `settings` override a preset (see `fit_guard`).
     Goes on from `path`.checkpoint.safetensors if it is there, and removes it at the end. Raises ValueError when the guard covers too little.
     """
     if preset not in GUARDS: raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
@@ -239,7 +239,7 @@ def train_guard(config, members, others, schedule, path, preset="default", accel
     def drive(model, loss, data, steps, **how):
         if config.mirror: loss = mirrored(loss)
         fit(model, loss, data, steps, checkpoint, config.every, name="guard", about={"mirror": config.mirror}, progress=progress, accelerator=accelerator, **how)
-    how = dict(preset=preset, steps=config.guard_steps, batch_size=config.guard_batch_size, seed=config.seed)
+    how = dict(preset=preset, steps=config.guard_steps, batch_size=config.guard_batch_size, seed=config.seed, **settings)
     guard = fit_guard(members, schedule, None if preset == "paper" else reference, classifier=network, drive=drive, **how)
     try:
         if preset != "paper": calibrate(guard, torch.cat([members, members.flip(-1)]) if config.mirror else members, held_out)

@@ -21,7 +21,7 @@ from weights import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "collapse"
-STRENGTHS, CHOOSING, REPORTED, SCALE, STEPS = (1.0, 2.0, 4.0, 8.0), 100, (0, 1, 2), 3.0, 25
+STRENGTHS, CHOOSING, REPORTED, SCALE, STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0), 100, (0, 1, 2), 3.0, 25
 SCHEDULERS = {"DDPM": {"clip_sample": False}, "DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}, "DPMSolverMultistep": {}, "DPMSolverSinglestep": {},
               "EulerDiscrete": {}, "EulerAncestralDiscrete": {}, "HeunDiscrete": {}, "LMSDiscrete": {}, "KDPM2Discrete": {}, "UniPCMultistep": {}}
 
