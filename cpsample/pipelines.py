@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TO_EPS', 'CARD', 'schedule_of', 'network_of', 'as_denoiser', 'unrepeated', 'PipelineGuard', 'protect_pipeline',
-           'image_shape', 'encode', 'fit_pipeline_guard', 'hub_errors', 'guard_pipeline', 'push_to_hub',
+           'image_shape', 'encode', 'fit_pipeline_guard', 'hub_errors', 'guard_pipeline', 'served', 'push_to_hub',
            'from_pretrained']
 
-# %% ../nbs/14_pipelines.ipynb #72244311
+# %% ../nbs/14_pipelines.ipynb #c2873e90
 import tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .data import atomic, fingerprint, need, pixels, writable
-from .protect import Protected, load_guard, save_guard
+from .protect import Protected, load_guard, protect, save_guard
 from .schedule import Schedule, v_to_eps, x0_to_eps
-from .sources import read_data
-from .training import CONFIGS, train_guard, write_tensors
+from .sources import read_data, run_of
+from .training import CONFIGS, load_model, train_guard, write_tensors
 
 # %% ../nbs/14_pipelines.ipynb #704b7463
 TO_EPS = {"epsilon": lambda x_t, t, out, schedule: out, "v_prediction": v_to_eps, "sample": x0_to_eps}
@@ -141,12 +141,13 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
             with atomic(path, 0o600) as tmp: write_tensors({"latents": z}, tmp, {})
     return (z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
-# %% ../nbs/14_pipelines.ipynb #d8295cbd
+# %% ../nbs/14_pipelines.ipynb #ad1de436
 def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True, **settings):
     """Train a guard for a pipeline in the pipeline's own space and at its own noise levels, calibrate it, keep it at `path` (see `save_guard`), and return it.
 
     members, others: images [N, C, H, W] that the pipeline learned, and others of the same kind; steps: of the training, which goes on where it was stopped; options: of the
-    classifier (see `UNetClassifier`); settings: override the preset's, such as t_max (see `fit_guard`). Latents are kept beside `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
+    classifier (see `UNetClassifier`); settings: override the preset's, such as t_max (see `fit_guard`). Latents are kept beside
+    `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
     """
     folder = writable(Path(path).parent)
     x, rest = (encode(pipe, images, folder, progress=progress) for images in (members, others))
@@ -183,6 +184,20 @@ def guard_pipeline(name, data, reference, out, steps=4000, preset="default", dev
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size")
     return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device)
+
+# %% ../nbs/14_pipelines.ipynb #b3177d1c
+def served(run, unguarded=False, strength=1.0, device=None):
+    "(model, its schedule, shape of an image, guard or None, device) of a run, protected unless told otherwise. Raises FileNotFoundError without guard."
+    run_of(run)
+    where, (model, schedule, _) = device or ("cuda" if torch.cuda.is_available() else "cpu"), load_model(Path(run) / "model.safetensors")
+    denoiser, shape, guard = model.to(where), model.config["shape"], None
+    if not unguarded:
+        if not (Path(run) / "guard.safetensors").exists(): raise FileNotFoundError(f"{run} has no guard: cpsample guard {run} trains one, or ask for --unguarded images")
+        guard = load_guard(Path(run) / "guard")
+        guard = replace(guard, scale=strength * guard.scale)
+        guard.classifier.to(where)
+        denoiser = protect(denoiser, guard)
+    return denoiser, schedule, shape, guard, where
 
 # %% ../nbs/14_pipelines.ipynb #24bf6e02
 CARD = """---

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cpsample import cli
+from cpsample import pipelines
 from cpsample.cli import app
 from cpsample.protect import load_guard, protect
 from cpsample.training import load_model
@@ -49,7 +49,7 @@ def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
 
 def test_strength_multiplies_the_scale_of_the_guard(run, tmp_path, monkeypatch):
     guards, own = [], load_guard(run / "guard").scale
-    monkeypatch.setattr(cli, "protect", lambda model, guard: guards.append(guard) or protect(model, guard))
+    monkeypatch.setattr(pipelines, "protect", lambda model, guard: guards.append(guard) or protect(model, guard))
     for strength in (1, 4): assert call("sample", run, "-n", 2, "--out", tmp_path / "s", "--steps", 2, "--strength", strength).exit_code == 0
     assert [g.scale for g in guards] == [own, 4 * own] and all(g.calibrated for g in guards)
 
