@@ -73,10 +73,10 @@ def test_the_package_needs_none_of_the_extras():
 
 
 def test_exports_stay_small():
-    "No module over 250 lines; all together at most 2,800 that hold something (no blank line, none of nbdev's marks between cells)."
+    "No module over 250 lines; all together at most 2,850 that hold something (no blank line, none of nbdev's marks between cells)."
     lines = {p.stem: p.read_text().splitlines() for p in (ROOT / "cpsample").glob("*.py") if p.stem != "_modidx"}
     assert max(map(len, lines.values())) <= 250, {k: len(v) for k, v in lines.items()}
-    assert sum(bool(line.strip()) and not line.startswith("# ") for text in lines.values() for line in text) <= 2800
+    assert sum(bool(line.strip()) and not line.startswith("# ") for text in lines.values() for line in text) <= 2850
 
 
 def test_what_ships_is_small_and_says_how_it_was_made():
