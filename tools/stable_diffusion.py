@@ -21,7 +21,7 @@ from weights import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "collapse"
-STRENGTHS, CHOOSING, REPORTED, SCALE, STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0), 100, (0, 1, 2), 3.0, 25
+STRENGTHS, CHOOSING, REPORTED, SCALE, STEPS = (1.0, 2.0, 3.0, 4.0, 6.0), 100, (0, 1, 2), 7.5, 50
 SCHEDULERS = {"DDPM": {"clip_sample": False}, "DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}, "DPMSolverMultistep": {}, "DPMSolverSinglestep": {},
               "EulerDiscrete": {}, "EulerAncestralDiscrete": {}, "HeunDiscrete": {}, "LMSDiscrete": {}, "KDPM2Discrete": {}, "UniPCMultistep": {}}
 
@@ -81,12 +81,12 @@ def measure(book, work, origin):
     arms, schedulers = {"unguarded": {}, "guarded": {}}, {}
     for kind, caption in enumerate(book["CAPTIONS"]):
         for arm in arms:
-            answers = [book["ask"](pipe, caption, 200 if kind == book["BAG"] else 100, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
+            answers = [book["ask"](pipe, caption, 200 if kind == book["BAG"] else 50, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
             arms[arm][caption] = [book["described"](x, kind, members) | {"seed": seed} for x, seed in zip(answers, REPORTED)]
             print(arm, caption, arms[arm][caption], flush=True)
     for name, options in SCHEDULERS.items():
         pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **options)
-        ask = [book["ask"](pipe, book["CAPTIONS"][book["BAG"]], 100, 0, STEPS, SCALE, g) for g in (None, own)]
+        ask = [book["ask"](pipe, book["CAPTIONS"][book["BAG"]], 60, 0, STEPS, SCALE, g) for g in (None, own)]
         schedulers[name] = {arm: book["described"](x, book["BAG"], members) for arm, x in zip(arms, ask)}
         print(name, schedulers[name], flush=True)
     record = {"seeds": list(REPORTED), "scale": SCALE, "steps": STEPS, "alpha": own.alpha, "s": own.scale, "arms": arms, "schedulers": schedulers}
