@@ -420,5 +420,6 @@ def test_the_lines_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unconditional("DDIM", channels=3).save_pretrained("my_pipeline")
     save_noise("my_pictures", 6, 8), save_noise("other_pictures", 40, 8)
-    exec(block.replace('"secret/guard")', '"secret/guard", steps=250)'), space := {})
+    exec(block.replace('"secret/guard")', '"secret/guard", steps=250, t_max=300)'), space := {})
     assert space["protection"].rows == 50 and space["guard"].calibrated and Path("secret/guard.safetensors").exists()
+    assert space["guard"].made["t_max"] == 300                              # settings override those of the preset
