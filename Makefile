@@ -44,7 +44,7 @@ book: .venv/installed-dev  ## run every notebook, export the package, write the 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the models of chapter 10)
 	$(BIN)/python tools/weights.py
 
-results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about five hours for the rest
+results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about six hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
 	$(BIN)/python tools/rejection.py
 	$(BIN)/python tools/guards.py
@@ -52,6 +52,7 @@ results: .venv/installed-dev  ## measure every number on file again: minutes for
 	$(BIN)/python tools/fashion.py reported
 	$(BIN)/python tools/membership.py
 	$(BIN)/python tools/audit.py
+	$(BIN)/python tools/stable_diffusion.py
 
 comparison: .venv/installed-dev  ## every protection in one table (resumable; two to three hours of one core), into data/results/comparison.json
 	$(BIN)/python tools/comparison.py $(ARGS)

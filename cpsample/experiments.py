@@ -193,10 +193,10 @@ def trained_guard(run, name, config, preset, members, others, schedule):
     (guard := load_guard(path)).classifier.to(run.device, memory_format=torch.channels_last)
     return replace(guard, scale=guard.scale * (run.experiment.strength if guard.report else 1))
 
-# %% ../nbs/15_cifar10.ipynb #849b43be
+# %% ../nbs/15_cifar10.ipynb #4031d884
 def features_of(run, images): return torch.cat([features(pixels(part).to(run.device), run.experiment.space).cpu() for part in images.split(run.experiment.chunk)])
 def half(run, name, model, schedule, config, preset, members, others, strangers, held_out, n):
-    "A guard for `members` (bytes), n images per arm and the copies among them, attacks: {arms, attacks}. others teach the guard; strangers teach nothing."
+    "A guard for `members` (bytes), n images per arm and the copies among them, attacks: {arms, attacks}. others teach the guard; strangers teach neither it nor a fine-tuning."
     e, guard = run.experiment, trained_guard(run, name, config, preset, members, others, schedule)
     models, file = {"unguarded": model, "guarded": protect(model, guard)}, "features_{}.safetensors"
     def arms():
