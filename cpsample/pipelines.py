@@ -154,7 +154,7 @@ def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default"
     config = replace(CONFIGS["folder"], data="pipeline", shape=tuple(x.shape[1:]), mirror=False, guard=options or CONFIGS["folder"].guard, guard_steps=steps, seed=seed)
     return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress, **settings)
 
-# %% ../nbs/14_pipelines.ipynb #1da68db1
+# %% ../nbs/14_pipelines.ipynb #87de3216
 @contextmanager
 def hub_errors(repo, wanted):
     "Turn what the Hub's client raises into one line that says what to do."
@@ -164,7 +164,7 @@ def hub_errors(repo, wanted):
         status = getattr(getattr(error, "response", None), "status_code", None)
         why = {401: "the token is wrong or missing: hf auth login, or token=…", 403: "this token is not allowed to: ask for the right to write, or use another one",
                404: "there is no such repository, or the token may not see it: check the name, hf auth login, or token=…"}.get(status)
-        why = why or str(error).splitlines()[0].rstrip(".:") + ": connect to the network and try again"
+        why = why or (str(error) or type(error).__name__).splitlines()[0].rstrip(".:") + ": connect to the network and try again"
         raise OSError(f"{wanted} {repo!r} on the Hub failed: {why}") from error
 
 # %% ../nbs/14_pipelines.ipynb #25cdcc7d

@@ -156,6 +156,13 @@ def test_without_a_network_what_was_had_before_is_used(hub, guard, monkeypatch):
     assert one_line(told)
 
 
+def test_an_error_without_words_is_told_by_its_name(hub, monkeypatch):
+    class ReadTimeout(Exception): pass
+    def slow(*_, **__): raise ReadTimeout
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", slow)
+    with pytest.raises(OSError, match="^reading 'me/x' on the Hub failed: ReadTimeout: connect to the network and try again$"): from_pretrained("me/x")
+
+
 def test_a_file_that_is_no_guard(hub):
     hub.files["me/x"] = {"guard.safetensors": b"nonsense" * 10}
     with pytest.raises(ValueError, match="cannot be read as a guard"): from_pretrained("me/x", token="good")
