@@ -324,7 +324,7 @@ def test_a_protection_that_was_never_asked_says_so():
 def test_what_else_is_refused():
     pipe = pipeline("StableDiffusionPipeline", scheduler_of("DDIM"))
     guard = Guard(Linear(torch.zeros(4, 16, 16)), schedule_of(pipe.scheduler))
-    with protect_pipeline(pipe, guard), pytest.raises(ValueError, match=r"knows images of shape \(4, 16, 16\), the pipeline draws \(4, 8, 8\)"): run(pipe)
+    with pytest.raises(ValueError, match=r"knows images of shape \(4, 16, 16\), the pipeline draws \(4, 8, 8\)"), protect_pipeline(pipe, guard): run(pipe)
     with pytest.raises(ValueError, match="neither a unet nor a transformer"): protect_pipeline(SimpleNamespace(scheduler=pipe.scheduler), guard)
     with pytest.warns(UserWarning, match="nobody has measured"): protect_pipeline(pipe, guard)
 
