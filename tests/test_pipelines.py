@@ -111,7 +111,7 @@ def sigma_now(scheduler):
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize("name, prediction", [(name, prediction) for name in SCHEDULERS for prediction in PREDICTIONS if (name, prediction) not in REFUSED])
 def test_matrix(name, prediction, kind):
-    "Never certain: not a bit changes. Certain: exactly −s·√(1−ᾱ)·push in ε, and what follows from it in v and x0. Taken off: as before. Five steps, so that some stop between levels."
+    "Never certain: not a bit changes. Certain: −s·√(1−ᾱ)·push in ε, and what follows from it in v and x0. Taken off: as before. Five steps: some schedulers stop between levels."
     scheduler = scheduler_of(name, prediction)
     pipe = pipeline(kind, scheduler)
     for n, cfg in ((1, 7.5), (5, 1.0)):
