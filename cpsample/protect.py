@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .classifier import MLPClassifier, certainty, is_certain, label_loss, log_odds, logits_at, training_set
-from .data import atomic, check_images, fingerprint
+from .data import atomic, check_images, distinct, fingerprint
 from .ddpm import NETWORKS, build_network, run, seeded, train
 from .memorization import proportion_ci
 from .schedule import Schedule, noisify, signal_noise
@@ -171,14 +171,14 @@ def choose_alpha(mine, others, wanted, allowed, loosest=0.4):
 def calibrate(guard, train, held_out, wanted=0.95, allowed=0.01, level=None, alpha=None, scale=None, stride=20, seed=0):
     """Measure what a guard covers and set it up accordingly. Returns the report, also kept as `guard.report`.
 
-    train [N, ...]: the guard's members; held_out [M, ...]: images it was never shown; wanted: the share of training images to be certain of at
+    train [N, ...]: the guard's members, exact repeats counted once; held_out [M, ...]: images it was never shown; wanted: the share of training images to be certain of at
     noise `level` (default: T/10, at most a quarter of what it was trained on), allowed: the share of held_out that may be; alpha: the gate
     (default: `choose_alpha`); scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own); stride: of the levels
     measured. t_max becomes the level from which no training image is certain.
     Raises ValueError, and leaves the guard as it was, when it does not cover the training set.
     """
-    check_images(train, "training images"), check_images(held_out, "held-out images")
-    top = guard.made.get("t_max", guard.t_max)
+    train, held_out = check_images(train, "training images"), check_images(held_out, "held-out images")
+    train, top = train[distinct(train)], guard.made.get("t_max", guard.t_max)
     level = min(top // 4, guard.schedule.T // 10) if level is None else level
     if not (0 < wanted <= 1 and 0 <= allowed < 1 and 0 <= level < top):
         raise ValueError(f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), got {wanted}, {allowed} and {level}")

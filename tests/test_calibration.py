@@ -12,7 +12,7 @@ from cpsample.protect import Guard, calibrate, certainties, fit_guard, load_guar
 from cpsample.schedule import make_schedule, noisify
 
 S = make_schedule()
-ZEROS = torch.zeros(200, 2)
+NEAR = 1e-3 * torch.arange(400.0).reshape(200, 2)              # two hundred different points near the origin
 
 
 def planted(quiet=300):
@@ -29,12 +29,12 @@ def others(n, seed):
 @pytest.mark.parametrize("quiet, t_max", [(300, 300), (290, 300), (401, 400), (110, 120)])
 def test_t_max_is_where_the_guard_falls_silent(quiet, t_max):
     guard = planted(quiet)
-    assert calibrate(guard, ZEROS, others(50, 0))["t_max"] == guard.t_max == t_max
+    assert calibrate(guard, NEAR, others(50, 0))["t_max"] == guard.t_max == t_max
 
 
 def test_false_alarms_are_those_planted_and_predict_fresh_ones():
     guard = planted()
-    report = calibrate(guard, ZEROS, others(400, 3))
+    report = calibrate(guard, NEAR, others(400, 3))
     for level, rate, (low, high) in zip(report["levels"], report["false_alarms"], report["false_alarm_ci"]):
         assert low <= rate <= high and (low < 0.1 < high if level < 300 else rate == 0)
     at = report["levels"].index(report["level"])
@@ -48,7 +48,7 @@ def test_false_alarms_are_those_planted_and_predict_fresh_ones():
 def test_alpha_is_the_tightest_with_the_wanted_coverage(wanted, seed):
     logits = 1 + 9 * torch.rand(50, generator=torch.Generator().manual_seed(seed))
     guard = Guard(lambda x, t: x[:, :1] * 0 + logits.repeat(len(x) // 50)[:, None], S)
-    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), wanted, allowed=0)
+    report = calibrate(guard, NEAR[:50], NEAR[:50], wanted, allowed=0)
     at = report["levels"].index(report["level"])
     assert report["coverage"][at] >= wanted
     assert guard.alpha == 0.4 or report["coverage"][at] - wanted < 1 / 50, "one image fewer would still have been enough"
@@ -69,7 +69,7 @@ def test_the_gate_is_opened_as_wide_as_the_held_out_images_allow(allowed, n, see
 def test_coverage_comes_before_false_alarms():
     "Held-out images as certain as the members: the gate stays where coverage wants it, and the report says what that costs."
     guard = Guard(lambda x, t: 0 * x[:, :1] + 3.0, S)
-    report = calibrate(guard, torch.zeros(50, 2), torch.zeros(50, 2), allowed=0.01)
+    report = calibrate(guard, NEAR[:50], NEAR[:50], allowed=0.01)
     at = report["levels"].index(report["level"])
     assert report["coverage"][at] == report["false_alarms"][at] == 1 and guard.alpha == pytest.approx(torch.sigmoid(torch.tensor(-3.0)).item(), abs=1e-4)
 
@@ -78,20 +78,29 @@ def test_coverage_comes_before_false_alarms():
 def test_a_guard_that_covers_too_little_is_refused_and_left_alone(alpha):
     guard = Guard(lambda x, t: 0 * x[:, :1] + torch.where(torch.arange(len(x)) % 4 == 0, 9.0, 0.1)[:, None], S, alpha=0.3, scale=7.0, t_max=200)
     with pytest.raises(ValueError, match=r"certain of 25.0% of its training images at noise level 50 .*train it longer, make the classifier larger, or protect fewer images"):
-        calibrate(guard, ZEROS, ZEROS, alpha=alpha)
+        calibrate(guard, NEAR, NEAR, alpha=alpha)
     assert (guard.alpha, guard.scale, guard.t_max, guard.report) == (0.3, 7.0, 200, None)
+
+
+def test_repeats_of_a_member_do_not_hide_that_others_are_not_covered():
+    "Certain of one point alone, which is there a hundred times among ten others: that is one of eleven, not nine of ten."
+    guard = Guard(lambda x, t: 9.0 * (x[:, :1] > 50) + 0 * x[:, :1], S)
+    members = torch.cat([torch.full((100, 2), 1e4), NEAR[:10]])
+    with pytest.raises(ValueError, match="certain of 9.1% of its training images"): calibrate(guard, members, -1 - NEAR)
+    report = calibrate(guard, members, -1 - NEAR, wanted=0.05)
+    assert report["n_train"] == 11 and report["coverage"][0] == pytest.approx(1 / 11)
 
 
 def test_given_alpha_and_scale_are_kept():
     guard = planted()
-    report = calibrate(guard, ZEROS, others(50, 0), alpha=0.25, scale=3.0)
+    report = calibrate(guard, NEAR, others(50, 0), alpha=0.25, scale=3.0)
     assert (guard.alpha, guard.scale, report["alpha"], report["scale"]) == (0.25, 3.0, 0.25, 3.0) and report["proposed_scale"] > 0
-    assert calibrate(guard, ZEROS, others(50, 0))["scale"] == guard.scale == guard.report["proposed_scale"]
+    assert calibrate(guard, NEAR, others(50, 0))["scale"] == guard.scale == guard.report["proposed_scale"]
 
 
 def test_away_keeps_its_scale():
     guard = Guard(planted().classifier, S, scale=1000.0, form="away")
-    assert calibrate(guard, ZEROS, others(50, 0))["scale"] == guard.scale == 1000
+    assert calibrate(guard, NEAR, others(50, 0))["scale"] == guard.scale == 1000
 
 
 def test_what_is_certain_to_be_no_member_asks_for_no_push():
@@ -113,7 +122,7 @@ def test_proposed_scale_takes_a_linear_logit_back_to_the_gate():
 def test_protect_warns_exactly_when_nobody_has_measured_the_guard():
     guard, model = planted(), lambda x, t: x
     with pytest.warns(UserWarning, match="calibrate"): protect(model, guard)
-    calibrate(guard, ZEROS, others(50, 0))
+    calibrate(guard, NEAR, others(50, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         protect(model, guard)
@@ -130,7 +139,7 @@ def test_only_one_side_of_membership_is_certain():
     guard = Guard(lambda x, t: 4 * x[:, :1], S, alpha=0.3, scale=1.0, form="member", t_max=400)
     out = protect(lambda x, t: torch.zeros_like(x), guard)(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([50, 50]))
     assert out[0, 0] > 0 and out[1, 0] == 0
-    assert calibrate(guard, torch.ones(5, 2), -torch.ones(8, 2), alpha=0.3)["false_alarms"][0] == 0
+    assert calibrate(guard, 1 + NEAR[:5], -1 - NEAR[:8], alpha=0.3)["false_alarms"][0] == 0
 
 
 @pytest.fixture(scope="module")
