@@ -128,11 +128,13 @@ def guard_command(
     pipeline: str = typer.Option(None, help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."),
     data: Path = typer.Option(None, help="For a pipeline: the folder of images that it was fine-tuned on."),
     out: Path = typer.Option(Path("guard"), help="For a pipeline: where to, OUT.safetensors and OUT.json."),
+    t_max: int = typer.Option(None, help="The noise level below which the guard acts (default: the preset's; 1000 where few images come again and again)."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Train a guard for the images of a run, or of a diffusers pipeline, calibrate it, and store it. Keep it as secret as the images."
     if (run is None) == (pipeline is None): raise ValueError("give the folder of a run, or --pipeline, and not both")
-    if pipeline: guard = guard_pipeline(pipeline, data, reference, out, steps or 4000, preset, on_device(device))
+    settings = {} if t_max is None else {"t_max": t_max}
+    if pipeline: guard = guard_pipeline(pipeline, data, reference, out, steps or 4000, preset, on_device(device), **settings)
     else:
         about, members, others = members_of(run)
         _, schedule, _ = load_model(run / "model.safetensors")
@@ -141,7 +143,7 @@ def guard_command(
         config, out = replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps})), run / "guard"
         accelerator, where = processes(device)
         writable(run)
-        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, out, preset, accelerator, where)
+        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, out, preset, accelerator, where, **settings)
     if guard.report is None: return print(f"As printed in the paper, and not calibrated: {out}.safetensors")
     r, at = guard.report, guard.report["levels"].index(guard.report["level"])
     print(f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "

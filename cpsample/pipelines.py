@@ -145,9 +145,10 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
 def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True, **settings):
     """Train a guard for a pipeline in the pipeline's own space and at its own noise levels, calibrate it, keep it at `path` (see `save_guard`), and return it.
 
-    members, others: images [N, C, H, W] that the pipeline learned, and others of the same kind; steps: of the training, which goes on where it was stopped; options: of the
-    classifier (see `UNetClassifier`); settings: override the preset's, such as t_max (see `fit_guard`). Latents are kept beside
-    `path`. Raises ValueError for guards that cover too little, and OSError when the disk is full.
+    members, others: images [N, C, H, W] that the pipeline learned, an image that it saw more often more often (repeats share their labels), and others of the same kind;
+    steps: of the training, which goes on where it was stopped; options: of the classifier (see `UNetClassifier`); settings: override the preset's, such as t_max (see
+    `fit_guard`; chapter 17: all levels, 1000, where a caption has collapsed onto an image). Latents are kept beside `path`. Raises ValueError for guards that cover too
+    little, and OSError when the disk is full.
     """
     folder = writable(Path(path).parent)
     x, rest = (encode(pipe, images, folder, progress=progress) for images in (members, others))
@@ -168,7 +169,7 @@ def hub_errors(repo, wanted):
         raise OSError(f"{wanted} {repo!r} on the Hub failed: {why}") from error
 
 # %% ../nbs/14_pipelines.ipynb #25cdcc7d
-def guard_pipeline(name, data, reference, out, steps=4000, preset="default", device="cpu"):
+def guard_pipeline(name, data, reference, out, steps=4000, preset="default", device="cpu", **settings):
     """`fit_pipeline_guard` for a pipeline in a folder or on the Hub, called `name`, and images in folders (or what `read_data` takes), cut to the size that the pipeline draws.
 
     Raises OSError when the pipeline cannot be had, ValueError when images are missing or of another size.
@@ -183,7 +184,7 @@ def guard_pipeline(name, data, reference, out, steps=4000, preset="default", dev
     for x, where in zip(sides, (data, reference)):
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size")
-    return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device)
+    return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device, **settings)
 
 # %% ../nbs/14_pipelines.ipynb #b3177d1c
 def served(run, unguarded=False, strength=1.0, device=None):

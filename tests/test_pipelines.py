@@ -401,12 +401,12 @@ def test_a_guard_from_the_shell_for_a_pipeline_in_a_folder(tmp_path):
     save_noise(tmp_path / "mine", 6, 20), save_noise(tmp_path / "others", 40, 20)
     def call(*words): return CliRunner().invoke(app, ["guard", *map(str, words)])
     images = ["--data", tmp_path / "mine", "--reference", tmp_path / "others"]
-    complete = ["--pipeline", tmp_path / "pipe", *images, "--out", tmp_path / "kept" / "guard", "--steps", 250, "--device", "cpu"]
+    complete = ["--pipeline", tmp_path / "pipe", *images, "--out", tmp_path / "kept" / "guard", "--steps", 250, "--device", "cpu", "--t-max", 300]
     done = call(*complete)
     assert done.exit_code == 0 and "of 6 training images" in done.stdout, done.output
     guard = load_guard(tmp_path / "kept" / "guard")
     torch.testing.assert_close(guard.schedule.abar, pipe.scheduler.alphas_cumprod)
-    assert guard.classifier.config["shape"] == [4, 8, 8] and guard.calibrated and len(list((tmp_path / "kept").glob("latents-*"))) == 2
+    assert guard.classifier.config["shape"] == [4, 8, 8] and guard.calibrated and guard.made["t_max"] == 300 and len(list((tmp_path / "kept").glob("latents-*"))) == 2
     with protect_pipeline(pipe, guard) as protection: run(pipe)
     assert protection.rows == 4
     for words, says in ((complete[:4], "--reference"), (complete + [tmp_path], "and not both"), ([], "and not both"), (["--pipeline", tmp_path / "none", *images], "loading")):
