@@ -211,7 +211,7 @@ def train_denoiser(config, images, folder, start=None, after=None, accelerator=N
     model = model.to(device, memory_format=torch.channels_last)
     loss = partial(ddpm_loss, schedule=schedule)
     if config.mirror: loss = mirrored(loss)
-    if torch.device(device).type == "cuda": loss = half_precision(loss)
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0): loss = half_precision(loss)
     how = dict(batch_size=config.batch_size, lr=config.lr, warmup=config.warmup, clip=config.clip, generator=torch.Generator().manual_seed(config.seed))
     slow, losses = fit(model, loss, (images.to(device),), config.steps, Path(folder) / "checkpoint.safetensors", config.every, config.beta,
                        name="denoiser", about=about, progress=progress, after=after, accelerator=accelerator, compile=compile, **how)
