@@ -168,3 +168,12 @@ def test_a_membership_guard_learns_who_is_a_member(digits):
     guard = fit_guard(members, S, reference, preset="member", steps=400, width=64)
     inside, outside = ((certainties(guard, x, [0]) > log_odds(0.4)).float().mean() for x in (members, held_out))
     assert inside > 0.9 and outside < 0.2
+
+
+def test_a_member_that_is_there_again_and_again_is_known_in_deeper_noise(digits):
+    "Forty more of one of forty digits: what can hardly be told at t = 300 can be told where it is likely beforehand."
+    members, reference, _ = digits
+    def sure(repeats):
+        guard = fit_guard(torch.cat([members[:1].repeat(repeats, *[1] * (members.dim() - 1)), members]), S, reference, steps=800, width=128, t_max=1000)
+        return (certainties(guard, members[:1], [300], draws=200) > log_odds(0.2)).float().mean().item()
+    assert sure(0) < 0.1 and sure(40) > 0.5
