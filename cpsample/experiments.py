@@ -245,6 +245,6 @@ def run_experiment(experiment, folder, device="cpu", progress=True, command="run
         costs = {row["stage"]: {"flops": row["flops"], "seconds": json.loads((run.folder / f"{row['stage']}.json").read_text())["seconds"]} for row in plan(e)}
         save_json(run.folder / "results.json", {"name": e.name, "size": e.size, **there["made"], "seeds": [e.config.seed], "experiment": asdict(e), "costs": costs, **found})
     except Exception as error:
-        if not any(words in str(error) for words in ("No space left", "quota exceeded")): raise
+        if not any(words in str(error) for words in ("No space left", "Disk quota exceeded")): raise
         raise OSError(f"the disk that holds {folder} is full: make room and run again, it goes on from what is finished") from error
     return json.loads((run.folder / "results.json").read_text())

@@ -1,5 +1,7 @@
 "Chapters 15 and 16: a plan that is true and costs nothing, and runs that survive a disconnect, a full disk and a network that is away."
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -142,6 +144,14 @@ def test_a_full_disk_while_a_result_is_written(copied, done, monkeypatch):
         with pytest.raises(OSError, match="is full: make room"): run_experiment(TINY, copied, progress=False)
     assert not (copied / "subset.json").exists()
     assert same(run_experiment(TINY, copied, progress=False), done[1])
+
+
+@pytest.mark.parametrize("error, kind, says", [(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), OSError, "is full: make room"),
+                                               (RuntimeError("Download quota exceeded: come back tomorrow"), RuntimeError, "come back tomorrow")])
+def test_the_quota_of_a_disk_is_not_that_of_a_download(tmp_path, monkeypatch, error, kind, says):
+    def refuse(run): raise error
+    monkeypatch.setattr(experiments, "reproduce", refuse)
+    with pytest.raises(kind, match=says): run_experiment(TINY, tmp_path / "run", progress=False)
 
 
 def test_a_folder_belongs_to_one_experiment(copied):
