@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .data import atomic, fingerprint, need, pixels, writable
+from .data import atomic, fingerprint, first_rows, need, pixels, writable
 from .protect import Protected, load_guard, protect, save_guard
 from .schedule import Schedule, v_to_eps, x0_to_eps
 from .sources import read_data, run_of
@@ -135,8 +135,9 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
     path = folder and Path(folder) / f"latents-{fingerprint(images)}-{fingerprint(next(vae.parameters()).float())}.safetensors"
     if path and path.exists(): z = load_file(path)["latents"]
     else:
-        parts = tqdm(images.split(chunk), desc="encoding", disable=not progress)
-        z = torch.cat([vae.encode(pixels(part).to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for part in parts])
+        rows, again = first_rows(images).unique(return_inverse=True)    # what is there twice is encoded once: its latents agree to the last bit
+        parts = tqdm(images[rows].split(chunk), desc="encoding", disable=not progress)
+        z = torch.cat([vae.encode(pixels(part).to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for part in parts])[again]
         if path:
             with atomic(path, 0o600) as tmp: write_tensors({"latents": z}, tmp, {})
     return (z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor

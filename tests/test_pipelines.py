@@ -387,6 +387,18 @@ def test_images_of_a_pipeline_and_their_latents(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception): encode(pipe, x + 1, tmp_path)
 
 
+def test_repeats_are_encoded_once_and_have_one_latent(monkeypatch):
+    "However the rest falls into batches: a last bit's difference would make two images, with two labels, of one."
+    pipe, x, seen = pipeline("StableDiffusionPipeline", scheduler_of("DDIM")), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), []
+    pipe.vae = copy.deepcopy(VAE)
+    real, order = pipe.vae.encode, torch.tensor([2, 0, 0, 1, 2, 3, 0])
+    wanted = encode(pipe, x)
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: seen.append(len(x)) or real(x))
+    z = encode(pipe, x[order], chunk=3)
+    torch.testing.assert_close(z, wanted[order])
+    assert seen == [3, 1] and z[1].equal(z[2]) and z[1].equal(z[6]) and z[0].equal(z[4])
+
+
 def save_noise(folder, n, size):
     "n pictures of noise, size × 16 pixels (8 × 8 for size 8), as PNG files."
     Path(folder).mkdir()
