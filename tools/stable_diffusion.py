@@ -60,9 +60,9 @@ def shipped(book):
     return pipe, book["as_drawn"](pipe, pixels(read_idx(DATA / "members-idx3-ubyte.xz")[:, None]))
 
 
-def others(book, pipe, kind, size):
+def others(book, pipe, kind):
     "Two thousand pictures of a class as the pipeline could draw them, none of which the guard has seen and none of the two hundred."
-    x, y, bags = book["pictures"](size)
+    x, y, bags = book["pictures"](book["SMALL"])
     return book["as_drawn"](pipe, (bags["rest"] if kind == book["BAG"] else x[y == kind])[:2000, :, 2:30, 2:30])
 
 
@@ -70,7 +70,7 @@ def guard(book, work, origin):
     """The guard, its weights rounded to half precision. Chosen on the seed that chooses, among guards that learned the pictures in different ways and strengths of the push:
     what comes nearest to other bags while leaving at most one copy in a hundred. Of each way the first ten answers at its best are kept, too."""
     start, (pipe, members) = time.perf_counter(), shipped(book)
-    bag, real, tried, made_by, answers = book["BAG"], others(book, pipe, book["BAG"], book["SMALL"])[:1000], [], {}, {}
+    bag, real, tried, made_by, answers = book["BAG"], others(book, pipe, book["BAG"])[:1000], [], {}, {}
     for way, (repeats, t_max) in GUARDS.items():
         own = made_by[way] = book["make_guard"](pipe, book["SMALL"], work / f"guard-{repeats}-{t_max}", repeats, t_max, True)
         own.classifier.half().float()
@@ -93,10 +93,10 @@ def guard(book, work, origin):
 def measure(book, work, origin):
     "Every caption on three seeds, and the collapsed one under each scheduler, unguarded and guarded."
     start, (pipe, members), own = time.perf_counter(), shipped(book), load_guard(DATA / "guard")
-    arms, schedulers, real = {"unguarded": {}, "guarded": {}}, {}, others(book, pipe, book["BAG"], book["SMALL"])
+    arms, schedulers, real = {"unguarded": {}, "guarded": {}}, {}, others(book, pipe, book["BAG"])
     bags = [book["described"](x, book["BAG"], members, real[1000:]) for x in real[: len(REPORTED) * ANSWERS].split(ANSWERS)]        # what real ones would measure
     for kind, caption in enumerate(book["CAPTIONS"]):
-        real = others(book, pipe, kind, book["SMALL"])[1000:]
+        real = others(book, pipe, kind)[1000:]
         for arm in arms:
             answers = [book["ask"](pipe, caption, ANSWERS, seed, STEPS, SCALE, own if arm == "guarded" else None) for seed in REPORTED]
             arms[arm][caption] = [book["described"](x, kind, members, real) | {"seed": seed} for x, seed in zip(answers, REPORTED)]
