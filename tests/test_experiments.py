@@ -79,12 +79,27 @@ def test_killed_between_stages(copied, done, monkeypatch):
 def test_killed_while_sampling(copied, done, monkeypatch):
     "Chunk 0 is there, chunk 1 half: one is drawn, the half is swept out, and the images are those of the first run."
     whole = copied / "all_guarded" / "00001.safetensors"
-    half = whole.with_name(".00001.safetensors.abc.safetensors")
+    half = whole.with_name(".00001.safetensors.abcd_123.safetensors")
     half.write_bytes(whole.read_bytes()[:1000])
     whole.unlink(), (copied / "all.json").unlink()
     calls = watched(monkeypatch, *WORK)
     assert same(run_experiment(TINY, copied, progress=False), done[1])
     assert calls.count("draw") == 1 and calls.count("train_guard") == 0 and not half.exists() and whole.exists()
+
+
+@pytest.mark.parametrize("owner", ["this run's", "somebody's"])
+def test_only_leftovers_of_this_run_are_removed(copied, done, tmp_path, owner):
+    "`--out .` in somebody's project: every hidden file of his stays, whether the folder is refused or a run's own."
+    folder = copied if owner == "this run's" else tmp_path / "project"
+    his = [".gitlab-ci.yml", ".env.local", ".results.json.bak", "src/.eslintrc.json", "base/.model.safetensors.backup.safetensors", ".github/.a.b"]
+    for name in his:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("his")
+    if owner == "somebody's":
+        (folder / "experiment.json").write_text('{"name": "another"}')
+        with pytest.raises(ValueError, match="belongs to another run"): run_experiment(TINY, folder, progress=False)
+    else: assert run_experiment(TINY, folder, progress=False) == done[1]
+    assert all((folder / name).read_text() == "his" for name in his)
 
 
 def test_killed_while_training(copied, done, monkeypatch):
