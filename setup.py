@@ -1,4 +1,5 @@
 "Everything about the package stands in settings.ini; this file only hands it to setuptools."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,9 +9,14 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("diffusers", "metrics", "audit", "baselines", "notebook")}
+extras = {
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("diffusers", "metrics", "audit", "baselines", "notebook")
+}
 extras["dev"] = cfg["dev_requirements"].split() + sum(extras.values(), [])
-extras["bench"] = cfg["bench_requirements"].split() + extras["diffusers"]      # the peers that timings are compared with
+extras["bench"] = (
+    cfg["bench_requirements"].split() + extras["diffusers"]
+)  # the peers that timings are compared with
 
 setup(
     name=cfg["lib_name"],

@@ -8,7 +8,9 @@ __all__ = ['CHANGES', 'TESTS', 'STYLE', 'NAMES', 'near_pairs', 'duplicate_groups
            'write_report']
 
 # %% ../nbs/19_audit.ipynb #ef757cef
-import base64, html, io
+import base64
+import html
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,17 @@ from sklearn.cluster import KMeans
 
 import cpsample
 from .data import atomic, check_images, fingerprint, first_rows, save_json, show_grid
-from .memorization import CopyReport, cosine_test, distance, frechet_distance, nearest, nearest_groups, neighbourhood_score, ratio_score, typical_distance
+from cpsample.memorization import (
+    CopyReport,
+    cosine_test,
+    distance,
+    frechet_distance,
+    nearest,
+    nearest_groups,
+    neighbourhood_score,
+    ratio_score,
+    typical_distance,
+)
 from .quality import features, inception, kid, mifid, precision_recall
 
 # %% ../nbs/19_audit.ipynb #76ff6796
@@ -29,29 +41,58 @@ def near_pairs(x, radius, flips=True, chunk=512, dims=32):
 
     Compared are windows of `radius` along the first principal axis, in `dims` dimensions first (`chunk` by `chunk`: small enough for the cache), in full what is left.
     """
-    N, some = len(x), x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:200]].flatten(1)
+    N, some = (
+        len(x),
+        x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:200]].flatten(1),
+    )
     centre = some.mean(0)
     axes = torch.linalg.svd(some - centre, full_matrices=False).Vh[:dims].T
-    z = torch.cat([((part.flip(-1) if mirror else part).flatten(1) - centre) @ axes for mirror in range(1 + flips) for part in x.split(4096)])
+    z = torch.cat(
+        [
+            ((part.flip(-1) if mirror else part).flatten(1) - centre) @ axes
+            for mirror in range(1 + flips)
+            for part in x.split(4096)
+        ]
+    )
     order = z[:, 0].argsort()
     z, found = z[order], []
     half = z.square().sum(1, keepdim=True) / 2
     one, room = torch.ones_like(half), radius**2 / 2 + 1e-5 * half.max()
-    left, right = torch.cat([z, one, room - half], 1), torch.cat([z, -half, one], 1)     # left · right = (radius² − ‖difference‖²) / 2 + slack
+    left, right = (
+        torch.cat([z, one, room - half], 1),
+        torch.cat([z, -half, one], 1),
+    )  # left · right = (radius² − ‖difference‖²) / 2 + slack
     for i in range(0, len(z), chunk):
-        stop = int(torch.searchsorted(z[:, 0].contiguous(), z[i : i + chunk][-1, 0] + radius, right=True))
+        stop = int(
+            torch.searchsorted(z[:, 0].contiguous(), z[i : i + chunk][-1, 0] + radius, right=True)
+        )
         for j in range(i, stop, chunk):
             near = left[i : i + chunk] @ right[j : min(j + chunk, stop)].T
-            if near.max() >= 0: found.append((near >= 0).nonzero().T + torch.tensor([[i], [j]]))       # at least every row with itself
+            if near.max() >= 0:
+                found.append(
+                    (near >= 0).nonzero().T + torch.tensor([[i], [j]])
+                )  # at least every row with itself
     pairs = (order[torch.cat(found, 1)].T % N).sort(1).values.unique(dim=0)
     pairs = pairs[pairs[:, 0] < pairs[:, 1]]
-    return torch.cat([part[distance(x[part[:, 0]], x[part[:, 1]], flips) <= radius] for part in pairs.split(4096)]) if len(pairs) else pairs
+    return (
+        torch.cat(
+            [
+                part[distance(x[part[:, 0]], x[part[:, 1]], flips) <= radius]
+                for part in pairs.split(4096)
+            ]
+        )
+        if len(pairs)
+        else pairs
+    )
+
 
 def duplicate_groups(x, radius, flips=True):
     "For each row of x the number of the first row of its group of duplicates: exact ones, and chains of pairs nearer than `radius`. int64 [N]."
     keep, member = first_rows(x).unique(return_inverse=True)
     a, b = near_pairs(x if len(keep) == len(x) else x[keep], radius, flips).T.numpy()
-    labels = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(keep), len(keep))), directed=False)[1]
+    labels = connected_components(
+        coo_array((np.ones(len(a)), (a, b)), shape=(len(keep), len(keep))), directed=False
+    )[1]
     leader = np.full(labels.max() + 1, len(x))
     np.minimum.at(leader, labels, keep.numpy())
     return torch.as_tensor(leader[labels])[member]
@@ -63,19 +104,31 @@ def auth_pct(f, f_train):
     hit, which = rows[:, 0].unique(return_inverse=True)
     return (d[:, 0] > nearest(f_train[hit], f_train, 2)[0][which, 1]).float().mean().item()
 
+
 def c_t(f, f_held_out, f_train, cells=5, least=20, seed=0):
     """C_T (Meehan et al. 2020) of generated, held-out and training features: mean z of Mann–Whitney tests in k-means cells of the training set.
 
     Below 0 generated rows are nearer to training rows than held-out ones are. Cells with fewer than `least` of either are left out; None if all are.
     """
-    cells = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed).fit(f_train.double().numpy())
-    d, d_held, cell, cell_held = *(nearest(g, f_train, 1)[0][:, 0].numpy() for g in (f, f_held_out)), *(cells.predict(g.double().numpy()) for g in (f, f_held_out))
+    cells = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed).fit(
+        f_train.double().numpy()
+    )
+    d, d_held, cell, cell_held = (
+        *(nearest(g, f_train, 1)[0][:, 0].numpy() for g in (f, f_held_out)),
+        *(cells.predict(g.double().numpy()) for g in (f, f_held_out)),
+    )
     z, weight = [], []
     for k in range(cells.n_clusters):
         a, b = d[cell == k], d_held[cell_held == k]
-        if min(len(a), len(b)) < least: continue
+        if min(len(a), len(b)) < least:
+            continue
         u = (a[:, None] > b).sum() + 0.5 * (a[:, None] == b).sum()
-        z.append((u - len(a) * len(b) / 2) / np.sqrt(len(a) * len(b) * (len(a) + len(b) + 1) / 12)), weight.append(len(b))
+        (
+            z.append(
+                (u - len(a) * len(b) / 2) / np.sqrt(len(a) * len(b) * (len(a) + len(b) + 1) / 12)
+            ),
+            weight.append(len(b)),
+        )
     return float(np.average(z, weights=weight)) if z else None
 
 # %% ../nbs/19_audit.ipynb #0eecf90e
@@ -85,8 +138,11 @@ CHANGES = {
     "mirrored": lambda x, g: x.flip(-1),
     "shifted by one pixel": lambda x, g: x.roll(1, -1),
     "brightened": lambda x, g: x + 0.2,
-    "cropped by 1/20 per side": lambda x, g: torch.nn.functional.interpolate(x[..., (c := max(1, x.shape[-2] // 20)):-c, c:-c], x.shape[-2:], mode="bilinear"),
+    "cropped by 1/20 per side": lambda x, g: torch.nn.functional.interpolate(
+        x[..., (c := max(1, x.shape[-2] // 20)) : -c, c:-c], x.shape[-2:], mode="bilinear"
+    ),
 }
+
 
 def plant(x_train, share, change, generator):
     "(images, rows): round(share · N) random rows of x_train [N, ...], changed by `CHANGES[change]` and clamped to [−1, 1]."
@@ -94,20 +150,35 @@ def plant(x_train, share, change, generator):
     return CHANGES[change](x_train[rows], generator).clamp(-1, 1), rows
 
 # %% ../nbs/19_audit.ipynb #760e8a25
-TESTS = {"ratio": "d₁/d₂ < 1/3", "neighbourhood": "d₁ < half the mean distance to the 50 nearest", "cosine": "feature cosine > 0.97"}
+TESTS = {
+    "ratio": "d₁/d₂ < 1/3",
+    "neighbourhood": "d₁ < half the mean distance to the 50 nearest",
+    "cosine": "feature cosine > 0.97",
+}
+
 
 def copy_reports(x, training, groups, f, f_training, flips=True, progress=False, backend="torch"):
     "{test: CopyReport} of images x [n, ...] with features f, and the distances d₁ [n] to training images [N, ...] in `duplicate_groups` [N]. Keys of `TESTS`."
     d, rows = nearest_groups(x, training, groups, 50, flips, progress, backend)
-    return {"ratio": CopyReport(ratio_score(d), rows[:, 0], 1 / 3), "neighbourhood": CopyReport(neighbourhood_score(d), rows[:, 0], 1.0),
-            "cosine": cosine_test(f, f_training)}, d[:, 0]
+    return {
+        "ratio": CopyReport(ratio_score(d), rows[:, 0], 1 / 3),
+        "neighbourhood": CopyReport(neighbourhood_score(d), rows[:, 0], 1.0),
+        "cosine": cosine_test(f, f_training),
+    }, d[:, 0]
+
 
 def sensitivity(training, groups, embed, f_training, flips=True, seed=0, n=60):
     "{change: {test: share found}} of n training images each, planted with the `CHANGES`."
     generator, share = torch.Generator().manual_seed(seed), min(1, n / len(training))
     x = torch.cat([plant(training, share, change, generator)[0] for change in CHANGES])
     found = copy_reports(x, training, groups, embed(x), f_training, flips)[0]
-    return {change: {test: r.copied.view(len(CHANGES), -1)[i].float().mean().item() for test, r in found.items()} for i, change in enumerate(CHANGES)}
+    return {
+        change: {
+            test: r.copied.view(len(CHANGES), -1)[i].float().mean().item()
+            for test, r in found.items()
+        }
+        for i, change in enumerate(CHANGES)
+    }
 
 # %% ../nbs/19_audit.ipynb #91c71d7e
 def feature_space(training, name=None):
@@ -115,20 +186,31 @@ def feature_space(training, name=None):
 
     Default: this book's spaces for 1×8×8 and 1×28×28 images, otherwise Inception if its weights can be had, otherwise "pca-64".
     """
-    name = name or {(1, 8, 8): "digits-mlp-64", (1, 28, 28): "fashion-conv-64"}.get(tuple(training.shape[1:]))
+    name = name or {(1, 8, 8): "digits-mlp-64", (1, 28, 28): "fashion-conv-64"}.get(
+        tuple(training.shape[1:])
+    )
     if name is None:
-        try: inception()
-        except (ImportError, OSError): name = "pca-64"
-        else: name = "inception-2048"
-    if name != "pca-64": return name, lambda x: features(x, name)
-    some = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:500]].flatten(1)
+        try:
+            inception()
+        except (ImportError, OSError):
+            name = "pca-64"
+        else:
+            name = "inception-2048"
+    if name != "pca-64":
+        return name, lambda x: features(x, name)
+    some = training[
+        torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:500]
+    ].flatten(1)
     axes = torch.linalg.svd(some - some.mean(0), full_matrices=False).Vh[:64].T
-    return name, lambda x: torch.cat([(part.flatten(1) - some.mean(0)) @ axes for part in x.split(4096)])
+    return name, lambda x: torch.cat(
+        [(part.flatten(1) - some.mean(0)) @ axes for part in x.split(4096)]
+    )
 
 # %% ../nbs/19_audit.ipynb #d9ba9657
 @dataclass
 class Audit:
     "What `audit` found: `record`, to be kept as JSON, and what its pictures need: the closest `pairs` [2, P, ...], `distances` {set: [n]}."
+
     record: dict
     pairs: torch.Tensor
     distances: dict
@@ -136,47 +218,119 @@ class Audit:
     def verdict(self, max_copy_rate, test="ratio"):
         "(passed, sentence): whether the upper bound of the copy rate by `test` is at most `max_copy_rate`."
         passed = (t := self.record["tests"][test])["ci"][1] <= max_copy_rate
-        return passed, f"{'passed' if passed else 'FAILED'}: copies by the {test} test {t['words']}; upper bound {t['ci'][1]:.2%}, allowed {max_copy_rate:.2%}"
+        return (
+            passed,
+            f"{'passed' if passed else 'FAILED'}: copies by the {test} test {t['words']}; upper bound {t['ci'][1]:.2%}, allowed {max_copy_rate:.2%}",
+        )
+
 
 def check_sets(sets):
     "Raise ValueError unless all sets {name: [N, C, H, W]} hold finite images of one size."
     size = tuple(sets["training"].shape[1:])
     for name, x in sets.items():
         check_images(x, f"{name} images")
-        if x.dim() != 4 or x.shape[1:] != size: raise ValueError(f"{name} images are {tuple(x.shape[1:])}, training images {size}: both must be [N, C, H, W] of one size")
+        if x.dim() != 4 or x.shape[1:] != size:
+            raise ValueError(
+                f"{name} images are {tuple(x.shape[1:])}, training images {size}: both must be [N, C, H, W] of one size"
+            )
+
 
 def compared(f, f_real, f_train):
     "Distances and the like of generated features against real ones, and of one half of the real ones against the other."
-    if min(len(f), n := len(f_real) // 2, len(f_train)) < 10: return {"left_out": "measures of quality need at least 20 real images, and 10 of the others"}
-    k = min(len(f), n)                  # equal numbers: the distance is biased upwards when they are small
-    found = {"fd": frechet_distance(f[:k], f_real[:k]), "fd_real_halves": frechet_distance(f_real[:k], f_real[n : n + k])}
-    try: return found | dict(zip(("kid", "precision", "recall", "mifid"), (kid(f, f_real, subsets=20)[0], *precision_recall(f, f_real), mifid(f, f_train))))
-    except ImportError as error: return found | {"left_out": str(error)}
+    if min(len(f), n := len(f_real) // 2, len(f_train)) < 10:
+        return {
+            "left_out": "measures of quality need at least 20 real images, and 10 of the others"
+        }
+    k = min(len(f), n)  # equal numbers: the distance is biased upwards when they are small
+    found = {
+        "fd": frechet_distance(f[:k], f_real[:k]),
+        "fd_real_halves": frechet_distance(f_real[:k], f_real[n : n + k]),
+    }
+    try:
+        return found | dict(
+            zip(
+                ("kid", "precision", "recall", "mifid"),
+                (kid(f, f_real, subsets=20)[0], *precision_recall(f, f_real), mifid(f, f_train)),
+            )
+        )
+    except ImportError as error:
+        return found | {"left_out": str(error)}
 
-def audit(generated, training, held_out=None, space=None, flips=True, limit=2000, seed=0, progress=False, backend="torch"):
+
+def audit(
+    generated,
+    training,
+    held_out=None,
+    space=None,
+    flips=True,
+    limit=2000,
+    seed=0,
+    progress=False,
+    backend="torch",
+):
     """Does the model copy? Generated [n, C, H, W] against training images [N, C, H, W] and, better, held-out ones [m, C, H, W], all in [−1, 1].
 
     space: of the features (see `feature_space`); flips: count mirror images as the same; limit: rows that AuthPct, C_T and quality look at; backend: see `nearest`.
     Returns an `Audit`. Raises ValueError for images that do not fit together, NaN, or fewer than two different training images.
     """
-    sets = {"generated": generated, "training": training} | ({} if held_out is None else {"held-out": held_out})
+    sets = {"generated": generated, "training": training} | (
+        {} if held_out is None else {"held-out": held_out}
+    )
     check_sets(sets)
-    groups = duplicate_groups(training, radius := typical_distance(training, flips=flips) / 3, flips)
+    groups = duplicate_groups(
+        training, radius := typical_distance(training, flips=flips) / 3, flips
+    )
     keep, (space, embed) = groups.unique(), feature_space(training, space)
-    if len(keep) < 2: raise ValueError("all training images are duplicates of one another: an audit needs at least two different ones")
+    if len(keep) < 2:
+        raise ValueError(
+            "all training images are duplicates of one another: an audit needs at least two different ones"
+        )
     f = {name: embed(x) for name, x in sets.items()}
-    known, some = f["training"][keep], {name: rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]] for name, rows in f.items()}
-    reports, distances = copy_reports(generated, training, groups, f["generated"], f["training"], flips, progress, backend)
+    known, some = (
+        f["training"][keep],
+        {
+            name: rows[
+                torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]
+            ]
+            for name, rows in f.items()
+        },
+    )
+    reports, distances = copy_reports(
+        generated, training, groups, f["generated"], f["training"], flips, progress, backend
+    )
     tests, found = {name: r.numbers() for name, r in reports.items()}, {"generated": distances}
-    measures = {"auth_pct": auth_pct(some["generated"], known), "quality": compared(some["generated"], some.get("held-out", some["training"]), some["training"])}
+    measures = {
+        "auth_pct": auth_pct(some["generated"], known),
+        "quality": compared(
+            some["generated"], some.get("held-out", some["training"]), some["training"]
+        ),
+    }
     if held_out is not None:
-        innocent, found["held-out"] = copy_reports(held_out, training, groups, f["held-out"], f["training"], flips, progress, backend)
-        for name, r in innocent.items(): tests[name] |= {f"{k}_held_out": v for k, v in r.numbers().items()}
-        measures |= {"auth_pct_held_out": auth_pct(some["held-out"], known), "c_t": c_t(some["generated"], some["held-out"], known, seed=seed)}
-    record = {"name": "audit", "version": cpsample.__version__, "seed": seed, "flips": flips, "feature_space": space,
-              "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
-              "duplicates": {"radius": radius, "rows": len(training) - len(keep), "groups": int((torch.bincount(groups) > 1).sum())},
-              "tests": tests, "finds": sensitivity(training, groups, embed, f["training"], flips, seed), **measures}
+        innocent, found["held-out"] = copy_reports(
+            held_out, training, groups, f["held-out"], f["training"], flips, progress, backend
+        )
+        for name, r in innocent.items():
+            tests[name] |= {f"{k}_held_out": v for k, v in r.numbers().items()}
+        measures |= {
+            "auth_pct_held_out": auth_pct(some["held-out"], known),
+            "c_t": c_t(some["generated"], some["held-out"], known, seed=seed),
+        }
+    record = {
+        "name": "audit",
+        "version": cpsample.__version__,
+        "seed": seed,
+        "flips": flips,
+        "feature_space": space,
+        "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
+        "duplicates": {
+            "radius": radius,
+            "rows": len(training) - len(keep),
+            "groups": int((torch.bincount(groups) > 1).sum()),
+        },
+        "tests": tests,
+        "finds": sensitivity(training, groups, embed, f["training"], flips, seed),
+        **measures,
+    }
     closest, match = reports["ratio"].score.argsort()[:12], reports["ratio"].nearest
     return Audit(record, torch.stack([generated[closest], training[match[closest]]]), found)
 
@@ -184,20 +338,29 @@ def audit(generated, training, held_out=None, space=None, flips=True, limit=2000
 def _picture(fig, alt):
     "A pyplot figure as an HTML image that needs no other file; closes the figure."
     import matplotlib.pyplot as plt
+
     fig.savefig(file := io.BytesIO(), format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
+
 def _table(head, rows):
-    def line(tag, row): return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+    def line(tag, row):
+        return (
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+        )
+
     return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
 
 def show_distances(found):
     "Histograms of the distance to the nearest training image, for each set of an `Audit`. Returns the pyplot figure."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(6, 2.2))
     edges = np.linspace(0, max(d.max().item() for d in found.distances.values()), 60)
-    for (name, d), color in zip(found.distances.items(), ("crimson", "0.4")): ax.hist(d.numpy(), edges, density=True, histtype="step", lw=1.5, color=color, label=name)
+    for (name, d), color in zip(found.distances.items(), ("crimson", "0.4")):
+        ax.hist(d.numpy(), edges, density=True, histtype="step", lw=1.5, color=color, label=name)
     ax.set(xlabel="ℓ₂ distance to the nearest training image", ylabel="density")
     ax.legend(frameon=False)
     return fig
@@ -206,45 +369,117 @@ def show_distances(found):
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0}
 td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}img{max-width:100%}.bad{color:#b00020}.good{color:#00701a}"""
 
-NAMES = {"fd": "Fréchet distance", "fd_real_halves": "the same between two parts of the real images", "kid": "KID", "mifid": "MiFID to the training images", "left_out": "left out"}
+NAMES = {
+    "fd": "Fréchet distance",
+    "fd_real_halves": "the same between two parts of the real images",
+    "kid": "KID",
+    "mifid": "MiFID to the training images",
+    "left_out": "left out",
+}
+
 
 def _measures(r):
     "Rows of the table of other measures, from a record."
-    yield "AuthPct: generated images farther from their nearest training image than that image's own nearest neighbour", f"{r['auth_pct']:.1%}"
+    yield (
+        "AuthPct: generated images farther from their nearest training image than that image's own nearest neighbour",
+        f"{r['auth_pct']:.1%}",
+    )
     if "auth_pct_held_out" in r:
         yield "AuthPct of held-out images", f"{r['auth_pct_held_out']:.1%}"
-        yield "C_T (far below 0: copying; far above: underfitted)", "too few images" if r["c_t"] is None else f"{r['c_t']:.2f}"
-    for key, value in r["quality"].items(): yield NAMES.get(key, key), value if isinstance(value, str) else f"{value:.4g}"
+        yield (
+            "C_T (far below 0: copying; far above: underfitted)",
+            "too few images" if r["c_t"] is None else f"{r['c_t']:.2f}",
+        )
+    for key, value in r["quality"].items():
+        yield NAMES.get(key, key), value if isinstance(value, str) else f"{value:.4g}"
+
 
 def _words(r):
     "The sentences of the report, from a record: (what is missed, duplicates, features)."
-    blind, dup, n = [change for change, shares in r["finds"].items() if shares["ratio"] < 0.9], r["duplicates"], r["sets"]["training"]["n"]
-    missed = f"The ratio test misses more than a tenth of copies that are {', '.join(blind)}." if blind else "The ratio test finds nine tenths or more of each kind."
-    return (missed + " What is not found here is not found in your images either, and an image that no test calls a copy may still show what a training image shows.",
-            f"Repeats of others among the {n:,} training images: {dup['rows']:,} (nearer than {dup['radius']:.3g}, a third of what is usual"
-            f"{', mirrored or not' if r['flips'] else ''}). Each group of repeats counts as one image."
-            + (" So few training images make the neighbourhood test ring too often: its fifty nearest are a large part of them." if n - dup["rows"] < 500 else ""),
-            f"Features: {r['feature_space']}{'' if r['feature_space'].startswith('inception') else ' (not an FID)'}. Seed {r['seed']}, cpsample {r['version']}. "
-            "An audit counts what was generated. It is no guarantee about what will be, and says nothing about membership inference.")
+    blind, dup, n = (
+        [change for change, shares in r["finds"].items() if shares["ratio"] < 0.9],
+        r["duplicates"],
+        r["sets"]["training"]["n"],
+    )
+    missed = (
+        f"The ratio test misses more than a tenth of copies that are {', '.join(blind)}."
+        if blind
+        else "The ratio test finds nine tenths or more of each kind."
+    )
+    return (
+        missed
+        + " What is not found here is not found in your images either, and an image that no test calls a copy may still show what a training image shows.",
+        f"Repeats of others among the {n:,} training images: {dup['rows']:,} (nearer than {dup['radius']:.3g}, a third of what is usual"
+        f"{', mirrored or not' if r['flips'] else ''}). Each group of repeats counts as one image."
+        + (
+            " So few training images make the neighbourhood test ring too often: its fifty nearest are a large part of them."
+            if n - dup["rows"] < 500
+            else ""
+        ),
+        f"Features: {r['feature_space']}{'' if r['feature_space'].startswith('inception') else ' (not an FID)'}. Seed {r['seed']}, cpsample {r['version']}. "
+        "An audit counts what was generated. It is no guarantee about what will be, and says nothing about membership inference.",
+    )
+
 
 def report_html(found, title="Does the model copy?", verdict=None):
     "The report of an `Audit` as one self-contained HTML page. verdict: what `Audit.verdict` returned."
-    r, (missed, duplicates, features_used) = found.record, (html.escape(sentence) for sentence in _words(found.record))
-    tests = [(name, TESTS[name], t["words"], t.get("words_held_out", "no held-out images given")) for name, t in r["tests"].items()]
-    finds = [(change, *(f"{shares[test]:.0%}" for test in TESTS)) for change, shares in r["finds"].items()]
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="{"good" if verdict[0] else "bad"}"><b>{html.escape(verdict[1])}</b></p>' if verdict else "",
-             _table(("set", "images", "fingerprint"), [(name, f"{s['n']:,}", s["fingerprint"]) for name, s in r["sets"].items()]),
-             "<h2>Copies</h2>", _table(("test", "a copy is", "generated images [95 %]", "held-out images (false alarms)"), tests),
-             _picture(show_grid(found.pairs.flatten(0, 1), columns=found.pairs.shape[1]).figure, "closest pairs"),
-             "<p>The closest pairs by the ratio test: generated images above, the nearest training image of each below.</p>", _picture(show_distances(found), "distances"),
-             "<p>Copies lie at the left; held-out images are innocent.</p>", "<h2>What these tests can see</h2><p>Training images were changed in known ways; found were</p>",
-             _table(("copies that are", *TESTS), finds), f"<p>{missed}</p>", f"<h2>The training set</h2><p>{duplicates}</p>",
-             "<h2>Other measures</h2>", _table(("measure", "value"), _measures(r)), f"<p>{features_used}</p>"]
+    r, (missed, duplicates, features_used) = (
+        found.record,
+        (html.escape(sentence) for sentence in _words(found.record)),
+    )
+    tests = [
+        (name, TESTS[name], t["words"], t.get("words_held_out", "no held-out images given"))
+        for name, t in r["tests"].items()
+    ]
+    finds = [
+        (change, *(f"{shares[test]:.0%}" for test in TESTS))
+        for change, shares in r["finds"].items()
+    ]
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="{"good" if verdict[0] else "bad"}"><b>{html.escape(verdict[1])}</b></p>'
+        if verdict
+        else "",
+        _table(
+            ("set", "images", "fingerprint"),
+            [(name, f"{s['n']:,}", s["fingerprint"]) for name, s in r["sets"].items()],
+        ),
+        "<h2>Copies</h2>",
+        _table(
+            ("test", "a copy is", "generated images [95 %]", "held-out images (false alarms)"),
+            tests,
+        ),
+        _picture(
+            show_grid(found.pairs.flatten(0, 1), columns=found.pairs.shape[1]).figure,
+            "closest pairs",
+        ),
+        "<p>The closest pairs by the ratio test: generated images above, the nearest training image of each below.</p>",
+        _picture(show_distances(found), "distances"),
+        "<p>Copies lie at the left; held-out images are innocent.</p>",
+        "<h2>What these tests can see</h2><p>Training images were changed in known ways; found were</p>",
+        _table(("copies that are", *TESTS), finds),
+        f"<p>{missed}</p>",
+        f"<h2>The training set</h2><p>{duplicates}</p>",
+        "<h2>Other measures</h2>",
+        _table(("measure", "value"), _measures(r)),
+        f"<p>{features_used}</p>",
+    ]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(parts) + "</body></html>"
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body>'
+        + "\n".join(parts)
+        + "</body></html>"
+    )
+
 
 def write_report(found, out, verdict=None, **more):
     "Write OUT.html and OUT.json, each whole or not at all; `more` goes into the JSON. Returns both paths."
-    with atomic(page := Path(f"{out}.html")) as tmp: tmp.write_text(report_html(found, verdict=verdict), encoding="utf-8")
-    save_json(numbers := Path(f"{out}.json"), found.record | more | ({} if verdict is None else {"passed": verdict[0], "verdict": verdict[1]}))
+    with atomic(page := Path(f"{out}.html")) as tmp:
+        tmp.write_text(report_html(found, verdict=verdict), encoding="utf-8")
+    save_json(
+        numbers := Path(f"{out}.json"),
+        found.record
+        | more
+        | ({} if verdict is None else {"passed": verdict[0], "verdict": verdict[1]}),
+    )
     return page, numbers

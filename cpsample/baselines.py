@@ -26,12 +26,18 @@ def example_gradients(model, x0, schedule, draws=1, generator=None):
     Private if one row cannot reach another row's gradient, so no BatchNorm (Abadi et al. 2016; several draws: DPDM, Dockhorn et al. 2023, eq. 5).
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    if len(x0) == 0: return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}, x0.new_zeros(0)
+    if len(x0) == 0:
+        return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}, x0.new_zeros(0)
     t = torch.randint(schedule.T, (len(x0) * draws,), generator=generator).to(x0.device)
     x_t, eps = noisify(x0.repeat_interleave(draws, 0), t, schedule, generator=generator)
-    def loss(parameters, x_t, t, eps): return F.mse_loss(functional_call(model, parameters, (x_t, t)), eps)
-    with sdpa_kernel(SDPBackend.MATH):                  # the fused attention would run row by row
-        return vmap(grad_and_value(loss), (None, 0, 0, 0))(parameters, *(v.unflatten(0, (len(x0), draws)) for v in (x_t, t, eps)))
+
+    def loss(parameters, x_t, t, eps):
+        return F.mse_loss(functional_call(model, parameters, (x_t, t)), eps)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention would run row by row
+        return vmap(grad_and_value(loss), (None, 0, 0, 0))(
+            parameters, *(v.unflatten(0, (len(x0), draws)) for v in (x_t, t, eps))
+        )
 
 # %% ../nbs/12_baselines.ipynb #f886fbeb
 def epsilon_spent(sigma, delta, rate, steps, accountant="prv"):
@@ -39,31 +45,52 @@ def epsilon_spent(sigma, delta, rate, steps, accountant="prv"):
     ledger = need("opacus.accountants", "baselines").create_accountant(accountant)
     ledger.history = [(sigma, rate, steps)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # divisions by zero that it handles, and that rdp's bound could be tighter
+        warnings.simplefilter(
+            "ignore"
+        )  # divisions by zero that it handles, and that rdp's bound could be tighter
         return ledger.get_epsilon(delta)
+
 
 def noise_multiplier(epsilon, delta, rate, steps, accountant="prv"):
     "The noise σ, in units of the clipping bound, with which `steps` steps spend `epsilon` at `delta`: the inverse of `epsilon_spent`."
-    if not (epsilon > 0 and 0 < delta < 1 and 0 < rate <= 1 and steps >= 1): raise ValueError(f"privacy needs ε > 0, 0 < δ < 1, 0 < rate ≤ 1, got {epsilon}, {delta}, {rate}")
+    if not (epsilon > 0 and 0 < delta < 1 and 0 < rate <= 1 and steps >= 1):
+        raise ValueError(
+            f"privacy needs ε > 0, 0 < δ < 1, 0 < rate ≤ 1, got {epsilon}, {delta}, {rate}"
+        )
     search = need("opacus.accountants.utils", "baselines").get_noise_multiplier
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return search(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant)
+        return search(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=rate,
+            steps=steps,
+            accountant=accountant,
+        )
 
 # %% ../nbs/12_baselines.ipynb #1abdc8d1
-def train_private(model, x, schedule, sigma, steps, rate=0.25, bound=1.0, draws=16, lr=1e-3, generator=None):
+def train_private(
+    model, x, schedule, sigma, steps, rate=0.25, bound=1.0, draws=16, lr=1e-3, generator=None
+):
     """DP-SGD: train the denoiser `model` on x [N, ...] and yield a `TrainStep` per Adam step (its loss is not private: do not publish it).
 
     sigma: from `noise_multiplier`; rate: probability of an image to join a batch; bound: C, the longest gradient; draws: noises per image.
     Raises ValueError for a network in which rows meet (BatchNorm), ImportError without opacus (extra `baselines`).
     """
-    if problems := need("opacus.validators", "baselines").ModuleValidator.validate(model): raise ValueError(f"this network cannot be trained privately: {problems[0]}")
-    opt = need("opacus.optimizers", "baselines").DPOptimizer(torch.optim.Adam(model.parameters(), lr=lr), noise_multiplier=sigma, max_grad_norm=bound,
-                                                             expected_batch_size=rate * len(x), generator=generator)
+    if problems := need("opacus.validators", "baselines").ModuleValidator.validate(model):
+        raise ValueError(f"this network cannot be trained privately: {problems[0]}")
+    opt = need("opacus.optimizers", "baselines").DPOptimizer(
+        torch.optim.Adam(model.parameters(), lr=lr),
+        noise_multiplier=sigma,
+        max_grad_norm=bound,
+        expected_batch_size=rate * len(x),
+        generator=generator,
+    )
     for step in range(steps):
         rows = (torch.rand(len(x), generator=generator) < rate).to(x.device)
         gradients, losses = example_gradients(model, pixels(x[rows]), schedule, draws, generator)
-        for name, p in model.named_parameters(): p.grad_sample = gradients[name]
+        for name, p in model.named_parameters():
+            p.grad_sample = gradients[name]
         opt.step()
         opt.zero_grad()
         yield TrainStep(step + 1, losses.mean().item() if len(losses) else 0.0, lr)
@@ -73,7 +100,10 @@ def random_mask(x, missing, generator=None):
     "[B, 1, H, W] for images x [B, C, H, W]: each pixel 0 with probability `missing`, otherwise 1."
     return (torch.rand((len(x), 1, *x.shape[2:]), generator=generator) >= missing).to(x)
 
-def _restored(network, x_t, seen, t): return network(torch.cat([x_t * seen, seen], 1), t)[:, : x_t.shape[1]]
+
+def _restored(network, x_t, seen, t):
+    return network(torch.cat([x_t * seen, seen], 1), t)[:, : x_t.shape[1]]
+
 
 def ambient_loss(network, x0, mask, schedule, further=0.1, generator=None):
     """Ambient diffusion's loss (Daras et al. 2023, eq. 3.2) of images x0 [B, C, H, W] of which the pixels with mask [B, 1, H, W] = 1 are known.
@@ -82,17 +112,23 @@ def ambient_loss(network, x0, mask, schedule, further=0.1, generator=None):
     further: the share of the known pixels that it is not shown.
     """
     t = torch.randint(schedule.T, (len(x0),), generator=generator).to(x0.device)
-    x_t, seen = noisify(x0, t, schedule, generator=generator)[0], mask * random_mask(x0, further, generator)
+    x_t, seen = (
+        noisify(x0, t, schedule, generator=generator)[0],
+        mask * random_mask(x0, further, generator),
+    )
     return (mask * (_restored(network, x_t, seen, t) - x0)).square().mean()
+
 
 def ambient_denoiser(network, schedule, missing, seed=10_000):
     """A denoiser `model(x_t, t) -> eps` that shows the `network` one fixed random mask per row (the paper's fixed-mask sampler).
 
     missing: as in training, both masks together; seed: of the masks, never one that training masks were drawn with.
     """
+
     def model(x_t, t):
         seen = random_mask(x_t, missing, torch.Generator().manual_seed(seed))
         return x0_to_eps(x_t, t, _restored(network, x_t, seen, t), schedule)
+
     return model
 
 # %% ../nbs/12_baselines.ipynb #11293ede
@@ -102,13 +138,21 @@ def spell(model, schedule, refs, radius, strength=1.0, k=16):
     strength: 1 moves to the surface of a ball; k: so many balls are considered at once, the nearest ones.
     """
     check_images(refs, "training images")
+
     def repelled(x_t, t):
         eps = model(x_t, t)
         x0 = eps_to_x0(x_t, t, eps, schedule)
-        apart = x0[:, None] - refs[nearest(x0, refs, k)[1]] + 1e-6 * eps[:, None]            # the very centre of a ball is left by way of the noise
+        apart = (
+            x0[:, None] - refs[nearest(x0, refs, k)[1]] + 1e-6 * eps[:, None]
+        )  # the very centre of a ball is left by way of the noise
         push = (radius / apart.flatten(2).norm(dim=2).clamp(min=1e-9) - 1).clamp(min=0)
         moved = x0 + strength * torch.einsum("bk,bk...->b...", push, apart)
-        return torch.where((push > 0).any(1).view(-1, *[1] * (x0.dim() - 1)), x0_to_eps(x_t, t, moved, schedule), eps)
+        return torch.where(
+            (push > 0).any(1).view(-1, *[1] * (x0.dim() - 1)),
+            x0_to_eps(x_t, t, moved, schedule),
+            eps,
+        )
+
     return repelled
 
 # %% ../nbs/12_baselines.ipynb #9acf05a3
@@ -118,13 +162,24 @@ def similarity_guidance(model, schedule, refs, threshold, scale):
     scale: s of the push. Costs a backward pass through the model in every step.
     """
     check_images(refs, "training images")
+
     def guided(x_t, t):
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             eps = model(x, t)
             x0 = eps_to_x0(x, t, eps, schedule)
-            apart = (x0 - refs[nearest(x0.detach(), refs)[1][:, 0]]).flatten(1).square().mean(1).clamp(min=1e-12).sqrt()
-            toward, = torch.autograd.grad(-apart.sum(), x)
+            apart = (
+                (x0 - refs[nearest(x0.detach(), refs)[1][:, 0]])
+                .flatten(1)
+                .square()
+                .mean(1)
+                .clamp(min=1e-12)
+                .sqrt()
+            )
+            (toward,) = torch.autograd.grad(-apart.sum(), x)
         push = scale * signal_noise(schedule, t, x_t)[1] * toward
-        return torch.where((apart < threshold).view(-1, *[1] * (x_t.dim() - 1)), eps + push, eps).detach()
+        return torch.where(
+            (apart < threshold).view(-1, *[1] * (x_t.dim() - 1)), eps + push, eps
+        ).detach()
+
     return guided

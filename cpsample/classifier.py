@@ -19,6 +19,7 @@ from .schedule import noisify
 # %% ../nbs/04_classifier.ipynb #53c8ae4c
 class MLPClassifier(ResidualMLP):
     "A label classifier `classifier(x_t, t) -> logits [B, K]` for rows of `shape`; `config` rebuilds it."
+
     def __init__(self, shape, K=8, width=256, depth=3):
         super().__init__(math.prod(shape), K, width, depth)
         self.config = {"shape": list(shape), "K": K, "width": width, "depth": depth}
@@ -30,11 +31,20 @@ def label_loss(classifier, x0, targets, schedule, t_max=400, t_power=1.0, genera
     x0 [B, ...]; targets [B, K]: 0 or 1 for images to memorise, ½ for images to stay undecided about;
     t_power > 0: t = ⌊t_max·u^t_power⌋ with uniform u; 1 draws all levels equally often, more draws low noise more often.
     """
-    if not 1 <= t_max <= schedule.T: raise ValueError(f"t_max must be between 1 and T={schedule.T}, got {t_max}")
-    if not 0 < t_power < math.inf: raise ValueError(f"t_power must be positive, got {t_power}")
-    t = (t_max * torch.rand(len(x0), generator=generator, dtype=torch.float64) ** t_power).long().to(x0.device)
+    if not 1 <= t_max <= schedule.T:
+        raise ValueError(f"t_max must be between 1 and T={schedule.T}, got {t_max}")
+    if not 0 < t_power < math.inf:
+        raise ValueError(f"t_power must be positive, got {t_power}")
+    t = (
+        (t_max * torch.rand(len(x0), generator=generator, dtype=torch.float64) ** t_power)
+        .long()
+        .to(x0.device)
+    )
     logits = classifier(noisify(x0, t, schedule, generator=generator)[0], t)
-    if logits.shape != targets.shape: raise ValueError(f"the classifier gives {tuple(logits.shape)} for labels {tuple(targets.shape)}: it must give [B, K]")
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"the classifier gives {tuple(logits.shape)} for labels {tuple(targets.shape)}: it must give [B, K]"
+        )
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 # %% ../nbs/04_classifier.ipynb #fb3cf9d9
@@ -45,12 +55,15 @@ def member_labels(members, K=8, seed=0):
 # %% ../nbs/04_classifier.ipynb #38e4a4dc
 def log_odds(alpha, below=0.5):
     "The |logit| above which a classifier is certain at level α: log((1−α)/α). Raises ValueError unless 0 < α < `below`."
-    if not 0 < alpha < below: raise ValueError(f"alpha must lie between 0 and {below:g} (both excluded), got {alpha}")
+    if not 0 < alpha < below:
+        raise ValueError(f"alpha must lie between 0 and {below:g} (both excluded), got {alpha}")
     return math.log((1 - alpha) / alpha)
+
 
 def certainty(logits, one_sided=False):
     "How certain each row is: the smallest |logit| of its labels, or, for membership (one-sided), the logit itself. [B, K] → [B]."
     return (logits if one_sided else logits.abs()).amin(1)
+
 
 def is_certain(logits, alpha, one_sided=False):
     "Rows on which every label is certain: max(p, 1−p) > 1−α (one-sided: p > 1−α), in logits. [B, K] → bool [B]."
@@ -61,19 +74,31 @@ def is_certain(logits, alpha, one_sided=False):
 def logits_at(classifier, x0, t, schedule, generator=None):
     "Logits [N, K] of x0 [N, ...] noised to the one level t (int)."
     check_images(x0)
+
     def chunk(part):
         rows = torch.full((len(part),), t, device=x0.device)
         return classifier(noisify(part, rows, schedule, generator=generator)[0], rows)
+
     return torch.cat([chunk(part) for part in x0.split(4096)])
+
 
 def coverage(classifier, x0, schedule, alpha, levels, generator=None):
     "The share of rows of x0 that are certain at each noise level in `levels`: a list of floats."
-    return [is_certain(logits_at(classifier, x0, t, schedule, generator), alpha).float().mean().item() for t in levels]
+    return [
+        is_certain(logits_at(classifier, x0, t, schedule, generator), alpha).float().mean().item()
+        for t in levels
+    ]
 
 # %% ../nbs/04_classifier.ipynb #a27bce67
 def label_accuracy(classifier, x0, labels, schedule, levels, generator=None):
     "The share of the K labels [N, K] that the classifier gets right at each noise level: a list of floats."
-    return [((logits_at(classifier, x0, t, schedule, generator) > 0) == (labels > 0.5)).float().mean().item() for t in levels]
+    return [
+        ((logits_at(classifier, x0, t, schedule, generator) > 0) == (labels > 0.5))
+        .float()
+        .mean()
+        .item()
+        for t in levels
+    ]
 
 # %% ../nbs/04_classifier.ipynb #04d2582e
 def with_reference(members, labels, reference, target=0.5):
@@ -82,12 +107,23 @@ def with_reference(members, labels, reference, target=0.5):
     members [N, ...] keep their random labels [N, K], `reference` images [M, ...] get `target` on all K (default ½);
     the weights draw both groups equally often. Raises ValueError when shapes do not fit or reference images are members.
     """
-    if len(members) != len(labels): raise ValueError(f"{len(members)} images but {len(labels)} rows of labels: one row per image")
-    if members.shape[1:] != reference.shape[1:]: raise ValueError(f"members {tuple(members.shape[1:])} and reference images {tuple(reference.shape[1:])} differ in shape")
+    if len(members) != len(labels):
+        raise ValueError(
+            f"{len(members)} images but {len(labels)} rows of labels: one row per image"
+        )
+    if members.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"members {tuple(members.shape[1:])} and reference images {tuple(reference.shape[1:])} differ in shape"
+        )
     n, m, both = len(members), len(reference), torch.cat([members, reference])
     inside = int((first_rows(both)[n:] < n).sum())
-    if inside: raise ValueError(f"{inside} of {m} reference images are members too: take them out of the reference")
-    targets = torch.cat([labels, torch.full((m, labels.shape[1]), float(target), device=labels.device)])
+    if inside:
+        raise ValueError(
+            f"{inside} of {m} reference images are members too: take them out of the reference"
+        )
+    targets = torch.cat(
+        [labels, torch.full((m, labels.shape[1]), float(target), device=labels.device)]
+    )
     return both, targets, torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)])
 
 # %% ../nbs/04_classifier.ipynb #f028d1ee
@@ -97,7 +133,16 @@ def training_set(members, reference, K, one_sided=False, seed=0):
     Raises ValueError when reference images are members too, or are missing where membership itself is the label.
     """
     labels = member_labels(check_images(members), K, seed)
-    if one_sided and reference is None: raise ValueError("a guard of form \"member\" needs reference images: it learns to tell members from them")
-    if reference is None: return members, labels, None
+    if one_sided and reference is None:
+        raise ValueError(
+            'a guard of form "member" needs reference images: it learns to tell members from them'
+        )
+    if reference is None:
+        return members, labels, None
     check_images(reference, "reference images")
-    return with_reference(members, torch.ones_like(labels) if one_sided else labels, reference, 0 if one_sided else 0.5)
+    return with_reference(
+        members,
+        torch.ones_like(labels) if one_sided else labels,
+        reference,
+        0 if one_sided else 0.5,
+    )

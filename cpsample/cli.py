@@ -7,7 +7,9 @@ __all__ = ['app', 'one_line_errors', 'OneLineErrors', 'demo', 'on_device', 'proc
            'sample_command', 'audit_command', 'attack_command', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
-import os, shlex, sys
+import os
+import shlex
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,17 @@ import typer
 from tqdm.auto import tqdm
 
 from .audit import TESTS, audit, write_report
-from .data import atomic, fingerprint, need, pixels, save_json, save_picture, show_grid, split, writable
+from cpsample.data import (
+    atomic,
+    fingerprint,
+    need,
+    pixels,
+    save_json,
+    save_picture,
+    show_grid,
+    split,
+    writable,
+)
 from .ddpm import draw, timesteps
 from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
 from .experiments import EXPERIMENTS, plan_table, run_experiment
@@ -34,7 +46,8 @@ from .training import CONFIGS, Config, load_model, train_denoiser, train_guard
 @contextmanager
 def one_line_errors():
     "Turn the errors a user can act on into one line on standard error and an exit status."
-    try: yield
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo("cpsample: interrupted; files appear only when they are complete", err=True)
         raise SystemExit(130) from None
@@ -42,13 +55,23 @@ def one_line_errors():
         typer.echo(f"cpsample: {error}", err=True)
         raise SystemExit(2) from None
 
+
 class OneLineErrors(typer.core.TyperGroup):
     "The commands of one program, each of them run within `one_line_errors`."
-    def invoke(self, ctx):
-        with one_line_errors(): return super().invoke(ctx)
 
-app = typer.Typer(cls=OneLineErrors, callback=lambda: None, help="Keep a diffusion model from handing out its training images.",     # callback: a group even of one
-                  add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    def invoke(self, ctx):
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    callback=lambda: None,
+    help="Keep a diffusion model from handing out its training images.",  # callback: a group even of one
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 # %% ../nbs/cli.ipynb #bf9057fe
 @app.command()
@@ -56,33 +79,66 @@ def demo(
     seed: list[int] = typer.Option([0], help="Random seed; give it several times to pool seeds."),
     images: int = typer.Option(DEFAULTS["images"], help="Number of training images (members)."),
     samples: int = typer.Option(DEFAULTS["samples"], help="Samples per arm and seed."),
-    train_steps: int = typer.Option(DEFAULTS["train_steps"], help="Training steps of the denoiser."),
+    train_steps: int = typer.Option(
+        DEFAULTS["train_steps"], help="Training steps of the denoiser."
+    ),
     guard_steps: int = typer.Option(DEFAULTS["guard_steps"], help="Training steps of the guard."),
     sample_steps: int = typer.Option(DEFAULTS["sample_steps"], help="Network calls per sample."),
-    alpha: float = typer.Option(None, help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); calibration chooses it if it is not given."),
-    scale: float = typer.Option(None, "--scale", "-s", help="Strength s of the push; calibration chooses it if it is not given."),
+    alpha: float = typer.Option(
+        None,
+        help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); calibration chooses it if it is not given.",
+    ),
+    scale: float = typer.Option(
+        None,
+        "--scale",
+        "-s",
+        help="Strength s of the push; calibration chooses it if it is not given.",
+    ),
     labels: int = typer.Option(DEFAULTS["K"], "--labels", "-K", help="Random labels per image, K."),
-    data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."), schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),
-    out: Path = typer.Option(Path("cpsample-demo"), help="Folder for the picture."), json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
+    data: str = typer.Option(DEFAULTS["data"], help="Data set: digits."),
+    schedule: str = typer.Option(DEFAULTS["schedule"], help="Noise schedule: linear or cosine."),
+    out: Path = typer.Option(Path("cpsample-demo"), help="Folder for the picture."),
+    json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
 ):
     "Train a model until it copies real digits, guard it, and count the copies with and without the guard."
-    settings = dict(images=images, samples=samples, train_steps=train_steps, guard_steps=guard_steps, sample_steps=sample_steps,
-                    alpha=alpha, scale=scale, K=labels, data=data, schedule=schedule)
+    settings = dict(
+        images=images,
+        samples=samples,
+        train_steps=train_steps,
+        guard_steps=guard_steps,
+        sample_steps=sample_steps,
+        alpha=alpha,
+        scale=scale,
+        K=labels,
+        data=data,
+        schedule=schedule,
+    )
     check_demo(DEFAULTS | settings)
-    if json_file and json_file.is_dir(): raise ValueError(f"--json needs a file, {json_file} is a folder")
-    for folder in (out, json_file.parent if json_file else out): writable(folder)
-    record, pictures, members = run_demo(seed, True, "cpsample " + shlex.join(sys.argv[1:]), **settings)
-    if json_file: save_json(json_file, record)
+    if json_file and json_file.is_dir():
+        raise ValueError(f"--json needs a file, {json_file} is a folder")
+    for folder in (out, json_file.parent if json_file else out):
+        writable(folder)
+    record, pictures, members = run_demo(
+        seed, True, "cpsample " + shlex.join(sys.argv[1:]), **settings
+    )
+    if json_file:
+        save_json(json_file, record)
     save_picture(out / "demo.png", show_arms(pictures, members))
     print(table(record))
     print(f"Samples beside their nearest training images: {out / 'demo.png'}")
 
 # %% ../nbs/cli.ipynb #664b79ce
-def on_device(device): return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def on_device(device):
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def processes(device):
     "(an accelerator when `accelerate launch` started several processes, otherwise None; the device of this one)."
-    accelerator = need("accelerate", "diffusers").Accelerator() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    accelerator = (
+        need("accelerate", "diffusers").Accelerator()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1
+        else None
+    )
     return accelerator, accelerator.device if accelerator else on_device(device)
 
 # %% ../nbs/cli.ipynb #fc7b8067
@@ -90,32 +146,79 @@ def processes(device):
 def train_command(
     data: str = typer.Argument(help=f"A folder of images, or one of {', '.join(IMAGE_SETS)}."),
     out: Path = typer.Option(..., help="Folder of the run; a run that was stopped goes on."),
-    images: int = typer.Option(None, help="Train on this many images, drawn by the seed (default: all)."),
-    start: Path = typer.Option(None, "--from", help="Fine-tune this model (a model.safetensors) instead of starting fresh."),
-    steps: int = typer.Option(None, help="Training steps."), batch_size: int = typer.Option(None, help="Images per step, over all processes."),
+    images: int = typer.Option(
+        None, help="Train on this many images, drawn by the seed (default: all)."
+    ),
+    start: Path = typer.Option(
+        None, "--from", help="Fine-tune this model (a model.safetensors) instead of starting fresh."
+    ),
+    steps: int = typer.Option(None, help="Training steps."),
+    batch_size: int = typer.Option(None, help="Images per step, over all processes."),
     lr: float = typer.Option(None, help="Highest learning rate."),
-    seed: int = typer.Option(0, help="Random seed."), size: int = typer.Option(32, help="Side of the squares that images of a folder are cut to."),
+    seed: int = typer.Option(0, help="Random seed."),
+    size: int = typer.Option(32, help="Side of the squares that images of a folder are cut to."),
     grey: bool = typer.Option(False, help="Read a folder's images as grey."),
-    strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
-    mirror: bool = typer.Option(None, help="Train on mirrored images too."), tiny: bool = typer.Option(False, help="A narrow network and twenty steps, to see everything run."),
-    device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."), compile: bool = typer.Option(False, help="Compile the network with torch.compile."),
+    strict: bool = typer.Option(
+        False, help="Stop at a file that cannot be read, instead of skipping it."
+    ),
+    mirror: bool = typer.Option(None, help="Train on mirrored images too."),
+    tiny: bool = typer.Option(
+        False, help="A narrow network and twenty steps, to see everything run."
+    ),
+    device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
+    compile: bool = typer.Option(False, help="Compile the network with torch.compile."),
 ):
     "Train a denoiser on a named image set or on a folder of images. With accelerate launch, on several processes."
     config = CONFIGS.get(data.replace("-small", ""), replace(CONFIGS["folder"], data=data))
-    if tiny: config = config.tiny()
-    config = replace(config, **{k: v for k, v in dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, mirror=mirror).items() if v is not None})
-    if min(config.steps, config.batch_size) < 1 or not config.lr > 0: raise ValueError("steps and batch_size must be at least 1, and lr above 0")
+    if tiny:
+        config = config.tiny()
+    config = replace(
+        config,
+        **{
+            k: v
+            for k, v in dict(
+                steps=steps, batch_size=batch_size, lr=lr, seed=seed, mirror=mirror
+            ).items()
+            if v is not None
+        },
+    )
+    if min(config.steps, config.batch_size) < 1 or not config.lr > 0:
+        raise ValueError("steps and batch_size must be at least 1, and lr above 0")
     x = read_data(data, size, 1 if grey else 3, strict)
-    members = x if images is None else split(x, {"members": images, "others": None}, seed).of(x, "members")
+    members = (
+        x
+        if images is None
+        else split(x, {"members": images, "others": None}, seed).of(x, "members")
+    )
     base, its_schedule, _ = load_model(start) if start else (None, None, None)
-    if start: config = replace(config, schedule=its_schedule.name)
+    if start:
+        config = replace(config, schedule=its_schedule.name)
     writable(out)
-    save_json(out / "run.json", {"data": data if data in IMAGE_SETS else str(Path(data).resolve()), "size": size, "channels": x.shape[1], "images": images,
-                                 "fingerprint": fingerprint(x), "from": str(start) if start else None, "config": asdict(config)})
+    save_json(
+        out / "run.json",
+        {
+            "data": data if data in IMAGE_SETS else str(Path(data).resolve()),
+            "size": size,
+            "channels": x.shape[1],
+            "images": images,
+            "fingerprint": fingerprint(x),
+            "from": str(start) if start else None,
+            "config": asdict(config),
+        },
+    )
     accelerator, where = processes(device)
+
     def grid(step, slow):
-        x = draw(slow, make_schedule(config.schedule), members.shape[1:], 20, config.sample_steps, device=where)
+        x = draw(
+            slow,
+            make_schedule(config.schedule),
+            members.shape[1:],
+            20,
+            config.sample_steps,
+            device=where,
+        )
         save_picture(out / f"samples-{step:06d}.png", show_grid(x).figure)
+
     train_denoiser(config, members, out, base, grid, accelerator, where, compile)
     print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
@@ -123,40 +226,84 @@ def train_command(
 @app.command("guard")
 def guard_command(
     run: Path = typer.Argument(None, help="Folder of the run, made by cpsample train."),
-    reference: Path = typer.Option(None, help="Folder of other images of the same kind (default: the rest of the set, if the run took a part)."),
-    steps: int = typer.Option(None, help="Training steps."), preset: str = typer.Option("default", help="default, member or paper."),
-    pipeline: str = typer.Option(None, help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."),
-    data: Path = typer.Option(None, help="For a pipeline: the folder of images that it was fine-tuned on."),
-    out: Path = typer.Option(Path("guard"), help="For a pipeline: where to, OUT.safetensors and OUT.json."),
-    t_max: int = typer.Option(None, help="The noise level below which the guard acts (default: the preset's; 1000 where few images come again and again)."),
+    reference: Path = typer.Option(
+        None,
+        help="Folder of other images of the same kind (default: the rest of the set, if the run took a part).",
+    ),
+    steps: int = typer.Option(None, help="Training steps."),
+    preset: str = typer.Option("default", help="default, member or paper."),
+    pipeline: str = typer.Option(
+        None, help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."
+    ),
+    data: Path = typer.Option(
+        None, help="For a pipeline: the folder of images that it was fine-tuned on."
+    ),
+    out: Path = typer.Option(
+        Path("guard"), help="For a pipeline: where to, OUT.safetensors and OUT.json."
+    ),
+    t_max: int = typer.Option(
+        None,
+        help="The noise level below which the guard acts (default: the preset's; 1000 where few images come again and again).",
+    ),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Train a guard for the images of a run, or of a diffusers pipeline, calibrate it, and store it. Keep it as secret as the images."
-    if (run is None) == (pipeline is None): raise ValueError("give the folder of a run, or --pipeline, and not both")
+    if (run is None) == (pipeline is None):
+        raise ValueError("give the folder of a run, or --pipeline, and not both")
     settings = {} if t_max is None else {"t_max": t_max}
-    if pipeline: guard = guard_pipeline(pipeline, data, reference, out, steps or 4000, preset, on_device(device), **settings)
+    if pipeline:
+        guard = guard_pipeline(
+            pipeline, data, reference, out, steps or 4000, preset, on_device(device), **settings
+        )
     else:
         about, members, others = members_of(run)
         _, schedule, _ = load_model(run / "model.safetensors")
-        if reference: others = read_data(str(reference), about["size"], about["channels"])
-        if not len(others): raise ValueError("the run used all its images, so there are none to stay undecided about: give --reference FOLDER with others of the same kind")
-        config, out = replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps})), run / "guard"
+        if reference:
+            others = read_data(str(reference), about["size"], about["channels"])
+        if not len(others):
+            raise ValueError(
+                "the run used all its images, so there are none to stay undecided about: give --reference FOLDER with others of the same kind"
+            )
+        config, out = (
+            replace(Config(**about["config"]), **({} if steps is None else {"guard_steps": steps})),
+            run / "guard",
+        )
         accelerator, where = processes(device)
         writable(run)
-        guard = train_guard(config, members, others[: 4 * len(members) + 400], schedule, out, preset, accelerator, where, **settings)
-    if guard.report is None: return print(f"As printed in the paper, and not calibrated: {out}.safetensors")
+        guard = train_guard(
+            config,
+            members,
+            others[: 4 * len(members) + 400],
+            schedule,
+            out,
+            preset,
+            accelerator,
+            where,
+            **settings,
+        )
+    if guard.report is None:
+        return print(f"As printed in the paper, and not calibrated: {out}.safetensors")
     r, at = guard.report, guard.report["levels"].index(guard.report["level"])
-    print(f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "
-          f"at t = {r['level']}: {out}.safetensors")
+    print(
+        f"Certain of {r['coverage'][at]:.1%} of {r['n_train']} training images and of {r['false_alarms'][at]:.1%} of {r['n_held_out']} others "
+        f"at t = {r['level']}: {out}.safetensors"
+    )
+
 
 @app.command("sample")
 def sample_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
     n: int = typer.Option(64, "--number", "-n", help="How many images."),
-    out: Path = typer.Option(Path("samples"), help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred)."),
+    out: Path = typer.Option(
+        Path("samples"),
+        help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred).",
+    ),
     unguarded: bool = typer.Option(False, help="Leave the guard off, to compare."),
-    strength: float = typer.Option(1.0, help="Times the guard's own scale s: raise it when copies remain."),
-    steps: int = typer.Option(None, help="Network calls per image."), seed: int = typer.Option(0, help="Random seed."),
+    strength: float = typer.Option(
+        1.0, help="Times the guard's own scale s: raise it when copies remain."
+    ),
+    steps: int = typer.Option(None, help="Network calls per image."),
+    seed: int = typer.Option(0, help="Random seed."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Draw images from the model of a run, protected by its guard."
@@ -165,83 +312,179 @@ def sample_command(
     writable(out.parent)
     x = draw(denoiser, schedule, shape, n, steps, seed, 500, where, progress=True)
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    with atomic(out.with_suffix(".npz")) as tmp: np.savez_compressed(tmp, images=as_bytes)
+    with atomic(out.with_suffix(".npz")) as tmp:
+        np.savez_compressed(tmp, images=as_bytes)
     save_picture(out.with_suffix(".png"), show_grid(x[:100]).figure)
-    if guard: print(f"The guard stepped in at {denoiser.certain / denoiser.rows:.1%} of all rows and steps.")
+    if guard:
+        print(
+            f"The guard stepped in at {denoiser.certain / denoiser.rows:.1%} of all rows and steps."
+        )
     print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")
 
 # %% ../nbs/cli.ipynb #7bbf3684
 @app.command("audit")
 def audit_command(
-    generated: str = typer.Argument(help="Generated images: a folder, .npz or .npy; or a run, to draw from it."),
-    training: str = typer.Argument(None, help="Training images: a folder, .npz, .npy or a named set (for a run: its own)."),
-    held_out: str = typer.Option(None, help="Real images that the model never saw, to know the false alarms."),
+    generated: str = typer.Argument(
+        help="Generated images: a folder, .npz or .npy; or a run, to draw from it."
+    ),
+    training: str = typer.Argument(
+        None, help="Training images: a folder, .npz, .npy or a named set (for a run: its own)."
+    ),
+    held_out: str = typer.Option(
+        None, help="Real images that the model never saw, to know the false alarms."
+    ),
     out: Path = typer.Option(Path("audit"), help="Where to: OUT.html and OUT.json."),
-    max_copy_rate: float = typer.Option(None, help="Exit with status 1 when the upper bound of the copy rate is above this."),
+    max_copy_rate: float = typer.Option(
+        None, help="Exit with status 1 when the upper bound of the copy rate is above this."
+    ),
     test: str = typer.Option("ratio", help=f"Which test that is about: {', '.join(TESTS)}."),
-    space: str = typer.Option(None, help=f"Feature space: {', '.join(SPACES)} or pca-64 (default: by the images)."),
-    flips: bool = typer.Option(True, help="Look for mirrored copies, too."), backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
-    size: int = typer.Option(None, help="Side of the squares that images of folders are cut to (default: as the first training image)."),
-    strict: bool = typer.Option(False, help="Stop at a file that cannot be read, instead of skipping it."),
-    n: int = typer.Option(1000, "--number", "-n", help="Images to draw from a run."), unguarded: bool = typer.Option(False, help="Draw from a run without its guard."),
-    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."), seed: int = typer.Option(0, help="Random seed."),
-    device: str = typer.Option(None, help="cpu or cuda, to draw on (default: cuda if there is one)."),
+    space: str = typer.Option(
+        None, help=f"Feature space: {', '.join(SPACES)} or pca-64 (default: by the images)."
+    ),
+    flips: bool = typer.Option(True, help="Look for mirrored copies, too."),
+    backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
+    size: int = typer.Option(
+        None,
+        help="Side of the squares that images of folders are cut to (default: as the first training image).",
+    ),
+    strict: bool = typer.Option(
+        False, help="Stop at a file that cannot be read, instead of skipping it."
+    ),
+    n: int = typer.Option(1000, "--number", "-n", help="Images to draw from a run."),
+    unguarded: bool = typer.Option(False, help="Draw from a run without its guard."),
+    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
+    seed: int = typer.Option(0, help="Random seed."),
+    device: str = typer.Option(
+        None, help="cpu or cuda, to draw on (default: cuda if there is one)."
+    ),
 ):
     "Count copies of training images among generated ones, and write a report."
-    if test not in TESTS: raise ValueError(f"unknown test {test!r}: choose one of {', '.join(TESTS)}")
-    if not 0 <= (max_copy_rate or 0) <= 1: raise ValueError(f"--max-copy-rate must be between 0 and 1, got {max_copy_rate}")
+    if test not in TESTS:
+        raise ValueError(f"unknown test {test!r}: choose one of {', '.join(TESTS)}")
+    if not 0 <= (max_copy_rate or 0) <= 1:
+        raise ValueError(f"--max-copy-rate must be between 0 and 1, got {max_copy_rate}")
     writable(out.parent)
     if (Path(generated) / "run.json").exists():
         about, members, others = members_of(generated)
         model, schedule, shape, _, where = served(generated, unguarded, strength, device)
-        x = draw(model, schedule, shape, n, about["config"]["sample_steps"], seed, 500, where, progress=True)
-        known, unseen = pixels(members), pixels(others) if len(others) and held_out is None else None
-    elif training is None: raise ValueError(f"{generated} is no run: give the training images too, cpsample audit GENERATED TRAINING")
+        x = draw(
+            model,
+            schedule,
+            shape,
+            n,
+            about["config"]["sample_steps"],
+            seed,
+            500,
+            where,
+            progress=True,
+        )
+        known, unseen = (
+            pixels(members),
+            pixels(others) if len(others) and held_out is None else None,
+        )
+    elif training is None:
+        raise ValueError(
+            f"{generated} is no run: give the training images too, cpsample audit GENERATED TRAINING"
+        )
     else:
         known, unseen = pixels(read_data(training, size, strict=strict)), None
         x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict))
-    if held_out: unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict))
+    if held_out:
+        unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict))
     found = audit(x, known, unseen, space, flips, seed=seed, progress=True, backend=backend)
     verdict = None if max_copy_rate is None else found.verdict(max_copy_rate, test)
-    page, numbers = write_report(found, out, verdict, command="cpsample " + shlex.join(sys.argv[1:]))
-    for name, t in found.record["tests"].items(): print(f"{name:14} {t['words']}" + (f"; held-out images {t['words_held_out']}" if unseen is not None else ""))
+    page, numbers = write_report(
+        found, out, verdict, command="cpsample " + shlex.join(sys.argv[1:])
+    )
+    for name, t in found.record["tests"].items():
+        print(
+            f"{name:14} {t['words']}"
+            + (f"; held-out images {t['words_held_out']}" if unseen is not None else "")
+        )
     print(f"Report: {page}, {numbers}")
-    if verdict: print(verdict[1])
-    if verdict and not verdict[0]: raise SystemExit(1)
+    if verdict:
+        print(verdict[1])
+    if verdict and not verdict[0]:
+        raise SystemExit(1)
+
 
 @app.command("attack")
 def attack_command(
     run: Path = typer.Argument(help="Folder of the run, made by cpsample train."),
-    others: str = typer.Option(None, help="Images that the model and its guard never saw: a folder, .npz, .npy or a named set (default: from the rest of the run's set)."),
-    unguarded: bool = typer.Option(False, help="Attack the model without its guard."), strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
+    others: str = typer.Option(
+        None,
+        help="Images that the model and its guard never saw: a folder, .npz, .npy or a named set (default: from the rest of the run's set).",
+    ),
+    unguarded: bool = typer.Option(False, help="Attack the model without its guard."),
+    strength: float = typer.Option(1.0, help="Times the scale of the run's guard."),
     json_file: Path = typer.Option(None, "--json", help="Also write the numbers to this file."),
     limit: int = typer.Option(1000, help="At most so many members, and so many others."),
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Membership inference: how well are the training images of a run told apart from others?"
-    if json_file: writable(json_file.parent)
+    if json_file:
+        writable(json_file.parent)
     about, members, rest = members_of(run)
     model, schedule, _, guard, where = served(run, unguarded, strength, device)
-    strangers = read_data(others, about["size"], about["channels"]) if others else rest[4 * len(members) + 400 :]     # those before may have taught the guard
-    if len(strangers) < 20: raise ValueError("there are not enough images that neither the model nor its guard has seen: give --others")
-    sides = [pixels(side[torch.randperm(len(side), generator=torch.Generator().manual_seed(0))[:limit]]).to(where) for side in (members, strangers)]
+    strangers = (
+        read_data(others, about["size"], about["channels"])
+        if others
+        else rest[4 * len(members) + 400 :]
+    )  # those before may have taught the guard
+    if len(strangers) < 20:
+        raise ValueError(
+            "there are not enough images that neither the model nor its guard has seen: give --others"
+        )
+    sides = [
+        pixels(
+            side[torch.randperm(len(side), generator=torch.Generator().manual_seed(0))[:limit]]
+        ).to(where)
+        for side in (members, strangers)
+    ]
     collection = attacks(schedule) | guard_attacks(schedule, guard)
-    results = verdicts({name: tuple(scores_of(ask, model, side).cpu() for side in sides) for name, ask in tqdm(collection.items(), desc="attacking")})
-    record = {"name": "attack", "command": "cpsample " + shlex.join(sys.argv[1:]), "members": len(sides[0]), "others": len(sides[1]), "guarded": not unguarded}
-    if json_file: save_json(json_file, record | {"attacks": results})
+    results = verdicts(
+        {
+            name: tuple(scores_of(ask, model, side).cpu() for side in sides)
+            for name, ask in tqdm(collection.items(), desc="attacking")
+        }
+    )
+    record = {
+        "name": "attack",
+        "command": "cpsample " + shlex.join(sys.argv[1:]),
+        "members": len(sides[0]),
+        "others": len(sides[1]),
+        "guarded": not unguarded,
+    }
+    if json_file:
+        save_json(json_file, record | {"attacks": results})
     print(attack_table(results))
 
 # %% ../nbs/cli.ipynb #413b4070
 @app.command("reproduce")
 def reproduce_command(
     name: str = typer.Argument(help=f"Which experiment: {', '.join(EXPERIMENTS)}."),
-    size: str = typer.Option("full", help="full (a large GPU), colab (an evening on a free one) or tiny (a CPU, to see everything run)."),
-    out: Path = typer.Option(None, help="Folder of the run; a run that was stopped goes on (default: runs/NAME-SIZE)."),
-    plan: bool = typer.Option(False, help="Only say what it will do and cost."), device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
+    size: str = typer.Option(
+        "full",
+        help="full (a large GPU), colab (an evening on a free one) or tiny (a CPU, to see everything run).",
+    ),
+    out: Path = typer.Option(
+        None, help="Folder of the run; a run that was stopped goes on (default: runs/NAME-SIZE)."
+    ),
+    plan: bool = typer.Option(False, help="Only say what it will do and cost."),
+    device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Run one of the paper's experiments, stage by stage, after its plan."
-    if size not in EXPERIMENTS.get(name, {}): raise ValueError(f"unknown experiment {name} of size {size}: choose {' or '.join(EXPERIMENTS)}, and full, colab or tiny")
+    if size not in EXPERIMENTS.get(name, {}):
+        raise ValueError(
+            f"unknown experiment {name} of size {size}: choose {' or '.join(EXPERIMENTS)}, and full, colab or tiny"
+        )
     print(plan_table(EXPERIMENTS[name][size]))
-    if plan: return
-    run_experiment(EXPERIMENTS[name][size], folder := out or Path("runs") / f"{name}-{size}", on_device(device), command="cpsample " + shlex.join(sys.argv[1:]))
+    if plan:
+        return
+    run_experiment(
+        EXPERIMENTS[name][size],
+        folder := out or Path("runs") / f"{name}-{size}",
+        on_device(device),
+        command="cpsample " + shlex.join(sys.argv[1:]),
+    )
     print(f"All results: {folder / 'results.json'}")

@@ -8,7 +8,14 @@ __all__ = ['MIXTURES', 'SHAPES', 'GaussianMixture', 'noised', 'exact_denoiser', 
            'first_rows', 'distinct', 'atomic', 'save_json', 'writable', 'save_picture', 'data_path', 'need']
 
 # %% ../nbs/01_data.ipynb #3029702f
-import contextlib, hashlib, importlib, json, math, os, re, tempfile
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +31,7 @@ class GaussianMixture:
 
     means [M, D]; stds [M]; weights [M], summing to 1.
     """
+
     means: torch.Tensor
     stds: torch.Tensor
     weights: torch.Tensor
@@ -31,12 +39,18 @@ class GaussianMixture:
     def sample(self, n, generator=None):
         "n points [n, D]."
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        return self.means[k] + self.stds[k, None] * torch.randn(n, self.means.shape[1], generator=generator)
+        return self.means[k] + self.stds[k, None] * torch.randn(
+            n, self.means.shape[1], generator=generator
+        )
 
     def log_joint(self, x):
         "log(weight · density) of each component at x [B, D] → [B, M]."
         d2 = (x[:, None] - self.means).square().sum(-1)
-        return self.weights.log() - d2 / (2 * self.stds**2) - self.means.shape[1] * (self.stds * math.sqrt(2 * math.pi)).log()
+        return (
+            self.weights.log()
+            - d2 / (2 * self.stds**2)
+            - self.means.shape[1] * (self.stds * math.sqrt(2 * math.pi)).log()
+        )
 
     def log_prob(self, x):
         "Exact log-density at x [B, D] → [B]."
@@ -50,46 +64,77 @@ class GaussianMixture:
 # %% ../nbs/01_data.ipynb #2076ac1f
 def noised(mixture, abar):
     "The mixture after diffusion to signal share `abar` (a float): means √ᾱ·μ, variances ᾱ·σ² + 1 − ᾱ. Exact."
-    return GaussianMixture(abar**0.5 * mixture.means, (abar * mixture.stds**2 + 1 - abar).sqrt(), mixture.weights)
+    return GaussianMixture(
+        abar**0.5 * mixture.means, (abar * mixture.stds**2 + 1 - abar).sqrt(), mixture.weights
+    )
+
 
 def exact_denoiser(mixture, schedule):
     "The perfect denoiser of a mixture: `model(x_t, t) -> eps` for a batch at one common noise level t."
+
     def model(x_t, t):
-        if len(t) and (t != t[0]).any(): raise ValueError("exact_denoiser needs one common noise level per batch")
+        if len(t) and (t != t[0]).any():
+            raise ValueError("exact_denoiser needs one common noise level per batch")
         abar = schedule.abar[t[0]].item()
-        return -(1 - abar) ** 0.5 * noised(mixture, abar).score(x_t)
+        return -((1 - abar) ** 0.5) * noised(mixture, abar).score(x_t)
+
     return model
 
 # %% ../nbs/01_data.ipynb #0eed8943
 def round_mixture(means, std):
     "Equally weighted Gaussians of one standard deviation at `means` [M, D]."
-    return GaussianMixture(torch.as_tensor(means, dtype=torch.float32), torch.full((len(means),), std), torch.full((len(means),), 1 / len(means)))
+    return GaussianMixture(
+        torch.as_tensor(means, dtype=torch.float32),
+        torch.full((len(means),), std),
+        torch.full((len(means),), 1 / len(means)),
+    )
+
 
 def mix(a, b, share):
     "The mixture that is `a` with probability `share` and `b` otherwise."
-    return GaussianMixture(torch.cat([a.means, b.means]), torch.cat([a.stds, b.stds]), torch.cat([share * a.weights, (1 - share) * b.weights]))
+    return GaussianMixture(
+        torch.cat([a.means, b.means]),
+        torch.cat([a.stds, b.stds]),
+        torch.cat([share * a.weights, (1 - share) * b.weights]),
+    )
 
-def _ring(n): return [(1.5 * math.cos(2 * math.pi * k / n), 1.5 * math.sin(2 * math.pi * k / n)) for k in range(n)]
+
+def _ring(n):
+    return [
+        (1.5 * math.cos(2 * math.pi * k / n), 1.5 * math.sin(2 * math.pi * k / n)) for k in range(n)
+    ]
+
 
 MIXTURES = {
     "two_gaussians": lambda: round_mixture([(-1.0, 0.0), (1.0, 0.0)], 0.3),
     "eight_gaussians": lambda: round_mixture(_ring(8), 0.15),
-    "grid": lambda: round_mixture([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1.5, -0.5, 0.5, 1.5)], 0.1),
+    "grid": lambda: round_mixture(
+        [(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1.5, -0.5, 0.5, 1.5)], 0.1
+    ),
 }
 
 # %% ../nbs/01_data.ipynb #54e2c393
 def _moons(n, rng):
     from sklearn.datasets import make_moons
+
     return make_moons(n, noise=0.08, random_state=int(rng.integers(2**31)))[0] * 1.2 - (0.6, 0.3)
 
+
 def _rings(n, rng):
-    angle, radius = rng.uniform(0, 2 * np.pi, n), rng.choice([0.6, 1.6], n) + 0.06 * rng.standard_normal(n)
+    angle, radius = (
+        rng.uniform(0, 2 * np.pi, n),
+        rng.choice([0.6, 1.6], n) + 0.06 * rng.standard_normal(n),
+    )
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
 
 def _spirals(n, rng):
     angle = 3 * np.pi * np.sqrt(rng.uniform(0.02, 1, n))
     arm = rng.choice([-1, 1], n) * angle / 6
-    return np.stack([arm * np.cos(angle), arm * np.sin(angle)], 1) + 0.05 * rng.standard_normal((n, 2))
+    return np.stack([arm * np.cos(angle), arm * np.sin(angle)], 1) + 0.05 * rng.standard_normal(
+        (n, 2)
+    )
+
 
 def _checkerboard(n, rng):
     x, row = rng.uniform(-2, 2, n), rng.integers(0, 2, n)
@@ -98,21 +143,29 @@ def _checkerboard(n, rng):
 # %% ../nbs/01_data.ipynb #96dc4bb8
 SHAPES = {"moons": _moons, "rings": _rings, "spirals": _spirals, "checkerboard": _checkerboard}
 
+
 def toy(name, n, seed=0):
     """n points [n, 2] of the toy set `name`, within about ±2 on both axes: a key of `MIXTURES` or of `SHAPES`.
 
     Raises ValueError for an unknown name.
     """
-    if name in MIXTURES: return MIXTURES[name]().sample(n, torch.Generator().manual_seed(seed))
-    if name not in SHAPES: raise ValueError(f"unknown toy set {name!r}: choose one of {', '.join([*MIXTURES, *SHAPES])}")
+    if name in MIXTURES:
+        return MIXTURES[name]().sample(n, torch.Generator().manual_seed(seed))
+    if name not in SHAPES:
+        raise ValueError(
+            f"unknown toy set {name!r}: choose one of {', '.join([*MIXTURES, *SHAPES])}"
+        )
     return torch.as_tensor(SHAPES[name](n, np.random.default_rng(seed)), dtype=torch.float32)
 
 # %% ../nbs/01_data.ipynb #28f55a94
 def load_digits():
     "scikit-learn's 1,797 handwritten digits: images float32 [1797, 1, 8, 8] in [−1, 1], classes int64 [1797]."
     from sklearn import datasets
+
     digits = datasets.load_digits()
-    return torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.as_tensor(digits.target)
+    return torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.as_tensor(
+        digits.target
+    )
 
 # %% ../nbs/01_data.ipynb #ee848adf
 def pixels(x):
@@ -124,21 +177,31 @@ def show_grid(images, ax=None, columns=10, title=None):
     "Draw images [N, C, H, W] in [−1, 1] as a grid. Returns the axes."
     import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
+
     ax = ax or plt.subplots(figsize=(columns * 0.7, 0.7 * math.ceil(len(images) / columns)))[1]
     grid = make_grid(images.detach().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=10)
+    if title:
+        ax.set_title(title, fontsize=10)
     return ax
 
 # %% ../nbs/01_data.ipynb #b5f2851e
 def check_images(x, name="images"):
     "Return x when it is a non-empty float batch [N, ...] without NaN or infinity; raise ValueError otherwise."
-    if x.dim() < 2 or len(x) == 0: raise ValueError(f"{name} must be a non-empty batch [N, ...], got shape {tuple(x.shape)}")
-    if not x.is_floating_point(): raise ValueError(f"{name} must be floating point, got {x.dtype}: scale them to [-1, 1] first")
-    if torch.isfinite(x.sum()): return x                    # one quick pass: a sum is finite only if everything is
+    if x.dim() < 2 or len(x) == 0:
+        raise ValueError(f"{name} must be a non-empty batch [N, ...], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point, got {x.dtype}: scale them to [-1, 1] first"
+        )
+    if torch.isfinite(x.sum()):
+        return x  # one quick pass: a sum is finite only if everything is
     bad = (~torch.isfinite(x)).flatten(1).any(1)
-    if bad.any(): raise ValueError(f"{name} hold NaN or infinity in {int(bad.sum())} rows, first in row {int(bad.nonzero()[0])}: remove them first")
+    if bad.any():
+        raise ValueError(
+            f"{name} hold NaN or infinity in {int(bad.sum())} rows, first in row {int(bad.nonzero()[0])}: remove them first"
+        )
     return x
 
 # %% ../nbs/01_data.ipynb #db76ff6d
@@ -153,13 +216,17 @@ def fingerprint(x):
 @dataclass(frozen=True)
 class Split:
     "Named, disjoint lists of dataset indices, with the seed that drew them and the fingerprint of the data."
+
     indices: dict
     seed: int
     data: str
 
     def of(self, x, name):
         "The rows of x that belong to part `name`. Raises ValueError when x is not the data that was split."
-        if fingerprint(x) != self.data: raise ValueError("this split was made for other data: its fingerprint differs; split again")
+        if fingerprint(x) != self.data:
+            raise ValueError(
+                "this split was made for other data: its fingerprint differs; split again"
+            )
         return x[self.indices[name]]
 
 # %% ../nbs/01_data.ipynb #e38d235f
@@ -172,7 +239,9 @@ def split(x, sizes, seed=0):
     asked = sum(n for n in sizes.values() if n is not None)
     counts = [len(x) - asked if n is None else n for n in sizes.values()]
     if min(counts) < 1 or sum(counts) > len(x):
-        raise ValueError(f"cannot split {len(x)} images into {sizes}: each part needs at least 1, and all together at most {len(x)}")
+        raise ValueError(
+            f"cannot split {len(x)} images into {sizes}: each part needs at least 1, and all together at most {len(x)}"
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = order[: sum(counts)].split(counts)
     return Split({name: part.tolist() for name, part in zip(sizes, parts)}, seed, fingerprint(x))
@@ -185,15 +254,20 @@ def random_labels(n, K=8, seed=0):
 # %% ../nbs/01_data.ipynb #61fccd85
 def plant_duplicates(x, k, copies=1, seed=0):
     "Append `copies` exact copies of k random rows of x. Returns (the larger set, the k row numbers copied)."
-    if not 0 < k <= len(x): raise ValueError(f"cannot duplicate {k} of {len(x)} images")
+    if not 0 < k <= len(x):
+        raise ValueError(f"cannot duplicate {k} of {len(x)} images")
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
     return torch.cat([x, x[rows].repeat(copies, *[1] * (x.dim() - 1))]), rows
+
 
 def first_rows(x):
     "For each row of x the number of the first row that equals it exactly: int64 [N]."
     seen = {}
     rows = x.detach().cpu().flatten(1).contiguous().view(torch.uint8)
-    return torch.tensor([seen.setdefault(hashlib.sha256(row).digest(), i) for i, row in enumerate(rows.numpy())])
+    return torch.tensor(
+        [seen.setdefault(hashlib.sha256(row).digest(), i) for i, row in enumerate(rows.numpy())]
+    )
+
 
 def distinct(x):
     "The row numbers of x without exact repeats: int64, ascending. Near-duplicates (re-encoded images) count as distinct."
@@ -212,7 +286,8 @@ def atomic(path, mode=None):
     os.close(handle)
     try:
         yield Path(name)
-        with open(name, "rb+") as written: os.fsync(written)     # on the disk before the name is, should the power fail
+        with open(name, "rb+") as written:
+            os.fsync(written)  # on the disk before the name is, should the power fail
         os.chmod(name, 0o666 & ~umask if mode is None else mode)
         os.replace(name, path)
     finally:
@@ -221,19 +296,29 @@ def atomic(path, mode=None):
 # %% ../nbs/01_data.ipynb #95222791
 def save_json(path, record):
     "Write `record` as JSON, whole or not at all; lists of numbers on one line each."
-    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(record, indent=1, allow_nan=False))
-    with atomic(path) as tmp: tmp.write_text(text + "\n")
+    text = re.sub(
+        r"\[[^\[\]{}\"]*\]",
+        lambda numbers: " ".join(numbers[0].split()),
+        json.dumps(record, indent=1, allow_nan=False),
+    )
+    with atomic(path) as tmp:
+        tmp.write_text(text + "\n")
+
 
 def writable(folder):
     "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder): pass
+    with tempfile.TemporaryFile(dir=folder):
+        pass
     return Path(folder)
+
 
 def save_picture(path, fig):
     "Write a pyplot figure as PNG, whole or not at all, and close it."
     import matplotlib.pyplot as plt
-    with atomic(path) as tmp: fig.savefig(tmp, dpi=100, bbox_inches="tight")
+
+    with atomic(path) as tmp:
+        fig.savefig(tmp, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
 # %% ../nbs/01_data.ipynb #72547683
@@ -241,10 +326,16 @@ def data_path(name):
     "Where the file `name` of the project's data folder is, in a checkout or in an installed package."
     here = Path(cpsample.__file__).parent
     for root in (here / "_files", here.parent / "data"):
-        if (root / name).exists(): return root / name
+        if (root / name).exists():
+            return root / name
     raise FileNotFoundError(f"{name} is not among the project's data files: reinstall cpsample")
+
 
 def need(module, extra):
     "The optional module, imported; raises ImportError that names the extra which brings it."
-    try: return importlib.import_module(module)
-    except ImportError as error: raise ImportError(f"{module.split('.')[0]} is not installed: pip install 'cpsample[{extra}]'") from error
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module.split('.')[0]} is not installed: pip install 'cpsample[{extra}]'"
+        ) from error

@@ -7,7 +7,9 @@ __all__ = ['NETWORKS', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDen
            'train', 'run', 'seeded', 'timesteps', 'SampleStep', 'sample', 'last', 'draw']
 
 # %% ../nbs/02_ddpm.ipynb #6114d2c1
-import importlib, math, numbers
+import importlib
+import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ def time_embedding(t, dim=64):
 # %% ../nbs/02_ddpm.ipynb #335836eb
 class ResidualBlock(nn.Module):
     "h + MLP(LayerNorm(h), time): LayerNorm looks at one row alone, so rows never influence each other."
+
     def __init__(self, width):
         super().__init__()
         self.norm, self.time = nn.LayerNorm(width), nn.Linear(width, width)
@@ -39,34 +42,49 @@ class ResidualBlock(nn.Module):
 # %% ../nbs/02_ddpm.ipynb #f494654d
 class ResidualMLP(nn.Module):
     "A function of (x [B, ...], t [B]) with `d_out` numbers per row: residual blocks on the flattened x."
+
     def __init__(self, d_in, d_out, width=256, depth=3):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(64, width), nn.SiLU())
-        self.inp, self.norm, self.out = nn.Linear(d_in, width), nn.LayerNorm(width), nn.Linear(width, d_out)
+        self.inp, self.norm, self.out = (
+            nn.Linear(d_in, width),
+            nn.LayerNorm(width),
+            nn.Linear(width, d_out),
+        )
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t):
         emb, h = self.embed(time_embedding(t).to(x.dtype)), self.inp(x.flatten(1))
-        for block in self.blocks: h = block(h, emb)
+        for block in self.blocks:
+            h = block(h, emb)
         return self.out(F.silu(self.norm(h)))
 
 # %% ../nbs/02_ddpm.ipynb #a6635be9
 class MLPDenoiser(ResidualMLP):
     "A denoiser `model(x_t, t) -> eps` for rows of `shape` (such as (2,) or (1, 8, 8)); about 0.65 M parameters by default."
+
     def __init__(self, shape, width=256, depth=3):
         super().__init__(math.prod(shape), math.prod(shape), width, depth)
         self.config = {"shape": list(shape), "width": width, "depth": depth}
 
-    def forward(self, x_t, t): return super().forward(x_t, t).view_as(x_t)
+    def forward(self, x_t, t):
+        return super().forward(x_t, t).view_as(x_t)
 
 # %% ../nbs/02_ddpm.ipynb #79ed2c18
-NETWORKS = {"MLPDenoiser": "ddpm", "MLPClassifier": "classifier", "UNet": "unet", "UNetClassifier": "unet"}
+NETWORKS = {
+    "MLPDenoiser": "ddpm",
+    "MLPClassifier": "classifier",
+    "UNet": "unet",
+    "UNetClassifier": "unet",
+}
+
 
 def build_network(name, config):
     "A new network of the class `name`, a key of `NETWORKS`, with the arguments `config`. Raises ValueError for an unknown name."
-    if name not in NETWORKS: raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
     return getattr(importlib.import_module(f"cpsample.{NETWORKS[name]}"), name)(**config)
 
 # %% ../nbs/02_ddpm.ipynb #c88861c7
@@ -79,15 +97,30 @@ def ddpm_loss(model, x0, schedule, generator=None):
 # %% ../nbs/02_ddpm.ipynb #68a5d677
 class TrainStep(NamedTuple):
     "What `train` yields after each optimiser step: how many steps are done, the batch's loss, the learning rate used."
+
     step: int
     loss: float
     lr: float
+
 
 def _learning_rate(step, steps, lr, warmup):
     return lr * min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 # %% ../nbs/02_ddpm.ipynb #b1e50dde
-def train(model, loss, data, steps, batch_size=256, lr=1e-3, weights=None, warmup=100, clip=None, start=0, optimizer=None, generator=None):
+def train(
+    model,
+    loss,
+    data,
+    steps,
+    batch_size=256,
+    lr=1e-3,
+    weights=None,
+    warmup=100,
+    clip=None,
+    start=0,
+    optimizer=None,
+    generator=None,
+):
     """Train `model` and yield a `TrainStep` after each of `steps` Adam steps (warm-up, then cosine decay to 0).
 
     loss(model, *batch, generator=...) → scalar; data: a tuple of tensors with equally many rows, images as bytes or in [−1, 1];
@@ -96,18 +129,28 @@ def train(model, loss, data, steps, batch_size=256, lr=1e-3, weights=None, warmu
     generator: on the CPU, as are the weights. All that the next step depends on is in model, optimizer, generator and step.
     Raises ValueError for NaN images or unequal rows, FloatingPointError when the loss is no longer finite.
     """
-    if data[0].dtype != torch.uint8: check_images(data[0])
-    if any(len(d) != len(data[0]) for d in data): raise ValueError(f"images and labels differ in number: {[len(d) for d in data]}")
-    opt = torch.optim.Adam(model.parameters(), lr=lr, fused=True) if optimizer is None else optimizer
+    if data[0].dtype != torch.uint8:
+        check_images(data[0])
+    if any(len(d) != len(data[0]) for d in data):
+        raise ValueError(f"images and labels differ in number: {[len(d) for d in data]}")
+    opt = (
+        torch.optim.Adam(model.parameters(), lr=lr, fused=True) if optimizer is None else optimizer
+    )
     p = torch.ones(len(data[0])) if weights is None else weights
     for step in range(start, steps):
-        rows = torch.multinomial(p, batch_size, replacement=True, generator=generator).to(data[0].device)
+        rows = torch.multinomial(p, batch_size, replacement=True, generator=generator).to(
+            data[0].device
+        )
         opt.param_groups[0]["lr"] = _learning_rate(step, steps, lr, warmup)
         value = loss(model, *(pixels(d[rows]) for d in data), generator=generator)
-        if not torch.isfinite(value): raise FloatingPointError(f"the loss became {value.item()} at step {step + 1}: lower the learning rate ({lr})")
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"the loss became {value.item()} at step {step + 1}: lower the learning rate ({lr})"
+            )
         opt.zero_grad()
         value.backward()
-        if clip is not None: nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         opt.step()
         yield TrainStep(step + 1, value.item(), opt.param_groups[0]["lr"])
 
@@ -118,7 +161,8 @@ def run(training, steps, name="training", progress=True):
     with tqdm(training, total=steps, desc=name, disable=not progress, mininterval=0.5) as bar:
         for record in bar:
             losses.append(record.loss)
-            if record.step % 100 == 0: bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+            if record.step % 100 == 0:
+                bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
     return losses
 
 # %% ../nbs/02_ddpm.ipynb #77b8ab21
@@ -137,58 +181,96 @@ def timesteps(T, steps):
     Raises ValueError unless they fall strictly, lie within 0 … T−1 and end at 0.
     """
     if isinstance(steps, numbers.Integral):
-        if not 2 <= steps <= T: raise ValueError(f"steps must be between 2 and T={T}, got {steps}")
+        if not 2 <= steps <= T:
+            raise ValueError(f"steps must be between 2 and T={T}, got {steps}")
         return torch.linspace(T - 1, 0, steps).round().long().tolist()
     levels = [int(t) for t in steps]
-    if not levels or levels[-1] != 0 or levels[0] >= T or any(a <= b for a, b in zip(levels, levels[1:])):
-        raise ValueError(f"timesteps must start below T={T}, fall strictly and end at 0, or the samples stay noisy: got {levels[:3]} … {levels[-3:]}")
+    if (
+        not levels
+        or levels[-1] != 0
+        or levels[0] >= T
+        or any(a <= b for a, b in zip(levels, levels[1:]))
+    ):
+        raise ValueError(
+            f"timesteps must start below T={T}, fall strictly and end at 0, or the samples stay noisy: got {levels[:3]} … {levels[-3:]}"
+        )
     return levels
 
 # %% ../nbs/02_ddpm.ipynb #a05e1c7d
 class SampleStep(NamedTuple):
     "What `sample` yields: the noise level, the noisy x_t that the model saw there, and the clean image it predicted."
+
     t: int
     x_t: torch.Tensor
     x0_pred: torch.Tensor
 
 # %% ../nbs/02_ddpm.ipynb #6a7369e6
 @torch.no_grad()
-def sample(model, schedule, shape, steps=100, eta=1.0, clip=None, generator=None, device="cpu", dtype=torch.float32):
+def sample(
+    model,
+    schedule,
+    shape,
+    steps=100,
+    eta=1.0,
+    clip=None,
+    generator=None,
+    device="cpu",
+    dtype=torch.float32,
+):
     """Sample by DDIM (Song et al. 2021, eq. 12); eta=1 is DDPM, eta=0 is deterministic. Yields a `SampleStep` per level.
 
     model(x_t, t) → eps; shape (n, ...); steps: see `timesteps`; clip: bound on |x0| (1 for images; default None).
     The last x0_pred is the sample: `last(sample(...))`. Raises FloatingPointError when it is not finite.
     """
-    if not 0 <= eta <= 1: raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta}")
     levels = timesteps(schedule.T, steps)
     x = randn(shape, generator, device, dtype)
     for t, t_next in zip(levels, levels[1:] + [None]):
-        abar, abar_next = schedule.abar[t].item(), 1.0 if t_next is None else schedule.abar[t_next].item()
+        abar, abar_next = (
+            schedule.abar[t].item(),
+            1.0 if t_next is None else schedule.abar[t_next].item(),
+        )
         signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
         eps = model(x, torch.full(shape[:1], t, device=device))
         x0 = torch.sub(x, eps, alpha=noise).div_(signal)  # eps_to_x0
-        if clip is not None: eps = torch.sub(x, x0.clamp_(-clip, clip), alpha=signal).div_(noise)  # x0_to_eps
+        if clip is not None:
+            eps = torch.sub(x, x0.clamp_(-clip, clip), alpha=signal).div_(noise)  # x0_to_eps
         yield SampleStep(t, x, x0)
         sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))
-        x = (math.sqrt(abar_next) * x0).add_(eps, alpha=math.sqrt(max(0.0, 1 - abar_next - sigma**2)))
-        if sigma > 0: x.add_(randn(shape, generator, device, dtype), alpha=sigma)
-    if not torch.isfinite(x).all(): raise FloatingPointError("the samples are not finite: check the model's weights for NaN")
+        x = (math.sqrt(abar_next) * x0).add_(
+            eps, alpha=math.sqrt(max(0.0, 1 - abar_next - sigma**2))
+        )
+        if sigma > 0:
+            x.add_(randn(shape, generator, device, dtype), alpha=sigma)
+    if not torch.isfinite(x).all():
+        raise FloatingPointError("the samples are not finite: check the model's weights for NaN")
 
 # %% ../nbs/02_ddpm.ipynb #f95c4a66
 def last(steps):
     "The finished sample [n, ...]: the clean prediction of the last step of `sample`."
-    for step in steps: pass
+    for step in steps:
+        pass
     return step.x0_pred
 
 # %% ../nbs/02_ddpm.ipynb #e0b0af60
 def draw(model, schedule, shape, n, steps=100, seed=0, chunk=None, device="cpu", progress=False):
     "n images [n, *shape] in [−1, 1], on the CPU: DDPM sampling with `steps` network calls each from the noise of `seed`, `chunk` at a time (default: all)."
-    if n < 1: raise ValueError(f"the number of images must be at least 1, got {n}")
-    generator, sizes = torch.Generator().manual_seed(seed), [min(chunk or n, n - i) for i in range(0, n, chunk or n)]
-    trails = (sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device) for k in sizes)
+    if n < 1:
+        raise ValueError(f"the number of images must be at least 1, got {n}")
+    generator, sizes = (
+        torch.Generator().manual_seed(seed),
+        [min(chunk or n, n - i) for i in range(0, n, chunk or n)],
+    )
+    trails = (
+        sample(model, schedule, (k, *shape), steps, clip=1, generator=generator, device=device)
+        for k in sizes
+    )
     with tqdm(total=steps * len(sizes), desc="sampling", disable=not progress) as bar:
+
         def watched(trail):
             for step in trail:
                 bar.update()
                 yield step
+
         return torch.cat([last(watched(trail)).cpu() for trail in trails])

@@ -7,7 +7,13 @@ __all__ = ['SIZES', 'DEFAULTS', 'fit_denoiser', 'draw_arms', 'measure', 'check_d
            'run_demo', 'arm_copies', 'table', 'readme_table', 'show_arms']
 
 # %% ../nbs/demo.ipynb #553a07d5
-import contextlib, datetime, itertools, os, subprocess, time, warnings
+import contextlib
+import datetime
+import itertools
+import os
+import subprocess
+import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +23,42 @@ import cpsample
 from .classifier import log_odds
 from .data import load_digits, split
 from .ddpm import MLPDenoiser, ddpm_loss, draw, run, seeded, timesteps, train
-from .memorization import copy_test, describe_rate, digit_features, frechet_distance, proportion_ci, reject_copies
+from cpsample.memorization import (
+    copy_test,
+    describe_rate,
+    digit_features,
+    frechet_distance,
+    proportion_ci,
+    reject_copies,
+)
 from .protect import GUARDS, calibrate, certainties, check_settings, fit_guard, protect
 from .schedule import make_schedule
 
 # %% ../nbs/demo.ipynb #dbd633bd
-SIZES = dict(data="digits", schedule="linear", images=100, reference=697, train_steps=4000, guard_steps=3000, samples=1000, sample_steps=100)
-DEFAULTS = SIZES | GUARDS["default"] | dict(alpha=None, scale=None)     # None: calibration chooses
+SIZES = dict(
+    data="digits",
+    schedule="linear",
+    images=100,
+    reference=697,
+    train_steps=4000,
+    guard_steps=3000,
+    samples=1000,
+    sample_steps=100,
+)
+DEFAULTS = SIZES | GUARDS["default"] | dict(alpha=None, scale=None)  # None: calibration chooses
+
 
 def fit_denoiser(x, schedule, steps, lr=2e-3, seed=0, progress=False):
     "An `MLPDenoiser` trained on x [N, ...] for `steps` steps: the model of the demo."
     model = seeded(seed, lambda: MLPDenoiser(x.shape[1:]))
-    training = train(model, partial(ddpm_loss, schedule=schedule), (x,), steps, lr=lr, generator=torch.Generator().manual_seed(seed))
+    training = train(
+        model,
+        partial(ddpm_loss, schedule=schedule),
+        (x,),
+        steps,
+        lr=lr,
+        generator=torch.Generator().manual_seed(seed),
+    )
     run(training, steps, "denoiser", progress)
     return model.eval().requires_grad_(False)
 
@@ -38,15 +68,22 @@ def draw_arms(model, guard, members, n, steps, seed, progress=False):
 
     Unguarded and guarded start from the same noise; exact rejection draws on until it has n images that are no copies.
     """
-    def arm(denoiser, seed): return draw(denoiser, guard.schedule, members.shape[1:], n, steps, seed, progress=progress)
+
+    def arm(denoiser, seed):
+        return draw(denoiser, guard.schedule, members.shape[1:], n, steps, seed, progress=progress)
+
     seeds, guarded, arms = itertools.count(1000 * seed), protect(model, guard), {}
-    for name, make in (("unguarded", lambda: arm(model, 1000 * seed)),
-                       ("rejection", lambda: reject_copies(lambda: arm(model, next(seeds)), members, n)[0]),
-                       ("guarded", lambda: arm(guarded, 1000 * seed))):
+    for name, make in (
+        ("unguarded", lambda: arm(model, 1000 * seed)),
+        ("rejection", lambda: reject_copies(lambda: arm(model, next(seeds)), members, n)[0]),
+        ("guarded", lambda: arm(guarded, 1000 * seed)),
+    ):
         start = time.perf_counter()
-        try: arms[name] = make(), time.perf_counter() - start
+        try:
+            arms[name] = make(), time.perf_counter() - start
         except ValueError as error:
-            if name != "rejection": raise
+            if name != "rejection":
+                raise
             warnings.warn(f"no arm of exact rejection: {error}", stacklevel=2)
     return arms, guarded.certain / guarded.rows
 
@@ -55,21 +92,38 @@ def measure(x, members, held_out):
     "Copies with interval, and Fréchet distance to held-out digits, of samples x [n, 1, 8, 8]."
     report = copy_test(x, members)
     fd = frechet_distance(digit_features(x), digit_features(held_out))
-    return {"n": len(x), "copies": report.copies, "copy_rate": report.rate, "copy_ci": list(report.ci), "fd": fd}
+    return {
+        "n": len(x),
+        "copies": report.copies,
+        "copy_rate": report.rate,
+        "copy_ci": list(report.ci),
+        "fd": fd,
+    }
 
 # %% ../nbs/demo.ipynb #0bd42462
 def check_demo(s):
     "Raise ValueError for settings `s` (see `DEFAULTS`) that cannot work, before any time is spent on them."
-    if unknown := s.keys() - DEFAULTS.keys(): raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(DEFAULTS)}")
-    if s["data"] != "digits": raise ValueError(f"unknown data set {s['data']!r}: the demo runs on digits")
+    if unknown := s.keys() - DEFAULTS.keys():
+        raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(DEFAULTS)}")
+    if s["data"] != "digits":
+        raise ValueError(f"unknown data set {s['data']!r}: the demo runs on digits")
     T = make_schedule(s["schedule"]).T
-    given = {k: GUARDS["default"][k] if s[k] is None else s[k] for k in ("alpha", "scale", "form", "t_max")}
+    given = {
+        k: GUARDS["default"][k] if s[k] is None else s[k]
+        for k in ("alpha", "scale", "form", "t_max")
+    }
     check_settings(**given, T=T)
-    for name, least in dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1).items():
-        if s[name] < least: raise ValueError(f"{name} must be at least {least}, got {s[name]}")
+    for name, least in dict(
+        images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1
+    ).items():
+        if s[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {s[name]}")
     timesteps(T, s["sample_steps"])
     left = len(load_digits()[0]) - s["images"] - s["reference"]
-    if left < 100: raise ValueError(f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed")
+    if left < 100:
+        raise ValueError(
+            f"{s['images']} images and {s['reference']} reference images leave {left} held-out ones: at least 100 are needed"
+        )
 
 # %% ../nbs/demo.ipynb #597d04f1
 def run_seed(seed, s, progress=False):
@@ -78,40 +132,88 @@ def run_seed(seed, s, progress=False):
     parts = split(x, {"members": s["images"], "reference": s["reference"], "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     clock = [time.perf_counter()]
-    guard = fit_guard(members, schedule, reference, steps=s["guard_steps"], seed=seed, progress=progress, **{k: s[k] for k in ("K", "form", "t_max", "t_power")})
+    guard = fit_guard(
+        members,
+        schedule,
+        reference,
+        steps=s["guard_steps"],
+        seed=seed,
+        progress=progress,
+        **{k: s[k] for k in ("K", "form", "t_max", "t_power")},
+    )
     report = calibrate(guard, members, held_out[::2], alpha=s["alpha"], scale=s["scale"])
     clock.append(time.perf_counter())
     model = fit_denoiser(members, schedule, s["train_steps"], seed=seed, progress=progress)
     clock.append(time.perf_counter())
-    drawn, certain = draw_arms(model, guard, members, s["samples"], s["sample_steps"], seed, progress)
+    drawn, certain = draw_arms(
+        model, guard, members, s["samples"], s["sample_steps"], seed, progress
+    )
     real = frechet_distance(digit_features(reference), digit_features(held_out))
-    arms = {name: measure(images, members, held_out) | {"fd_held_out": real, "certain": 0.0, "seconds": t} for name, (images, t) in drawn.items()}
-    at, fresh = report["levels"].index(report["level"]), (certainties(guard, held_out[1::2], [report["level"]], seed=seed) > log_odds(guard.alpha, 1))[0]
-    arms["guarded"] |= {"certain": certain, "settings": {k: s[k] for k in GUARDS["default"]} | {k: getattr(guard, k) for k in ("alpha", "scale", "t_max")}
-                        | {k: report[k][at] for k in ("coverage", "false_alarms", "false_alarm_ci")} | {"false_alarms_fresh": fresh.float().mean().item(),
-                           "false_alarms_fresh_ci": list(proportion_ci(fresh.sum(), len(fresh)))}}
+    arms = {
+        name: measure(images, members, held_out)
+        | {"fd_held_out": real, "certain": 0.0, "seconds": t}
+        for name, (images, t) in drawn.items()
+    }
+    at, fresh = (
+        report["levels"].index(report["level"]),
+        (
+            certainties(guard, held_out[1::2], [report["level"]], seed=seed)
+            > log_odds(guard.alpha, 1)
+        )[0],
+    )
+    arms["guarded"] |= {
+        "certain": certain,
+        "settings": {k: s[k] for k in GUARDS["default"]}
+        | {k: getattr(guard, k) for k in ("alpha", "scale", "t_max")}
+        | {k: report[k][at] for k in ("coverage", "false_alarms", "false_alarm_ci")}
+        | {
+            "false_alarms_fresh": fresh.float().mean().item(),
+            "false_alarms_fresh_ci": list(proportion_ci(fresh.sum(), len(fresh))),
+        },
+    }
     clock.append(time.perf_counter())
-    seconds = dict(zip(("guard", "denoiser", "sampling"), (b - a for a, b in zip(clock, clock[1:]))))
+    seconds = dict(
+        zip(("guard", "denoiser", "sampling"), (b - a for a, b in zip(clock, clock[1:])))
+    )
     return arms, seconds, {name: images for name, (images, _) in drawn.items()}, members
 
 # %% ../nbs/demo.ipynb #ea9dc8df
 def pool(runs):
     "Several seeds' numbers of one arm as one: counts add up, distances and shares are averaged, `fd_seeds` keeps each."
     n, copies = sum(r["n"] for r in runs), sum(r["copies"] for r in runs)
-    mean = {k: sum(r[k] for r in runs) / len(runs) for k in ("fd", "fd_held_out", "certain", "seconds")}
-    return {"n": n, "copies": copies, "copy_rate": copies / n, "copy_ci": list(proportion_ci(copies, n)), **mean,
-            "copies_seeds": [r["copies"] for r in runs], "fd_seeds": [r["fd"] for r in runs], "settings": [r["settings"] for r in runs if "settings" in r]}
+    mean = {
+        k: sum(r[k] for r in runs) / len(runs) for k in ("fd", "fd_held_out", "certain", "seconds")
+    }
+    return {
+        "n": n,
+        "copies": copies,
+        "copy_rate": copies / n,
+        "copy_ci": list(proportion_ci(copies, n)),
+        **mean,
+        "copies_seeds": [r["copies"] for r in runs],
+        "fd_seeds": [r["fd"] for r in runs],
+        "settings": [r["settings"] for r in runs if "settings" in r],
+    }
 
 # %% ../nbs/demo.ipynb #64f878a1
 def provenance():
     "Where and when a result was made: commit (or version; '-dirty' when the package differs from it), hardware, date."
     checkout, commit = Path(cpsample.__file__).parent.parent, f"v{cpsample.__version__}"
-    def git(*words): return subprocess.run(["git", "-C", checkout, *words], capture_output=True, text=True)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", checkout, *words], capture_output=True, text=True)
+
     if (checkout / ".git").exists():
         with contextlib.suppress(OSError):
             if head := git("rev-parse", "--short", "HEAD").stdout.strip():
-                commit = head + ("-dirty" if git("diff", "--quiet", "HEAD", "--", "cpsample").returncode else "")
-    return {"commit": commit, "hardware": f"{os.cpu_count()} CPU cores", "date": datetime.date.today().isoformat()}
+                commit = head + (
+                    "-dirty" if git("diff", "--quiet", "HEAD", "--", "cpsample").returncode else ""
+                )
+    return {
+        "commit": commit,
+        "hardware": f"{os.cpu_count()} CPU cores",
+        "date": datetime.date.today().isoformat(),
+    }
 
 # %% ../nbs/demo.ipynb #68a6fb7c
 def run_demo(seeds=(0,), progress=False, command="run_demo", **settings):
@@ -121,53 +223,94 @@ def run_demo(seeds=(0,), progress=False, command="run_demo", **settings):
     """
     check_demo(s := DEFAULTS | settings)
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
-        raise ValueError(f"seeds must be different whole numbers from 0 to {2**31 - 1}, got {list(seeds)}")
+        raise ValueError(
+            f"seeds must be different whole numbers from 0 to {2**31 - 1}, got {list(seeds)}"
+        )
     origin = provenance()
     runs = [run_seed(seed, s, progress) for seed in seeds]
-    arms = {name: pool([r[0][name] for r in runs]) for name in runs[0][0] if all(name in r[0] for r in runs)}
+    arms = {
+        name: pool([r[0][name] for r in runs])
+        for name in runs[0][0]
+        if all(name in r[0] for r in runs)
+    }
     seconds = {stage: sum(r[1][stage] for r in runs) / len(runs) for stage in runs[0][1]}
-    record = {"name": "demo", "command": command, **origin, "seeds": list(seeds), "settings": s, "feature_space": "digits-mlp-64",
-              "arms": arms, "seconds": seconds | {"total": sum(seconds.values())}}
+    record = {
+        "name": "demo",
+        "command": command,
+        **origin,
+        "seeds": list(seeds),
+        "settings": s,
+        "feature_space": "digits-mlp-64",
+        "arms": arms,
+        "seconds": seconds | {"total": sum(seconds.values())},
+    }
     return record, runs[0][2], runs[0][3]
 
 # %% ../nbs/demo.ipynb #6d43ba7b
 def arm_copies(name, arm):
     "The copies of an arm in words; for exact rejection, which uses the same test, zero is no measurement."
-    return f"0 of {arm['n']}, by construction" if name == "rejection" else describe_rate(arm["copies"], arm["n"])
+    return (
+        f"0 of {arm['n']}, by construction"
+        if name == "rejection"
+        else describe_rate(arm["copies"], arm["n"])
+    )
+
 
 def table(record):
     "The record's arms as lines of text."
     lines = [f"{'':10} {'copies':34} {'Fréchet distance':>16} {'steps pushed':>13} {'seconds':>8}"]
     for name, a in record["arms"].items():
-        lines.append(f"{name:10} {arm_copies(name, a):34} {a['fd']:16.1f} {a['certain']:13.1%} {a['seconds']:8.1f}")
+        lines.append(
+            f"{name:10} {arm_copies(name, a):34} {a['fd']:16.1f} {a['certain']:13.1%} {a['seconds']:8.1f}"
+        )
     stages = ", ".join(f"{k} {v:.0f} s" for k, v in record["seconds"].items())
     real = record["arms"]["unguarded"]["fd_held_out"]
-    return "\n".join([*lines, f"Fréchet distance in the feature space {record['feature_space']} to held-out digits; real digits reach {real:.1f}.", f"Time per seed: {stages}."])
+    return "\n".join(
+        [
+            *lines,
+            f"Fréchet distance in the feature space {record['feature_space']} to held-out digits; real digits reach {real:.1f}.",
+            f"Time per seed: {stages}.",
+        ]
+    )
 
 # %% ../nbs/demo.ipynb #469a40b5
 def readme_table(record):
     "The record's arms as a Markdown table, with a line that says how it was made."
-    rows = ["| arm | copies of training images | by seed | Fréchet distance to held-out digits (by seed) | steps pushed | seconds per 1,000 samples |", "|---|---|---|---|---|---|"]
-    names = {"unguarded": "unguarded", "rejection": "exact rejection of copies (the ideal)", "guarded": "**guarded** (our variant of CPSample)"}
+    rows = [
+        "| arm | copies of training images | by seed | Fréchet distance to held-out digits (by seed) | steps pushed | seconds per 1,000 samples |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {
+        "unguarded": "unguarded",
+        "rejection": "exact rejection of copies (the ideal)",
+        "guarded": "**guarded** (our variant of CPSample)",
+    }
     for name, a in record["arms"].items():
         per_seed = ", ".join(f"{fd:.1f}" for fd in a["fd_seeds"])
         speed = 1000 * a["seconds"] * len(record["seeds"]) / a["n"]
         by_seed = ", ".join(map(str, a["copies_seeds"]))
-        rows.append(f"| {names[name]} | {arm_copies(name, a)} | {by_seed} | {a['fd']:.1f} ({per_seed}) | {a['certain']:.1%} | {speed:.1f} |")
+        rows.append(
+            f"| {names[name]} | {arm_copies(name, a)} | {by_seed} | {a['fd']:.1f} ({per_seed}) | {a['certain']:.1%} | {speed:.1f} |"
+        )
     s, seeds = record["seconds"], ", ".join(map(str, record["seeds"]))
     real, settings = record["arms"]["unguarded"]["fd_held_out"], record["settings"]
-    note = (f"Seeds {seeds}, {settings['samples']:,} samples each; {settings['reference']} other real digits are at {real:.1f} from the held-out ones. "
-            f"Per seed: denoiser {s['denoiser']:.0f} s, guard {s['guard']:.0f} s, sampling of all arms {s['sampling']:.0f} s on {record['hardware']}. "
-            f"Made by `{record['command']}` at commit `{record['commit']}`.")
+    note = (
+        f"Seeds {seeds}, {settings['samples']:,} samples each; {settings['reference']} other real digits are at {real:.1f} from the held-out ones. "
+        f"Per seed: denoiser {s['denoiser']:.0f} s, guard {s['guard']:.0f} s, sampling of all arms {s['sampling']:.0f} s on {record['hardware']}. "
+        f"Made by `{record['command']}` at commit `{record['commit']}`."
+    )
     return "\n".join([*rows, "", note])
 
 # %% ../nbs/demo.ipynb #935dec2e
 def show_arms(images, members, columns=14):
     "A figure of the arms' first samples, each above its nearest training image; copies are framed in red. Returns the pyplot figure."
     import matplotlib.pyplot as plt
+
     columns = min(columns, *map(len, images.values()))
     fig = plt.figure(figsize=(0.62 * columns + 1.2, 1.5 * len(images)))
-    grid = fig.add_gridspec(3 * len(images), columns, height_ratios=[1, 1, 0.25] * len(images), hspace=0.15, wspace=0.12)
+    grid = fig.add_gridspec(
+        3 * len(images), columns, height_ratios=[1, 1, 0.25] * len(images), hspace=0.15, wspace=0.12
+    )
     for row, (name, x) in enumerate(images.items()):
         report = copy_test(x[:columns], members)
         for col in range(columns):
@@ -176,5 +319,12 @@ def show_arms(images, members, columns=14):
                 ax.imshow(picture.squeeze(0).numpy(), cmap="gray", vmin=-1, vmax=1)
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set(visible=bool(report.copied[col]), color="crimson", linewidth=2.5)
-                if col == 0: ax.set_ylabel("nearest\ntraining" if below else f"{name}\nsamples", rotation=0, ha="right", va="center", fontsize=9)
+                if col == 0:
+                    ax.set_ylabel(
+                        "nearest\ntraining" if below else f"{name}\nsamples",
+                        rotation=0,
+                        ha="right",
+                        va="center",
+                        fontsize=9,
+                    )
     return fig

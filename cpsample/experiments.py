@@ -9,7 +9,14 @@ __all__ = ['DDPM_32', 'DATA', 'TUNE', 'EXPERIMENTS', 'INCEPTION', 'ATTACKS', 'GP
            'run_experiment']
 
 # %% ../nbs/15_cifar10.ipynb #131b0dea
-import functools, itertools, json, math, pathlib, re, time, warnings
+import functools
+import itertools
+import json
+import math
+import pathlib
+import re
+import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -27,81 +34,233 @@ from .protect import GUARDS, load_guard, protect
 from .quality import SPACES, features, inception
 from .schedule import make_schedule
 from .sources import load_celeba64, load_cifar10, load_crops
-from .training import CONFIGS, Config, load_model, save_model, train_denoiser, train_guard, write_tensors
+from cpsample.training import (
+    CONFIGS,
+    Config,
+    load_model,
+    save_model,
+    train_denoiser,
+    train_guard,
+    write_tensors,
+)
 
 # %% ../nbs/15_cifar10.ipynb #f1826de9
-DDPM_32 = {"block_out_channels": [128, 256, 256, 256], "layers_per_block": 2, "norm_num_groups": 32, "norm_eps": 1e-6, "attention_head_dim": None,
-           "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-           "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
+DDPM_32 = {
+    "block_out_channels": [128, 256, 256, 256],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
 NETWORKS["DiffusersUNet"] = "experiments"
+
 
 class DiffusersUNet(torch.nn.Module):
     "A `UNet2DModel` of diffusers as a denoiser `model(x_t, t) -> eps` for images of `shape` (C, H, W); options: its other arguments."
+
     def __init__(self, shape, **options):
         super().__init__()
-        self.config, network = {"shape": list(shape)} | options, need("diffusers", "diffusers").UNet2DModel
-        self.unet = network(sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], **options)
+        self.config, network = (
+            {"shape": list(shape)} | options,
+            need("diffusers", "diffusers").UNet2DModel,
+        )
+        self.unet = network(
+            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], **options
+        )
 
-    def forward(self, x_t, t): return self.unet(x_t, t, return_dict=False)[0]
+    def forward(self, x_t, t):
+        return self.unet(x_t, t, return_dict=False)[0]
 
 # %% ../nbs/15_cifar10.ipynb #7561a930
 def public_denoiser(repo, config):
     "(network, schedule) of the DDPM `repo`, a folder or on the Hub. Raises OSError when it cannot be had, ValueError when it does not fit `config`."
     kind, ours = need("diffusers", "diffusers").DDPMPipeline, make_schedule(config.schedule)
-    with hub_errors(repo, "loading"): pipe = kind.from_pretrained(repo, use_safetensors=True)
-    found = {**pipe.unet.config, "prediction_type": pipe.scheduler.config.prediction_type, "schedule": torch.allclose(schedule_of(pipe.scheduler).abar, ours.abar, atol=1e-4)}
-    planned = {"sample_size": config.shape[1], "in_channels": config.shape[0], **config.options, "prediction_type": "epsilon", "schedule": True}
-    if other := [k for k, v in planned.items() if json.dumps(found.get(k)) != json.dumps(v)]: raise ValueError(f"{repo} differs from the planned model in {', '.join(other)}")
-    (model := DiffusersUNet(config.shape, **config.options)).unet.load_state_dict(pipe.unet.state_dict())
+    with hub_errors(repo, "loading"):
+        pipe = kind.from_pretrained(repo, use_safetensors=True)
+    found = {
+        **pipe.unet.config,
+        "prediction_type": pipe.scheduler.config.prediction_type,
+        "schedule": torch.allclose(schedule_of(pipe.scheduler).abar, ours.abar, atol=1e-4),
+    }
+    planned = {
+        "sample_size": config.shape[1],
+        "in_channels": config.shape[0],
+        **config.options,
+        "prediction_type": "epsilon",
+        "schedule": True,
+    }
+    if other := [k for k, v in planned.items() if json.dumps(found.get(k)) != json.dumps(v)]:
+        raise ValueError(f"{repo} differs from the planned model in {', '.join(other)}")
+    (model := DiffusersUNet(config.shape, **config.options)).unet.load_state_dict(
+        pipe.unet.state_dict()
+    )
     return model, ours
 
 # %% ../nbs/15_cifar10.ipynb #780f4475
-def _crops(x): return (x := x[x.float().flatten(1).std(1).argsort(descending=True)])[torch.arange(len(x)) % 5 > 0], x[::5]       # the sky comes last
+def _crops(x):
+    return (x := x[x.float().flatten(1).std(1).argsort(descending=True)])[
+        torch.arange(len(x)) % 5 > 0
+    ], x[::5]  # the sky comes last
 
-DATA = {"cifar10": (lambda: (load_cifar10()[0], load_cifar10("test")[0]), 50_000, 10_000), "crops-32": (lambda: _crops(load_crops(32)[0]), 416, 104),
-        "celeba64": (lambda: ((x := load_celeba64()[0])[:162_770], x[182_637:]), 162_770, 19_962), "crops-64": (lambda: _crops(load_crops(64)[0]), 96, 24)}
-SPACES["thumbnail-48"] = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)       # the image in 4×4 pixels, for runs that have no Inception
+
+DATA = {
+    "cifar10": (lambda: (load_cifar10()[0], load_cifar10("test")[0]), 50_000, 10_000),
+    "crops-32": (lambda: _crops(load_crops(32)[0]), 416, 104),
+    "celeba64": (lambda: ((x := load_celeba64()[0])[:162_770], x[182_637:]), 162_770, 19_962),
+    "crops-64": (lambda: _crops(load_crops(64)[0]), 96, 24),
+}
+SPACES["thumbnail-48"] = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(
+    1
+)  # the image in 4×4 pixels, for runs that have no Inception
+
 
 @dataclass(frozen=True)
 class Experiment:
     """Everything that decides a run. data: a key of `DATA`, of which the first `images` are trained on; config: of the base model, the guards and the sampler; tune: what
     differs in it for the subset; pretrained: where the base comes from (None: it is trained); subset: images to fine-tune on; reference: others, to teach the guard; all_steps:
     of the guard of all; strength: times its own scale; fid_samples, copy_samples: images per arm, `chunk` at a time; attacked: members and others, at most; cosine: threshold."""
-    name: str; size: str; data: str; config: Config; tune: dict; pretrained: str | None = None
-    images: int = 50_000; subset: int = 200; reference: int = 2000; all_steps: int = 30_000; strength: float = 4.0
-    fid_samples: int = 50_000; copy_samples: int = 10_000; chunk: int = 100; attacked: int = 1000; cosine: float = 0.97; space: str = "inception-2048"
+
+    name: str
+    size: str
+    data: str
+    config: Config
+    tune: dict
+    pretrained: str | None = None
+    images: int = 50_000
+    subset: int = 200
+    reference: int = 2000
+    all_steps: int = 30_000
+    strength: float = 4.0
+    fid_samples: int = 50_000
+    copy_samples: int = 10_000
+    chunk: int = 100
+    attacked: int = 1000
+    cosine: float = 0.97
+    space: str = "inception-2048"
     tuned = property(lambda self: replace(self.config, mirror=False, **self.tune))
 
 # %% ../nbs/15_cifar10.ipynb #e71803d1
 TUNE = {"steps": 3000, "batch_size": 64, "lr": 1e-4, "warmup": 100, "beta": 0.999, "every": 500}
 
+
 def sizes(full, narrow, tiny, crops):
     "An experiment as full, colab and tiny. narrow, tiny: options of the networks of colab and tiny; crops: data of tiny."
-    def config(options, **how): return replace(full.config, options=full.config.options | options, **how)
-    shorter = {"steps": 15_000, "batch_size": 64, "warmup": 1000, "beta": 0.999, "every": 1000, "guard_steps": 5000, "sample_steps": 50}
-    evening = {"all_steps": 10_000, "tune": TUNE | {"steps": 2000}, "fid_samples": 10_000, "copy_samples": 2000, "attacked": 500, "images": 50_000}
-    little = {"images": 70, "subset": 8, "reference": 48, "all_steps": 20, "fid_samples": 40, "copy_samples": 40, "chunk": 20, "attacked": 3, "space": "thumbnail-48"}
-    quick = {"steps": 10, "batch_size": 16, "lr": 1e-3, "warmup": 5, "beta": 0.9, "every": 5}
-    guard = {"guard": {"width": 16, "mults": (1, 2), "unshuffle": full.config.shape[1] // 16}, "guard_steps": 150, "guard_batch_size": 48, "sample_steps": 8}
-    return {"full": full, "colab": replace(full, size="colab", config=config(narrow, **shorter), **evening),
-            "tiny": replace(full, size="tiny", data=crops, pretrained=None, config=config(tiny, **quick, **guard), tune=quick | {"steps": 20}, **little)}
 
-_public = replace(CONFIGS["cifar10"], network="DiffusersUNet", options=DDPM_32, every=1000, guard_steps=10_000)
-_celeba = Experiment("celeba64", "full", "celeba64", replace(CONFIGS["celeba64"], guard_steps=10_000), TUNE, images=162_770, all_steps=40_000, cosine=0.95, chunk=50)
-EXPERIMENTS = {"celeba64": sizes(_celeba, {"width": 64}, {"width": 16, "mults": (1, 2), "unshuffle": 4}, "crops-64"), "cifar10": sizes(
-    Experiment("cifar10", "full", "cifar10", _public, TUNE, "google/ddpm-cifar10-32"), {}, {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4}, "crops-32")}
+    def config(options, **how):
+        return replace(full.config, options=full.config.options | options, **how)
+
+    shorter = {
+        "steps": 15_000,
+        "batch_size": 64,
+        "warmup": 1000,
+        "beta": 0.999,
+        "every": 1000,
+        "guard_steps": 5000,
+        "sample_steps": 50,
+    }
+    evening = {
+        "all_steps": 10_000,
+        "tune": TUNE | {"steps": 2000},
+        "fid_samples": 10_000,
+        "copy_samples": 2000,
+        "attacked": 500,
+        "images": 50_000,
+    }
+    little = {
+        "images": 70,
+        "subset": 8,
+        "reference": 48,
+        "all_steps": 20,
+        "fid_samples": 40,
+        "copy_samples": 40,
+        "chunk": 20,
+        "attacked": 3,
+        "space": "thumbnail-48",
+    }
+    quick = {"steps": 10, "batch_size": 16, "lr": 1e-3, "warmup": 5, "beta": 0.9, "every": 5}
+    guard = {
+        "guard": {"width": 16, "mults": (1, 2), "unshuffle": full.config.shape[1] // 16},
+        "guard_steps": 150,
+        "guard_batch_size": 48,
+        "sample_steps": 8,
+    }
+    return {
+        "full": full,
+        "colab": replace(full, size="colab", config=config(narrow, **shorter), **evening),
+        "tiny": replace(
+            full,
+            size="tiny",
+            data=crops,
+            pretrained=None,
+            config=config(tiny, **quick, **guard),
+            tune=quick | {"steps": 20},
+            **little,
+        ),
+    }
+
+
+_public = replace(
+    CONFIGS["cifar10"], network="DiffusersUNet", options=DDPM_32, every=1000, guard_steps=10_000
+)
+_celeba = Experiment(
+    "celeba64",
+    "full",
+    "celeba64",
+    replace(CONFIGS["celeba64"], guard_steps=10_000),
+    TUNE,
+    images=162_770,
+    all_steps=40_000,
+    cosine=0.95,
+    chunk=50,
+)
+EXPERIMENTS = {
+    "celeba64": sizes(
+        _celeba, {"width": 64}, {"width": 16, "mults": (1, 2), "unshuffle": 4}, "crops-64"
+    ),
+    "cifar10": sizes(
+        Experiment("cifar10", "full", "cifar10", _public, TUNE, "google/ddpm-cifar10-32"),
+        {},
+        {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4},
+        "crops-32",
+    ),
+}
 
 # %% ../nbs/15_cifar10.ipynb #bf507caf
-INCEPTION, ATTACKS = 11.43e9, 122       # FLOPs of Inception-v3 for one image; rows that a model is asked about by all attacks together, for one image
+INCEPTION, ATTACKS = (
+    11.43e9,
+    122,
+)  # FLOPs of Inception-v3 for one image; rows that a model is asked about by all attacks together, for one image
+
+
 def count(network, shape, mode="forward"):
     "(FLOPs, bytes kept for the backward pass) of one image through a network where it is; mode: forward, train (back to the weights, too) or push (back to the image, too)."
-    own, saved = {p.untyped_storage()._cdata for p in network.requires_grad_(mode == "train").parameters()}, {}
-    x, t = (torch.zeros(size, dtype=kind, device=next(network.parameters()).device) for size, kind in (((1, *shape), torch.float32), ((1,), torch.long)))
-    note = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.untyped_storage()._cdata: x.untyped_storage().nbytes()}) or x, lambda x: x)
+    own, saved = (
+        {p.untyped_storage()._cdata for p in network.requires_grad_(mode == "train").parameters()},
+        {},
+    )
+    x, t = (
+        torch.zeros(size, dtype=kind, device=next(network.parameters()).device)
+        for size, kind in (((1, *shape), torch.float32), ((1,), torch.long))
+    )
+    note = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.update({x.untyped_storage()._cdata: x.untyped_storage().nbytes()}) or x,
+        lambda x: x,
+    )
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with FlopCounterMode(display=False) as flops, note, plain, torch.set_grad_enabled(mode != "forward"):
+    with (
+        FlopCounterMode(display=False) as flops,
+        note,
+        plain,
+        torch.set_grad_enabled(mode != "forward"),
+    ):
         out = network(x.requires_grad_(mode == "push"), t)
-        if mode != "forward": out.sum().backward()
+        if mode != "forward":
+            out.sum().backward()
     network.zero_grad()
     return flops.get_total_flops(), sum(size for key, size in saved.items() if key not in own)
 
@@ -109,76 +268,205 @@ def count(network, shape, mode="forward"):
 def plan(e):
     """What an experiment will cost: a dict {"stage", "flops", "memory", "disk"} for each stage, in FLOPs and bytes. Allocates and writes nothing. Exact for training; an upper
     bound for memory, and where a guard may push (at every step below t_max). Left out: calibration, what rejection draws anew, the search for neighbours, what is no product."""
-    c, image, rows, rest, look = e.config, math.prod(e.config.shape), [], DATA[e.data][2], INCEPTION if e.space == "inception-2048" else 0
+    c, image, rows, rest, look = (
+        e.config,
+        math.prod(e.config.shape),
+        [],
+        DATA[e.data][2],
+        INCEPTION if e.space == "inception-2048" else 0,
+    )
     with torch.device("meta"):
         base = build_network(c.network, {"shape": c.shape} | c.options)
-        guards = {preset: build_network("UNetClassifier", {"shape": c.shape, "K": GUARDS[preset]["K"]} | c.guard) for preset in ("paper", "default")}
-    cost, size = functools.cache(lambda net, mode="forward": count(net, c.shape, mode)), lambda net: 4 * sum(p.numel() for p in net.parameters())
-    def row(*values): rows.append(dict(zip(("stage", "flops", "memory", "disk"), values)))
-    def train(stage, net, steps, batch, data):                      # weights, gradients, two moments, their average; a checkpoint and the result
-        row(stage, cost(net, "train")[0] * steps * batch, 5 * size(net) + batch * cost(net, "train")[1] + data, 5 * size(net))
+        guards = {
+            preset: build_network(
+                "UNetClassifier", {"shape": c.shape, "K": GUARDS[preset]["K"]} | c.guard
+            )
+            for preset in ("paper", "default")
+        }
+    cost, size = (
+        functools.cache(lambda net, mode="forward": count(net, c.shape, mode)),
+        lambda net: 4 * sum(p.numel() for p in net.parameters()),
+    )
+
+    def row(*values):
+        rows.append(dict(zip(("stage", "flops", "memory", "disk"), values)))
+
+    def train(
+        stage, net, steps, batch, data
+    ):  # weights, gradients, two moments, their average; a checkpoint and the result
+        row(
+            stage,
+            cost(net, "train")[0] * steps * batch,
+            5 * size(net) + batch * cost(net, "train")[1] + data,
+            5 * size(net),
+        )
+
     def half(name, preset, steps, members, others, strangers, n):
-        guard, room = guards[preset], size(base) + size(guards[preset]) + e.chunk * cost(base, "train")[1]
-        push, asked = cost(guard)[0] + cost(guard, "push")[0], sum(t < GUARDS[preset]["t_max"] for t in timesteps(1000, c.sample_steps))
+        guard, room = (
+            guards[preset],
+            size(base) + size(guards[preset]) + e.chunk * cost(base, "train")[1],
+        )
+        push, asked = (
+            cost(guard)[0] + cost(guard, "push")[0],
+            sum(t < GUARDS[preset]["t_max"] for t in timesteps(1000, c.sample_steps)),
+        )
         train(f"{name}_guard", guard, steps, c.guard_batch_size, 4 * (members + others) * image)
-        row(name, n * (2 * c.sample_steps * cost(base)[0] + asked * push) + look * (3 * n + min(n, rest) + members), room, 2 * n * image + 4 * members * int(e.space.split("-")[1]))
-        row(f"{name}_attacks", 2 * min(e.attacked, members, strangers) * ATTACKS * (2 * cost(base)[0] + push), room, 0)
-    row("base", 0, size(base), 2 * size(base)) if e.pretrained else train("base", base, c.steps, c.batch_size, e.images * image)
+        row(
+            name,
+            n * (2 * c.sample_steps * cost(base)[0] + asked * push)
+            + look * (3 * n + min(n, rest) + members),
+            room,
+            2 * n * image + 4 * members * int(e.space.split("-")[1]),
+        )
+        row(
+            f"{name}_attacks",
+            2 * min(e.attacked, members, strangers) * ATTACKS * (2 * cost(base)[0] + push),
+            room,
+            0,
+        )
+
+    row("base", 0, size(base), 2 * size(base)) if e.pretrained else train(
+        "base", base, c.steps, c.batch_size, e.images * image
+    )
     half("all", "paper", e.all_steps, e.images, rest, rest, e.fid_samples)
     train("tuned", base, e.tuned.steps, e.tuned.batch_size, e.subset * image)
-    half("subset", "default", c.guard_steps, e.subset, e.reference, e.images - e.subset - e.reference, e.copy_samples)
+    half(
+        "subset",
+        "default",
+        c.guard_steps,
+        e.subset,
+        e.reference,
+        e.images - e.subset - e.reference,
+        e.copy_samples,
+    )
     return rows
 
 # %% ../nbs/15_cifar10.ipynb #53ab351b
-GPUS = {"T4": (8.1e12, 0.4), "A100": (156e12, 0.25), "H100": (495e12, 0.15)}        # peak in FLOP/s, and the share of it that is assumed to be reached
-def hours(flops, gpu): return flops / math.prod(GPUS[gpu]) / 3600
+GPUS = {
+    "T4": (8.1e12, 0.4),
+    "A100": (156e12, 0.25),
+    "H100": (495e12, 0.15),
+}  # peak in FLOP/s, and the share of it that is assumed to be reached
+
+
+def hours(flops, gpu):
+    return flops / math.prod(GPUS[gpu]) / 3600
+
 
 def plan_table(e):
     "The `plan` of an experiment as lines of text, with hours derived for each of `GPUS`."
     rows, data = plan(e), sum(DATA[e.data][1:]) * math.prod(e.config.shape)
-    rows.append({"stage": "total", "flops": sum(r["flops"] for r in rows), "memory": max(r["memory"] for r in rows), "disk": data + sum(r["disk"] for r in rows)})
-    def line(r): return f"{r['stage']:15}{r['flops'] / 1e15:12.4f}" + "".join(f"{hours(r['flops'], gpu):9.2f}" for gpu in GPUS) + f"{r['memory'] / 1e9:12.2f}{r['disk'] / 1e6:9.0f}"
-    return "\n".join([f"{e.name}, {e.size}: {e.images:,} training images of {e.data}; base model: {e.pretrained or 'trained here'}",
-                      f"{'stage':15}{'PFLOP':>12}" + "".join(f"{gpu + ', h':>9}" for gpu in GPUS) + f"{'memory, GB':>12}{'disk, MB':>9}", *map(line, rows),
-                      f"Files: data.safetensors ({data / 1e6:.0f} MB); STAGE.json for each stage; base/, tuned/, guards/; images in all_*/ and subset_*/; at the end results.json.",
-                      "FLOPs are counted; hours are derived, not measured: " + ", ".join(f"{gpu} {peak / 1e12:g} TFLOP/s at {share:.0%}" for gpu, (peak, share) in GPUS.items())])
+    rows.append(
+        {
+            "stage": "total",
+            "flops": sum(r["flops"] for r in rows),
+            "memory": max(r["memory"] for r in rows),
+            "disk": data + sum(r["disk"] for r in rows),
+        }
+    )
+
+    def line(r):
+        return (
+            f"{r['stage']:15}{r['flops'] / 1e15:12.4f}"
+            + "".join(f"{hours(r['flops'], gpu):9.2f}" for gpu in GPUS)
+            + f"{r['memory'] / 1e9:12.2f}{r['disk'] / 1e6:9.0f}"
+        )
+
+    return "\n".join(
+        [
+            f"{e.name}, {e.size}: {e.images:,} training images of {e.data}; base model: {e.pretrained or 'trained here'}",
+            f"{'stage':15}{'PFLOP':>12}"
+            + "".join(f"{gpu + ', h':>9}" for gpu in GPUS)
+            + f"{'memory, GB':>12}{'disk, MB':>9}",
+            *map(line, rows),
+            f"Files: data.safetensors ({data / 1e6:.0f} MB); STAGE.json for each stage; base/, tuned/, guards/; images in all_*/ and subset_*/; at the end results.json.",
+            "FLOPs are counted; hours are derived, not measured: "
+            + ", ".join(
+                f"{gpu} {peak / 1e12:g} TFLOP/s at {share:.0%}"
+                for gpu, (peak, share) in GPUS.items()
+            ),
+        ]
+    )
 
 # %% ../nbs/15_cifar10.ipynb #a5fad46a
 @dataclass(frozen=True)
 class Run:
     "An `experiment`, the folder that holds its results, the device that it runs on, and whether it says what it does."
-    experiment: Experiment; folder: pathlib.Path; device: str = "cpu"; progress: bool = True
+
+    experiment: Experiment
+    folder: pathlib.Path
+    device: str = "cpu"
+    progress: bool = True
+
 
 def stage(run, name, make, *files):
     "What the stage `name` found, a dict: kept in NAME.json, or made by make(), with its `seconds` (of the last go, if it was stopped); made again if one of its `files` is gone."
     path, start = run.folder / f"{name}.json", time.perf_counter()
     there = path.exists() and all((run.folder / file).exists() for file in files)
-    if not there: save_json(path, (make() or {}) | {"seconds": time.perf_counter() - start})
+    if not there:
+        save_json(path, (make() or {}) | {"seconds": time.perf_counter() - start})
     found = json.loads(path.read_text())
-    if run.progress: print(f"{name}: {'found; it took' if there else 'done in'} {found['seconds']:.1f} s", flush=True)
+    if run.progress:
+        print(
+            f"{name}: {'found; it took' if there else 'done in'} {found['seconds']:.1f} s",
+            flush=True,
+        )
     return found
+
 
 def kept(path, make):
     "The tensors in the file `path`, or make() → {name: tensor}, then kept there."
     if not path.exists():
-        with atomic(path) as tmp: write_tensors(make(), tmp, {})
+        with atomic(path) as tmp:
+            write_tensors(make(), tmp, {})
     return load_file(path)
 
 # %% ../nbs/15_cifar10.ipynb #07a9fabb
 def chunks(run, arm, model, schedule):
     "(images uint8 [chunk, C, H, W], [seconds, rows, pushed rows]), again and again, from the folder `arm`, or drawn and kept there."
     e, folder = run.experiment, writable(run.folder / arm)
-    def counts(): return torch.tensor([time.perf_counter(), getattr(model, "rows", 0), getattr(model, "certain", 0)], dtype=torch.float64)
+
+    def counts():
+        return torch.tensor(
+            [time.perf_counter(), getattr(model, "rows", 0), getattr(model, "certain", 0)],
+            dtype=torch.float64,
+        )
+
     def make(i):
-        before, x = counts(), draw(model, schedule, e.config.shape, e.chunk, e.config.sample_steps, e.config.seed + i, device=run.device)
+        before, x = (
+            counts(),
+            draw(
+                model,
+                schedule,
+                e.config.shape,
+                e.chunk,
+                e.config.sample_steps,
+                e.config.seed + i,
+                device=run.device,
+            ),
+        )
         return {"x": ((x.clamp(-1, 1) + 1) * 127.5).round().byte(), "counts": counts() - before}
-    return (kept(folder / f"{i:05d}.safetensors", functools.partial(make, i)) for i in itertools.count())
+
+    return (
+        kept(folder / f"{i:05d}.safetensors", functools.partial(make, i)) for i in itertools.count()
+    )
+
 
 def drawn(run, arm, model, schedule, n):
     "(n images of an arm, uint8; how they were made: seconds, share of rows that were pushed)."
-    found = list(tqdm(itertools.islice(chunks(run, arm, model, schedule), k := -(-n // run.experiment.chunk)), desc=arm, total=k, disable=not run.progress))
+    found = list(
+        tqdm(
+            itertools.islice(chunks(run, arm, model, schedule), k := -(-n // run.experiment.chunk)),
+            desc=arm,
+            total=k,
+            disable=not run.progress,
+        )
+    )
     seconds, rows, pushed = sum(part["counts"] for part in found).tolist()
-    return torch.cat([part["x"] for part in found])[:n], {"sampling_seconds": seconds, "certain": pushed / max(rows, 1)}
+    return torch.cat([part["x"] for part in found])[:n], {
+        "sampling_seconds": seconds,
+        "certain": pushed / max(rows, 1),
+    }
 
 # %% ../nbs/15_cifar10.ipynb #1c4e2a6d
 def denoiser(run, name, make):
@@ -187,74 +475,234 @@ def denoiser(run, name, make):
     model, schedule, _ = load_model(run.folder / name / "model.safetensors")
     return model.to(run.device, memory_format=torch.channels_last), schedule
 
+
 def trained_guard(run, name, config, preset, members, others, schedule):
     "The guard `name` for members (bytes) among others. Raises ValueError when it covers too few of its members: then it wants more steps."
     path = writable(run.folder / "guards") / name
-    stage(run, f"{name}_guard", lambda: train_guard(config, members, others, schedule, path, preset, device=run.device, progress=run.progress).made, f"guards/{name}.safetensors")
+    stage(
+        run,
+        f"{name}_guard",
+        lambda: (
+            train_guard(
+                config,
+                members,
+                others,
+                schedule,
+                path,
+                preset,
+                device=run.device,
+                progress=run.progress,
+            ).made
+        ),
+        f"guards/{name}.safetensors",
+    )
     (guard := load_guard(path)).classifier.to(run.device, memory_format=torch.channels_last)
     return replace(guard, scale=guard.scale * (run.experiment.strength if guard.report else 1))
 
 # %% ../nbs/15_cifar10.ipynb #4031d884
-def features_of(run, images): return torch.cat([features(pixels(part).to(run.device), run.experiment.space).cpu() for part in images.split(run.experiment.chunk)])
+def features_of(run, images):
+    return torch.cat(
+        [
+            features(pixels(part).to(run.device), run.experiment.space).cpu()
+            for part in images.split(run.experiment.chunk)
+        ]
+    )
+
+
 def half(run, name, model, schedule, config, preset, members, others, strangers, held_out, n):
     "A guard for `members` (bytes), n images per arm and the copies among them, attacks: {arms, attacks}. others teach the guard; strangers teach neither it nor a fine-tuning."
     e, guard = run.experiment, trained_guard(run, name, config, preset, members, others, schedule)
     models, file = {"unguarded": model, "guarded": protect(model, guard)}, "features_{}.safetensors"
+
     def arms():
-        found, known = {arm: drawn(run, f"{name}_{arm}", m, schedule, n) for arm, m in models.items()}, pixels(members)
-        f_known, real = kept(run.folder / file.format(name), lambda: {"x": features_of(run, members)})["x"], load_file(run.folder / file.format("all"))["x"]
+        found, known = (
+            {arm: drawn(run, f"{name}_{arm}", m, schedule, n) for arm, m in models.items()},
+            pixels(members),
+        )
+        f_known, real = (
+            kept(run.folder / file.format(name), lambda: {"x": features_of(run, members)})["x"],
+            load_file(run.folder / file.format("all"))["x"],
+        )
         more = chunks(run, f"{name}_unguarded", model, schedule)
-        x, accepted, number = reject(lambda: next(more)["x"], lambda x: ~copy_test(pixels(x), known).copied, n, max_rounds=20 * -(-n // e.chunk))
+        x, accepted, number = reject(
+            lambda: next(more)["x"],
+            lambda x: ~copy_test(pixels(x), known).copied,
+            n,
+            max_rounds=20 * -(-n // e.chunk),
+        )
         found |= {"rejection": (x, {"accepted": accepted / number}), "held_out": (held_out[:n], {})}
         for arm, (x, how) in found.items():
             f, x = features_of(run, x), pixels(x)
-            tests = {"ratio": copy_test(x, known), "carlini": carlini_test(x, known), "cosine": cosine_test(f, f_known, e.cosine)}
-            found[arm] = how | {"n": len(x), "fd": frechet_distance(f, real), "tests": {k: test.numbers() for k, test in tests.items()}}
+            tests = {
+                "ratio": copy_test(x, known),
+                "carlini": carlini_test(x, known),
+                "cosine": cosine_test(f, f_known, e.cosine),
+            }
+            found[arm] = how | {
+                "n": len(x),
+                "fd": frechet_distance(f, real),
+                "tests": {k: test.numbers() for k, test in tests.items()},
+            }
         return found
+
     def attack(arm):
-        asks, pick = attacks(schedule) | guard_attacks(schedule, guard if arm == "guarded" and guard.report else None), min(e.attacked, len(members), len(strangers))
-        scores = {k: tuple(scores_of(ask, models[arm], pixels(x[:pick]).to(run.device), e.chunk).cpu() for x in (members, strangers)) for k, ask in asks.items()}
+        asks, pick = (
+            attacks(schedule)
+            | guard_attacks(schedule, guard if arm == "guarded" and guard.report else None),
+            min(e.attacked, len(members), len(strangers)),
+        )
+        scores = {
+            k: tuple(
+                scores_of(ask, models[arm], pixels(x[:pick]).to(run.device), e.chunk).cpu()
+                for x in (members, strangers)
+            )
+            for k, ask in asks.items()
+        }
         return {"n": pick, "loss_test": loss_test(*scores["loss, t=100"]), **verdicts(scores)}
-    return {"arms": stage(run, name, arms), "attacks": stage(run, f"{name}_attacks", lambda: {arm: attack(arm) for arm in models})}
+
+    return {
+        "arms": stage(run, name, arms),
+        "attacks": stage(run, f"{name}_attacks", lambda: {arm: attack(arm) for arm in models}),
+    }
 
 # %% ../nbs/15_cifar10.ipynb #c92f9fb0
 def reproduce(run):
     "All stages of a run: {all, subset}, as `half` returns them."
-    e, data = run.experiment, kept(run.folder / "data.safetensors", lambda: dict(zip(("train", "held_out"), DATA[run.experiment.data][0]())))
+    e, data = (
+        run.experiment,
+        kept(
+            run.folder / "data.safetensors",
+            lambda: dict(zip(("train", "held_out"), DATA[run.experiment.data][0]())),
+        ),
+    )
     train, held_out = data["train"][: e.images], data["held_out"]
-    mine, rest = (train[rows] for rows in split(train, {"subset": e.subset, "others": None}, e.config.seed).indices.values())
-    def learned(config, images, folder, start=None): return {"loss": train_denoiser(config, images, folder, start, device=run.device, progress=run.progress)[2][-1]}
-    def fetched(folder): save_model(*public_denoiser(e.pretrained, e.config), folder / "model.safetensors", {"from": e.pretrained})
-    model, schedule = denoiser(run, "base", fetched if e.pretrained else lambda folder: learned(e.config, train, folder))
-    whole = half(run, "all", model, schedule, replace(e.config, guard_steps=e.all_steps), "paper", train, held_out, held_out, held_out, e.fid_samples)
+    mine, rest = (
+        train[rows]
+        for rows in split(
+            train, {"subset": e.subset, "others": None}, e.config.seed
+        ).indices.values()
+    )
+
+    def learned(config, images, folder, start=None):
+        return {
+            "loss": train_denoiser(
+                config, images, folder, start, device=run.device, progress=run.progress
+            )[2][-1]
+        }
+
+    def fetched(folder):
+        save_model(
+            *public_denoiser(e.pretrained, e.config),
+            folder / "model.safetensors",
+            {"from": e.pretrained},
+        )
+
+    model, schedule = denoiser(
+        run, "base", fetched if e.pretrained else lambda folder: learned(e.config, train, folder)
+    )
+    whole = half(
+        run,
+        "all",
+        model,
+        schedule,
+        replace(e.config, guard_steps=e.all_steps),
+        "paper",
+        train,
+        held_out,
+        held_out,
+        held_out,
+        e.fid_samples,
+    )
     tuned, _ = denoiser(run, "tuned", lambda folder: learned(e.tuned, mine, folder, model))
-    return {"all": whole, "subset": half(run, "subset", tuned, schedule, e.tuned, "default", mine, rest[: e.reference], rest[e.reference :], held_out, e.copy_samples)}
+    return {
+        "all": whole,
+        "subset": half(
+            run,
+            "subset",
+            tuned,
+            schedule,
+            e.tuned,
+            "default",
+            mine,
+            rest[: e.reference],
+            rest[e.reference :],
+            held_out,
+            e.copy_samples,
+        ),
+    }
+
 
 LEFTOVER = re.compile(r"\.[\w.]+(\.json|\.safetensors)\.[a-z0-9_]{8}\1")
-WRITTEN_IN = ("", "base", "tuned", "guards", *(f"{half}_{arm}" for half in ("all", "subset") for arm in ("unguarded", "guarded")))
+WRITTEN_IN = (
+    "",
+    "base",
+    "tuned",
+    "guards",
+    *(f"{half}_{arm}" for half in ("all", "subset") for arm in ("unguarded", "guarded")),
+)
+
 
 def remove_leftovers(folder):
     "Remove what killed writes of a run left behind: the temporary names of `atomic`, in the folders that a run writes to, and nothing else."
     for name in WRITTEN_IN:
         for path in (folder / name).glob(".*"):
-            if LEFTOVER.fullmatch(path.name) and path.is_file(): path.unlink()
+            if LEFTOVER.fullmatch(path.name) and path.is_file():
+                path.unlink()
+
 
 def run_experiment(experiment, folder, device="cpu", progress=True, command="run_experiment"):
     """Run an experiment in `folder`, or go on with it: what is there is not made again. Returns the record, also kept there as results.json. Raises OSError when data, weights
     or disk fail, ValueError when the folder is another run's or a guard covers too little, ImportError when an extra is missing."""
-    e, run, where = experiment, Run(experiment, writable(folder), device, progress), {"hardware": torch.cuda.get_device_name(device)} if "cuda" in str(device) else {}
+    e, run, where = (
+        experiment,
+        Run(experiment, writable(folder), device, progress),
+        {"hardware": torch.cuda.get_device_name(device)} if "cuda" in str(device) else {},
+    )
     try:
-        there = stage(replace(run, progress=False), "experiment", lambda: asdict(e) | {"made": {"command": command, **provenance(), **where}})
-        if other := [f"{k} {there.get(k)} there, {v} here" for k, v in json.loads(json.dumps(asdict(e))).items() if there.get(k) != v]:
-            raise ValueError(f"{folder} belongs to another run ({'; '.join(other)}): choose another folder, or remove experiment.json there to keep what is finished")
+        there = stage(
+            replace(run, progress=False),
+            "experiment",
+            lambda: asdict(e) | {"made": {"command": command, **provenance(), **where}},
+        )
+        if other := [
+            f"{k} {there.get(k)} there, {v} here"
+            for k, v in json.loads(json.dumps(asdict(e))).items()
+            if there.get(k) != v
+        ]:
+            raise ValueError(
+                f"{folder} belongs to another run ({'; '.join(other)}): choose another folder, or remove experiment.json there to keep what is finished"
+            )
         remove_leftovers(run.folder)
-        if e.space == "inception-2048": inception()                     # now, and not after 50,000 images
+        if e.space == "inception-2048":
+            inception()  # now, and not after 50,000 images
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "nobody has measured")    # what the paper's guard covers
+            warnings.filterwarnings(
+                "ignore", "nobody has measured"
+            )  # what the paper's guard covers
             found = reproduce(run)
-        costs = {row["stage"]: {"flops": row["flops"], "seconds": json.loads((run.folder / f"{row['stage']}.json").read_text())["seconds"]} for row in plan(e)}
-        save_json(run.folder / "results.json", {"name": e.name, "size": e.size, **there["made"], "seeds": [e.config.seed], "experiment": asdict(e), "costs": costs, **found})
+        costs = {
+            row["stage"]: {
+                "flops": row["flops"],
+                "seconds": json.loads((run.folder / f"{row['stage']}.json").read_text())["seconds"],
+            }
+            for row in plan(e)
+        }
+        save_json(
+            run.folder / "results.json",
+            {
+                "name": e.name,
+                "size": e.size,
+                **there["made"],
+                "seeds": [e.config.seed],
+                "experiment": asdict(e),
+                "costs": costs,
+                **found,
+            },
+        )
     except Exception as error:
-        if not any(words in str(error) for words in ("No space left", "Disk quota exceeded")): raise
-        raise OSError(f"the disk that holds {folder} is full: make room and run again, it goes on from what is finished") from error
+        if not any(words in str(error) for words in ("No space left", "Disk quota exceeded")):
+            raise
+        raise OSError(
+            f"the disk that holds {folder} is full: make room and run again, it goes on from what is finished"
+        ) from error
     return json.loads((run.folder / "results.json").read_text())

@@ -6,12 +6,14 @@
 __all__ = ['as_png', 'start_values', 'as_bundle', 'explore']
 
 # %% ../nbs/20_explorer.ipynb #f821bcdd
-import base64, io
+import base64
+import io
 
 # %% ../nbs/20_explorer.ipynb #2ff0e0d2
 def as_png(fig):
     "A pyplot figure as PNG bytes; the figure is closed."
     import matplotlib.pyplot as plt
+
     with io.BytesIO() as file:
         fig.savefig(file, format="png", dpi=90, bbox_inches="tight")
         plt.close(fig)
@@ -21,9 +23,12 @@ def as_png(fig):
 def start_values(controls):
     "What each control starts at. Raises ValueError for a control that is neither (low, high, step, start) nor a list."
     for name, c in controls.items():
-        if isinstance(c, list) and c: continue
+        if isinstance(c, list) and c:
+            continue
         if not (isinstance(c, tuple) and len(c) == 4 and c[0] <= c[3] <= c[1]):
-            raise ValueError(f"control {name} must be (low, high, step, start) with start between low and high, or a list of choices: got {c!r}")
+            raise ValueError(
+                f"control {name} must be (low, high, step, start) with start between low and high, or a list of choices: got {c!r}"
+            )
     return {name: c[0] if isinstance(c, list) else c[3] for name, c in controls.items()}
 
 # %% ../nbs/20_explorer.ipynb #7bfc61e1
@@ -32,15 +37,31 @@ def as_bundle(draw, controls):
     start = start_values(controls)
     png = as_png(draw(**start))
     bundle = {"image/png": base64.b64encode(png).decode(), "text/plain": f"figure at {start}"}
-    try: import ipywidgets as w
-    except ImportError: return bundle
+    try:
+        import ipywidgets as w
+    except ImportError:
+        return bundle
+
     def slider(name, c):
-        if isinstance(c, list): return w.SelectionSlider(options=c, value=c[0], description=name, continuous_update=False)
+        if isinstance(c, list):
+            return w.SelectionSlider(
+                options=c, value=c[0], description=name, continuous_update=False
+            )
         kind = w.IntSlider if all(isinstance(v, int) for v in c) else w.FloatSlider
-        return kind(value=c[3], min=c[0], max=c[1], step=c[2], description=name, continuous_update=False)
-    sliders, picture = {name: slider(name, c) for name, c in controls.items()}, w.Image(value=png, format="png", layout=w.Layout(align_self="flex-start"))
-    def redraw(_): picture.value = as_png(draw(**{name: s.value for name, s in sliders.items()}))
-    for s in sliders.values(): s.observe(redraw, "value")
+        return kind(
+            value=c[3], min=c[0], max=c[1], step=c[2], description=name, continuous_update=False
+        )
+
+    sliders, picture = (
+        {name: slider(name, c) for name, c in controls.items()},
+        w.Image(value=png, format="png", layout=w.Layout(align_self="flex-start")),
+    )
+
+    def redraw(_):
+        picture.value = as_png(draw(**{name: s.value for name, s in sliders.items()}))
+
+    for s in sliders.values():
+        s.observe(redraw, "value")
     return w.VBox([w.HBox(list(sliders.values())), picture])._repr_mimebundle_() | bundle
 
 # %% ../nbs/20_explorer.ipynb #3fbd7a9e
@@ -50,4 +71,5 @@ def explore(draw, **controls):
     draw: returns a pyplot figure; controls: name=(low, high, step, start) for a number, name=[…] for choices.
     """
     from IPython.display import display
+
     display(as_bundle(draw, controls), raw=True)

@@ -23,10 +23,14 @@ from .schedule import eps_to_x0, noisify, randn
 # %% ../nbs/11_membership.ipynb #cbaf8902
 def levels_of(x, t, schedule):
     "The level t for every row of x: int64 [N]. Raises ValueError when the schedule has no such level."
-    if not 0 <= t < schedule.T: raise ValueError(f"noise level must be between 0 and {schedule.T - 1}, got {t}")
+    if not 0 <= t < schedule.T:
+        raise ValueError(f"noise level must be between 0 and {schedule.T - 1}, got {t}")
     return torch.full((len(x),), t, device=x.device)
 
-def per_pixel(value): return value.flatten(1).mean(1)
+
+def per_pixel(value):
+    return value.flatten(1).mean(1)
+
 
 @torch.no_grad()
 def denoising_loss(model, x, schedule, t, draws=1, seed=0):
@@ -37,12 +41,15 @@ def denoising_loss(model, x, schedule, t, draws=1, seed=0):
         total = total + per_pixel((eps - model(x_t, rows)).square())
     return total / draws
 
+
 def loss_attack(model, x, schedule, t=100, draws=8, seed=0):
     "Members are denoised better: −`denoising_loss` (Matsumoto et al. 2023). Costs `draws` network calls."
     return -denoising_loss(model, x, schedule, t, draws, seed)
 
 # %% ../nbs/11_membership.ipynb #f425ff6a
-def _wins(members, others): return ((members[:, None] > others).double() + 0.5 * (members[:, None] == others)).cpu().numpy()
+def _wins(members, others):
+    return ((members[:, None] > others).double() + 0.5 * (members[:, None] == others)).cpu().numpy()
+
 
 def _bootstrap(wins, boots, seed):
     "The mean of `wins` [N, M] with rows and columns drawn again with replacement, `boots` times."
@@ -50,22 +57,33 @@ def _bootstrap(wins, boots, seed):
     rows, columns = (rng.multinomial(k, np.full(k, 1 / k), boots) / k for k in wins.shape)
     return (rows @ wins * columns).sum(1).clip(0, 1)
 
+
 def check_scores(scores, name):
     "Return scores [N] when there are two or more, all finite; raise ValueError otherwise."
-    if scores.dim() != 1 or len(scores) < 2: raise ValueError(f"scores of {name} must be at least two numbers [N], got shape {tuple(scores.shape)}")
-    if not torch.isfinite(scores).all(): raise ValueError(f"scores of {name} hold NaN or infinity: the attack failed, or the model does on these images")
+    if scores.dim() != 1 or len(scores) < 2:
+        raise ValueError(
+            f"scores of {name} must be at least two numbers [N], got shape {tuple(scores.shape)}"
+        )
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f"scores of {name} hold NaN or infinity: the attack failed, or the model does on these images"
+        )
     return scores
+
 
 def auc(members, others, level=0.95, boots=1000, seed=0):
     "Area under the ROC curve of scores of members [N] and others [M], with a bootstrap interval: (auc, (low, high))."
     wins = _wins(check_scores(members, "members"), check_scores(others, "others"))
-    return float(wins.mean()), tuple(np.quantile(_bootstrap(wins, boots, seed), [(1 - level) / 2, (1 + level) / 2]).tolist())
+    return float(wins.mean()), tuple(
+        np.quantile(_bootstrap(wins, boots, seed), [(1 - level) / 2, (1 + level) / 2]).tolist()
+    )
 
 # %% ../nbs/11_membership.ipynb #f2bf86ad
 def halves(n, seed):
     "The row numbers 0 … n−1 in two random halves."
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[: n // 2], order[n // 2 :]
+
 
 def infer(scores, fprs=(0.01, 0.001), level=0.95, boots=1000, seed=0):
     """What an attacker achieves who may choose one of several scores, its sign, and the threshold.
@@ -74,66 +92,123 @@ def infer(scores, fprs=(0.01, 0.001), level=0.95, boots=1000, seed=0):
     dict: `auc`, `auc_ci`; `tpr` and `tpr_ci` (Clopper–Pearson) for each of the false positive rates `fprs`, with the rate that was really had, `fpr`
     (None where half of the others are too few to set that threshold); `chosen`: the two (attack, sign).
     """
-    for name, (a, b) in scores.items(): check_scores(a, f"members ({name})"), check_scores(b, f"others ({name})")
+    for name, (a, b) in scores.items():
+        check_scores(a, f"members ({name})"), check_scores(b, f"others ({name})")
     n, m = (len(s) for s in next(iter(scores.values())))
     mine, theirs = halves(n, seed), halves(m, seed + 1)
-    values, again, chosen, caught, accused = [], [], [], dict.fromkeys(fprs, 0), dict.fromkeys(fprs, 0)
+    values, again, chosen, caught, accused = (
+        [],
+        [],
+        [],
+        dict.fromkeys(fprs, 0),
+        dict.fromkeys(fprs, 0),
+    )
     for tune, test in ((0, 1), (1, 0)):
-        found = {name: _wins(a[mine[tune]], b[theirs[tune]]).mean() for name, (a, b) in scores.items()}
+        found = {
+            name: _wins(a[mine[tune]], b[theirs[tune]]).mean() for name, (a, b) in scores.items()
+        }
         name = max(found, key=lambda name: abs(found[name] - 0.5))
         sign = 1 if found[name] >= 0.5 else -1
         a, b = (sign * s for s in scores[name])
-        wins, ordered = _wins(a[mine[test]], b[theirs[test]]), b[theirs[tune]].sort(descending=True).values
-        values.append(wins.mean()), again.append(_bootstrap(wins, boots, seed + test)), chosen.append((name, sign))
+        wins, ordered = (
+            _wins(a[mine[test]], b[theirs[test]]),
+            b[theirs[tune]].sort(descending=True).values,
+        )
+        (
+            values.append(wins.mean()),
+            again.append(_bootstrap(wins, boots, seed + test)),
+            chosen.append((name, sign)),
+        )
         for f in fprs:
-            k = int(f * (len(ordered) + 1) + 1e-9)                  # of n exchangeable scores the k-th largest is exceeded by a new one with probability k / (n + 1)
+            k = int(
+                f * (len(ordered) + 1) + 1e-9
+            )  # of n exchangeable scores the k-th largest is exceeded by a new one with probability k / (n + 1)
             threshold = ordered[k - 1] if k else torch.inf
             caught[f] += int((a[mine[test]] > threshold).sum())
             accused[f] += int((b[theirs[test]] > threshold).sum())
     enough = {f: f * (m // 2 + 1) + 1e-9 >= 1 for f in fprs}
-    return {"auc": float(np.mean(values)), "auc_ci": np.quantile(np.mean(again, 0), [(1 - level) / 2, (1 + level) / 2]).tolist(), "chosen": chosen,
-            "tpr": {f: caught[f] / n if enough[f] else None for f in fprs}, "tpr_ci": {f: list(proportion_ci(caught[f], n)) if enough[f] else None for f in fprs},
-            "fpr": {f: accused[f] / m if enough[f] else None for f in fprs}}
+    return {
+        "auc": float(np.mean(values)),
+        "auc_ci": np.quantile(np.mean(again, 0), [(1 - level) / 2, (1 + level) / 2]).tolist(),
+        "chosen": chosen,
+        "tpr": {f: caught[f] / n if enough[f] else None for f in fprs},
+        "tpr_ci": {f: list(proportion_ci(caught[f], n)) if enough[f] else None for f in fprs},
+        "fpr": {f: accused[f] / m if enough[f] else None for f in fprs},
+    }
 
 # %% ../nbs/11_membership.ipynb #3376f8b0
 def _ddim(model, x, t, to, schedule):
     "One deterministic DDIM step from level t to level `to`, up or down."
     rows = levels_of(x, t, schedule)
     eps = model(x, rows)
-    return noisify(eps_to_x0(x, rows, eps, schedule), levels_of(x, to, schedule), schedule, noise=eps)[0]
+    return noisify(
+        eps_to_x0(x, rows, eps, schedule), levels_of(x, to, schedule), schedule, noise=eps
+    )[0]
+
 
 @torch.no_grad()
 def secmi_attack(model, x, schedule, t=100, k=10):
     "Up one stride of k levels from the deterministic x_t, and down again: −(distance between)² (SecMI, Duan et al. 2023). Costs t/k + 2 calls."
-    for s in range(0, t, k): x = _ddim(model, x, s, min(s + k, t), schedule)
-    return -per_pixel((x - _ddim(model, _ddim(model, x, t, t + k, schedule), t + k, t, schedule)).square())
+    for s in range(0, t, k):
+        x = _ddim(model, x, s, min(s + k, t), schedule)
+    return -per_pixel(
+        (x - _ddim(model, _ddim(model, x, t, t + k, schedule), t + k, t, schedule)).square()
+    )
+
 
 @torch.no_grad()
 def pia_attack(model, x, schedule, t=200, p=4, normalize=False):
     "−‖ε₀ − ε̂(x_t with noise ε₀)‖ₚᵖ for ε₀ = ε̂(x, 0) (PIA, Kong et al. 2024); normalize: PIAN. Costs 2 calls."
     rows, eps = levels_of(x, t, schedule), model(x, levels_of(x, 0, schedule))
-    if normalize: eps = eps * (math.sqrt(2 / math.pi) / per_pixel(eps.abs()).clamp(min=1e-12)).view(-1, *[1] * (x.dim() - 1))
+    if normalize:
+        eps = eps * (math.sqrt(2 / math.pi) / per_pixel(eps.abs()).clamp(min=1e-12)).view(
+            -1, *[1] * (x.dim() - 1)
+        )
     return -per_pixel((eps - model(noisify(x, rows, schedule, noise=eps)[0], rows)).abs() ** p)
+
 
 @torch.no_grad()
 def sima_attack(model, x, schedule, t=50, p=2):
     "−‖ε̂(x, t)‖ₚᵖ of the image without noise (SimA, Rao et al. 2025). Costs 1 call."
     return -per_pixel(model(x, levels_of(x, t, schedule)).abs() ** p)
 
-def pfami_attack(model, x, schedule, levels=(50, 100, 150), neighbours=4, strength=0.1, draws=2, seed=0):
+
+def pfami_attack(
+    model, x, schedule, levels=(50, 100, 150), neighbours=4, strength=0.1, draws=2, seed=0
+):
     "How much larger the loss is beside x than at x, relatively (PFAMI, Fu et al. 2024). Costs len(levels) · draws · (neighbours + 1) calls."
-    def loss(x): return sum(denoising_loss(model, x, schedule, t, draws, seed) for t in levels)
+
+    def loss(x):
+        return sum(denoising_loss(model, x, schedule, t, draws, seed) for t in levels)
+
     generator, here = torch.Generator().manual_seed(seed), loss(x)
-    return sum((loss(x + strength * randn(x.shape, generator, x.device)) - here) / here for _ in range(neighbours)) / neighbours
+    return (
+        sum(
+            (loss(x + strength * randn(x.shape, generator, x.device)) - here) / here
+            for _ in range(neighbours)
+        )
+        / neighbours
+    )
 
 # %% ../nbs/11_membership.ipynb #a7e23df3
 def attacks(schedule):
     "{name: attack(model, x) -> score [N], high for members} of the literature, with the settings of their papers."
-    def at(t): return min(round(t * schedule.T / 1000), schedule.T - 1)
-    found = {f"loss, t={t}": partial(loss_attack, schedule=schedule, t=at(t)) for t in (50, 100, 200, 300)}
-    return found | {"SecMI": partial(secmi_attack, schedule=schedule, t=at(100), k=max(1, at(10))), "PIA": partial(pia_attack, schedule=schedule, t=at(200)),
-                    "PIAN": partial(pia_attack, schedule=schedule, t=at(200), normalize=True), "SimA": partial(sima_attack, schedule=schedule, t=at(50)),
-                    "PFAMI": partial(pfami_attack, schedule=schedule, levels=[at(t) for t in (50, 100, 150)])}
+
+    def at(t):
+        return min(round(t * schedule.T / 1000), schedule.T - 1)
+
+    found = {
+        f"loss, t={t}": partial(loss_attack, schedule=schedule, t=at(t))
+        for t in (50, 100, 200, 300)
+    }
+    return found | {
+        "SecMI": partial(secmi_attack, schedule=schedule, t=at(100), k=max(1, at(10))),
+        "PIA": partial(pia_attack, schedule=schedule, t=at(200)),
+        "PIAN": partial(pia_attack, schedule=schedule, t=at(200), normalize=True),
+        "SimA": partial(sima_attack, schedule=schedule, t=at(50)),
+        "PFAMI": partial(pfami_attack, schedule=schedule, levels=[at(t) for t in (50, 100, 150)]),
+    }
+
 
 def scores_of(attack, model, x, chunk=500):
     "The scores [N] of images x [N, ...], asked for `chunk` at a time."
@@ -142,19 +217,33 @@ def scores_of(attack, model, x, chunk=500):
 # %% ../nbs/11_membership.ipynb #d994d984
 def loss_test(members, others):
     "Are scores of members [N] higher than those of others [M]? One-sided Welch test, as (statistic, p): how CPSample, section 5, reports its loss attack."
-    found = ttest_ind(members.cpu().numpy(), others.cpu().numpy(), equal_var=False, alternative="greater")
+    found = ttest_ind(
+        members.cpu().numpy(), others.cpu().numpy(), equal_var=False, alternative="greater"
+    )
     return float(found.statistic), float(found.pvalue)
 
 # %% ../nbs/11_membership.ipynb #8cb5f5c8
 def _along(model, x, schedule, levels, seed):
     "Predicted noise along one noise through the `levels`: [levels, N, ...]."
     noise = randn(x.shape, torch.Generator().manual_seed(seed), x.device)
-    return torch.stack([model(noisify(x, levels_of(x, t, schedule), schedule, noise=noise)[0], levels_of(x, t, schedule)) for t in levels])
+    return torch.stack(
+        [
+            model(
+                noisify(x, levels_of(x, t, schedule), schedule, noise=noise)[0],
+                levels_of(x, t, schedule),
+            )
+            for t in levels
+        ]
+    )
+
 
 @torch.no_grad()
 def size_attack(model, x, schedule, levels=range(20, 400, 20), seed=0):
     "A push makes the predicted noise larger than noise: the largest ‖ε̂‖² per pixel over the levels. Costs len(levels) calls."
-    return torch.stack([per_pixel(eps.square()) for eps in _along(model, x, schedule, levels, seed)]).amax(0)
+    return torch.stack(
+        [per_pixel(eps.square()) for eps in _along(model, x, schedule, levels, seed)]
+    ).amax(0)
+
 
 @torch.no_grad()
 def jump_attack(model, x, schedule, levels=range(20, 500, 20), seed=0):
@@ -163,30 +252,53 @@ def jump_attack(model, x, schedule, levels=range(20, 500, 20), seed=0):
     bend = (eps[2:] - 2 * eps[1:-1] + eps[:-2]).norm(dim=2)
     return bend.amax(0) / bend.median(0).values.clamp(min=1e-12)
 
+
 def oracle_attack(model, x, guard, level=None):
     "Whoever holds the guard needs no model: its certainty at noise `level` (default: where it was calibrated)."
     return certainties(guard, x, [guard.report["level"] if level is None else level])[0]
 
+
 def guard_attacks(schedule, guard=None):
     "{name: attack(model, x) -> score} of those who know that there is a guard; with `guard`, of those who hold it, too."
-    def at(levels): return sorted({min(round(t * schedule.T / 1000), schedule.T - 1) for t in levels})
-    found = {"size": partial(size_attack, schedule=schedule, levels=at(range(20, 400, 20))), "jump": partial(jump_attack, schedule=schedule, levels=at(range(20, 500, 20)))}
+
+    def at(levels):
+        return sorted({min(round(t * schedule.T / 1000), schedule.T - 1) for t in levels})
+
+    found = {
+        "size": partial(size_attack, schedule=schedule, levels=at(range(20, 400, 20))),
+        "jump": partial(jump_attack, schedule=schedule, levels=at(range(20, 500, 20))),
+    }
     return found | ({"oracle": partial(oracle_attack, guard=guard)} if guard else {})
 
 # %% ../nbs/11_membership.ipynb #b893a80d
 def verdicts(scores, without=("oracle",)):
     """{attack: {"auc", "auc_ci": as published, "turned": what `infer` says of an attacker who may choose the sign}} for scores {attack: (members, others)};
     under "best of all" that of one who may choose among all attacks, except those in `without`."""
-    found = {name: dict(zip(("auc", "auc_ci"), auc(*pair))) | {"turned": infer({name: pair})} for name, pair in scores.items()}
-    return found | {"best of all": {"turned": infer({name: pair for name, pair in scores.items() if name not in without})}}
+    found = {
+        name: dict(zip(("auc", "auc_ci"), auc(*pair))) | {"turned": infer({name: pair})}
+        for name, pair in scores.items()
+    }
+    return found | {
+        "best of all": {
+            "turned": infer({name: pair for name, pair in scores.items() if name not in without})
+        }
+    }
+
 
 def attack_table(found):
     "What `verdicts` found, as lines of text."
-    lines = [f"{'':16} {'AUC as published':>22} {'sign chosen':>22} {'TPR at 1 % FPR':>15} {'at 0.1 %':>9}"]
+    lines = [
+        f"{'':16} {'AUC as published':>22} {'sign chosen':>22} {'TPR at 1 % FPR':>15} {'at 0.1 %':>9}"
+    ]
     interval = lambda value, ci: f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
     for name, v in found.items():
-        t, rates = v["turned"], ["–" if rate is None else f"{rate:.3f}" for rate in v["turned"]["tpr"].values()]
-        lines.append(f"{name:16} {interval(v['auc'], v['auc_ci']) if 'auc' in v else '':>22} {interval(t['auc'], t['auc_ci']):>22} {rates[0]:>15} {rates[1]:>9}")
+        t, rates = (
+            v["turned"],
+            ["–" if rate is None else f"{rate:.3f}" for rate in v["turned"]["tpr"].values()],
+        )
+        lines.append(
+            f"{name:16} {interval(v['auc'], v['auc_ci']) if 'auc' in v else '':>22} {interval(t['auc'], t['auc_ci']):>22} {rates[0]:>15} {rates[1]:>9}"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/11_membership.ipynb #4947fbfe

@@ -30,10 +30,14 @@ def ideal_denoiser(x_train, schedule):
     Its x0 prediction is the posterior mean: training images weighted by softmax(−‖x_t − √ᾱ_t·x_i‖² / 2(1−ᾱ_t)).
     """
     flat = check_images(x_train, "training images").flatten(1)
+
     def model(x_t, t):
         signal, sigma = signal_noise(schedule, t, x_t.flatten(1))
-        x0 = (-(torch.cdist(x_t.flatten(1) / signal, flat) * signal / sigma).square() / 2).softmax(1) @ flat
+        x0 = (-(torch.cdist(x_t.flatten(1) / signal, flat) * signal / sigma).square() / 2).softmax(
+            1
+        ) @ flat
         return x0_to_eps(x_t, t, x0.view_as(x_t), schedule)
+
     return model
 
 # %% ../nbs/03_memorization.ipynb #1ffb3731
@@ -42,50 +46,88 @@ def distance(a, b, flips=False):
     d = (a - b).flatten(1).norm(dim=1)
     return torch.minimum(d, (a - b.flip(-1)).flatten(1).norm(dim=1)) if flips else d
 
+
 def _through_torch(refs, k, flips, chunk):
     "part [n, ...] → (distances [n, k], rows [n, k]) by one matrix product."
     flat = refs.flatten(1)
-    half, room = torch.linalg.vector_norm(flat, dim=1).square() / 2, flat.new_empty(chunk, len(flat))         # the same memory for every part
+    half, room = (
+        torch.linalg.vector_norm(flat, dim=1).square() / 2,
+        flat.new_empty(chunk, len(flat)),
+    )  # the same memory for every part
+
     def search(part):
         closeness = torch.addmm(-half, part.flatten(1), flat.T, out=room[: len(part)])
-        if flips: torch.maximum(closeness, torch.addmm(-half, part.flip(-1).flatten(1), flat.T), out=closeness)
+        if flips:
+            torch.maximum(
+                closeness, torch.addmm(-half, part.flip(-1).flatten(1), flat.T), out=closeness
+            )
         value, rows = closeness.topk(k)
         mine = torch.linalg.vector_norm(part.flatten(1), dim=1, keepdim=True).square() / 2
         d = (2 * (mine - value)).clamp(min=0).sqrt()
-        for where in (d.square() < 0.04 * (mine + half[rows])).nonzero().split(4096):       # digits were lost: the direct way
+        for where in (
+            (d.square() < 0.04 * (mine + half[rows])).nonzero().split(4096)
+        ):  # digits were lost: the direct way
             i, j = where.T
             d[i, j] = distance(part[i], refs[rows[i, j]], flips)
         return d, rows
+
     return search
+
 
 def _through_faiss(refs, k, flips, chunk):
     "The same by an exact (flat) index of faiss."
     index = need("faiss", "audit").IndexFlatL2(refs[0].numel())
     index.add(refs.flatten(1).cpu().numpy())
+
     def search(part):
         views = (part, part.flip(-1)) if flips else (part,)
-        rows = torch.cat([torch.from_numpy(index.search(view.flatten(1).cpu().numpy(), k)[1]) for view in views], 1).to(part.device).sort(1).values
+        rows = (
+            torch.cat(
+                [
+                    torch.from_numpy(index.search(view.flatten(1).cpu().numpy(), k)[1])
+                    for view in views
+                ],
+                1,
+            )
+            .to(part.device)
+            .sort(1)
+            .values
+        )
         d = torch.stack([distance(part, refs[column], flips) for column in rows.T], 1)
-        d[:, 1:][rows[:, 1:] == rows[:, :-1]] = torch.inf                   # found twice, as it is and mirrored
+        d[:, 1:][rows[:, 1:] == rows[:, :-1]] = torch.inf  # found twice, as it is and mirrored
         return d, rows
+
     return search
 
+
 SEARCH = {"torch": _through_torch, "faiss": _through_faiss}
+
 
 def nearest(x, refs, k=1, chunk=None, flips=False, progress=False, backend="torch"):
     """The k nearest rows of `refs` [N, ...] to each row of x [B, ...] in ℓ₂: distances and row numbers, both [B, k], nearest first. Exact.
 
     chunk: rows of x at a time (default: so many that their distances to all of refs, mirrored too with flips, take 128 MiB); flips: see `distance`; backend: a key of `SEARCH`.
     """
-    if x.shape[1:] != refs.shape[1:]: raise ValueError(f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} differ in shape")
-    if backend not in SEARCH: raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
-    k, chunk, found = min(k, len(refs)), min(len(x), chunk or max(1, 2**25 // (len(refs) * (1 + flips)))), []
-    search = SEARCH[backend](refs, min(k + 4, len(refs)), flips, chunk)           # a few more: rounding may exchange neighbours
+    if x.shape[1:] != refs.shape[1:]:
+        raise ValueError(
+            f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} differ in shape"
+        )
+    if backend not in SEARCH:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
+    k, chunk, found = (
+        min(k, len(refs)),
+        min(len(x), chunk or max(1, 2**25 // (len(refs) * (1 + flips)))),
+        [],
+    )
+    search = SEARCH[backend](
+        refs, min(k + 4, len(refs)), flips, chunk
+    )  # a few more: rounding may exchange neighbours
     for part in tqdm(x.split(chunk), desc="nearest", disable=not progress):
         d, rows = search(part)
         d, order = d.sort(1)
         found.append((d[:, :k], rows.gather(1, order)[:, :k]))
     return tuple(map(torch.cat, zip(*found)))
+
 
 def nearest_groups(x, refs, groups, k=1, flips=False, progress=False, backend="torch"):
     """`nearest` with duplicates counted as one: of each group of rows of refs only the nearest member is a neighbour. (distances, rows), [B, k].
@@ -93,23 +135,30 @@ def nearest_groups(x, refs, groups, k=1, flips=False, progress=False, backend="t
     groups: for each row of refs the number of the first row of its group, int64 [N].
     """
     keep, extra = groups.unique(), (groups != torch.arange(len(refs))).nonzero()[:, 0]
-    if len(extra) == 0: return nearest(x, refs, k, flips=flips, progress=progress, backend=backend)
+    if len(extra) == 0:
+        return nearest(x, refs, k, flips=flips, progress=progress, backend=backend)
     d, rows = nearest(x, refs[keep], k, flips=flips, progress=progress, backend=backend)
-    near, which = nearest(x, refs[extra], 1, flips=flips)       # is one of the others nearer than the first of its group?
+    near, which = nearest(
+        x, refs[extra], 1, flips=flips
+    )  # is one of the others nearer than the first of its group?
     rows, which = keep[rows], extra[which]
     same = groups[rows] == groups[which]
-    late = ~same.any(1) & (near[:, 0] < d[:, -1])               # its group was not among the neighbours at all
+    late = ~same.any(1) & (near[:, 0] < d[:, -1])  # its group was not among the neighbours at all
     same[late, -1], d[late, -1] = True, torch.inf
     better = same & (near < d)
     d, order = torch.where(better, near, d).sort(1)
     return d, torch.where(better, which, rows).gather(1, order)
+
 
 def typical_distance(x, k=10, flips=True, sample=100, seed=0):
     """The median ℓ₂ distance of a row of x [N, ...] to its k-th nearest other one, over `sample` random rows.
 
     The first few neighbours may be duplicates of the row, the tenth is hardly one.
     """
-    k, rows = min(k, len(x) - 1), torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:sample]
+    k, rows = (
+        min(k, len(x) - 1),
+        torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:sample],
+    )
     return nearest(x[rows], x, k + 1, flips=flips)[0][:, k].median().item()
 
 # %% ../nbs/03_memorization.ipynb #f19a7cfc
@@ -117,10 +166,12 @@ def proportion_ci(k, n, level=0.95):
     "Clopper–Pearson interval of a rate: k hits in n trials → (low, high)."
     return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, method="exact")))
 
+
 def describe_rate(k, n, level=0.95):
     "A rate as a sentence: '12 of 1000 = 1.2 % [0.62, 2.1]', or '0 of 1000, below 0.37 % at 95 %' (two-sided)."
     low, high = proportion_ci(k, n, level)
-    if k == 0: return f"0 of {n}, below {100 * high:.2g} % at {100 * level:.0f} %"
+    if k == 0:
+        return f"0 of {n}, below {100 * high:.2g} % at {100 * level:.0f} %"
     low, high = (float(f"{100 * bound:.2g}") for bound in (low, high))
     return f"{k} of {n} = {100 * k / n:.3g} % [{low:g}, {high:g}]"
 
@@ -128,25 +179,44 @@ def describe_rate(k, n, level=0.95):
 @dataclass(frozen=True)
 class CopyReport:
     "A copy test's verdict on n images: `score` [n] (small is suspicious), the `nearest` training row [n], `copied` bool [n]."
+
     score: torch.Tensor
     nearest: torch.Tensor
     threshold: float
 
     @property
-    def copied(self): return self.score < self.threshold
+    def copied(self):
+        return self.score < self.threshold
+
     @property
-    def copies(self): return int(self.copied.sum())
+    def copies(self):
+        return int(self.copied.sum())
+
     @property
-    def rate(self): return self.copies / len(self.score)
+    def rate(self):
+        return self.copies / len(self.score)
+
     @property
-    def ci(self): return proportion_ci(self.copies, len(self.score))
-    def __str__(self): return describe_rate(self.copies, len(self.score))
-    def numbers(self): return {"copies": self.copies, "n": len(self.score), "rate": self.rate, "ci": list(self.ci), "words": str(self)}
+    def ci(self):
+        return proportion_ci(self.copies, len(self.score))
+
+    def __str__(self):
+        return describe_rate(self.copies, len(self.score))
+
+    def numbers(self):
+        return {
+            "copies": self.copies,
+            "n": len(self.score),
+            "rate": self.rate,
+            "ci": list(self.ci),
+            "words": str(self),
+        }
 
 # %% ../nbs/03_memorization.ipynb #c8217443
 def ratio_score(d):
     "Distance to the nearest over distance to the second-nearest, from sorted distances d [n, ≥ 2] → [n]."
     return d[:, 0] / d[:, 1].clamp(min=1e-12)
+
 
 def copy_test(x, x_train, threshold=1 / 3):
     """Ratio test: x [B, ...] copies when its ℓ₂ distance to the nearest training image is below `threshold`
@@ -156,7 +226,8 @@ def copy_test(x, x_train, threshold=1 / 3):
     """
     check_images(x), check_images(x_train, "training images")
     keep = distinct(x_train).to(x.device)
-    if len(keep) < 2: raise ValueError("the ratio test needs at least two distinct training images")
+    if len(keep) < 2:
+        raise ValueError("the ratio test needs at least two distinct training images")
     d, rows = nearest(x, x_train[keep], 2)
     return CopyReport(ratio_score(d), keep[rows[:, 0]], threshold)
 
@@ -165,6 +236,7 @@ def neighbourhood_score(d, factor=0.5):
     "Distance to the nearest over `factor` × the mean distance to all neighbours in d [n, k], sorted → [n]."
     return d[:, 0] / (factor * d.mean(1)).clamp(min=1e-12)
 
+
 def carlini_test(x, x_train, k=50, factor=0.5, threshold=1.0):
     """ℓ₂ to the nearest training image over `factor` × the mean ℓ₂ to the k nearest ones (Carlini et al. 2023, section 5.1).
 
@@ -172,30 +244,48 @@ def carlini_test(x, x_train, k=50, factor=0.5, threshold=1.0):
     """
     check_images(x), check_images(x_train, "training images")
     keep = distinct(x_train).to(x.device)
-    if len(keep) < 2: raise ValueError("the neighbourhood test needs at least two distinct training images")
+    if len(keep) < 2:
+        raise ValueError("the neighbourhood test needs at least two distinct training images")
     d, rows = nearest(x, x_train[keep], k)
     return CopyReport(neighbourhood_score(d, factor), keep[rows[:, 0]], threshold)
 
 # %% ../nbs/03_memorization.ipynb #17d3e99a
 class DigitsEncoder(nn.Module):
     "The feature space `digits-mlp-64`: the last hidden layer (64 numbers) of a small network that reads 8×8 digits."
+
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64), nn.SiLU())
+        self.features = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64), nn.SiLU()
+        )
         self.classes = nn.Linear(64, 10)
 
-    def forward(self, x): return self.classes(self.features(x))
+    def forward(self, x):
+        return self.classes(self.features(x))
 
 # %% ../nbs/03_memorization.ipynb #bb85c936
 def class_loss(encoder, x, y, generator=None, noise=0.1):
     "Cross-entropy on slightly noised images: x [B, 1, 8, 8], classes y [B]."
     return F.cross_entropy(encoder(x + noise * randn(x.shape, generator, x.device)), y)
 
+
 def fit_encoder(x, y, steps=2000, seed=0):
     "Train a `DigitsEncoder` on digits x [N, 1, 8, 8] and their classes y [N]: a few seconds."
     encoder = seeded(seed, DigitsEncoder)
-    run(train(encoder, class_loss, (x, y), steps, batch_size=128, generator=torch.Generator().manual_seed(seed)), steps, progress=False)
+    run(
+        train(
+            encoder,
+            class_loss,
+            (x, y),
+            steps,
+            batch_size=128,
+            generator=torch.Generator().manual_seed(seed),
+        ),
+        steps,
+        progress=False,
+    )
     return encoder
+
 
 @torch.no_grad()
 def digit_features(x):
@@ -211,7 +301,10 @@ def cosine_test(features, train_features, threshold=0.97):
     features [B, D], train_features [N, D]. The report's score is 1 − similarity.
     """
     check_images(features, "features"), check_images(train_features, "training features")
-    tiles, found = F.normalize(train_features, dim=1).split(1024), []         # a tile at a time stays in the processor's cache
+    tiles, found = (
+        F.normalize(train_features, dim=1).split(1024),
+        [],
+    )  # a tile at a time stays in the processor's cache
     for part in F.normalize(features, dim=1).split(512):
         value, row = map(torch.stack, zip(*[(part @ tile.T).max(1) for tile in tiles]))
         best, tile = value.max(0)
@@ -224,7 +317,10 @@ def frechet_distance(a, b):
 
     Called FID only when the features are Inception's. Biased upwards for small n: compare at equal n.
     """
-    if min(len(a), len(b)) < 2: raise ValueError(f"a Fréchet distance needs at least 2 rows on each side, got {len(a)} and {len(b)}")
+    if min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 rows on each side, got {len(a)} and {len(b)}"
+        )
     a, b = (np.asarray(f.detach().cpu(), dtype=np.float64) for f in (a, b))
     ca, cb = (np.atleast_2d(np.cov(f, rowvar=False)) for f in (a, b))
     cross = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()
@@ -241,8 +337,12 @@ def reject(draw, accept, n, max_rounds=100):
         x = draw()
         drawn += len(x)
         kept.append(x[accept(x)])
-        if (accepted := sum(map(len, kept))) >= n: return torch.cat(kept)[:n], accepted, drawn
-    raise ValueError(f"only {accepted} of {drawn} draws were accepted, {n} are needed: the rule rejects too much for this model")
+        if (accepted := sum(map(len, kept))) >= n:
+            return torch.cat(kept)[:n], accepted, drawn
+    raise ValueError(
+        f"only {accepted} of {drawn} draws were accepted, {n} are needed: the rule rejects too much for this model"
+    )
+
 
 def reject_copies(draw, x_train, n, test=copy_test, max_rounds=100):
     "`reject` everything that `test` calls a copy of x_train. Returns (images [n, ...], share accepted)."

@@ -8,7 +8,8 @@ __all__ = ['TO_EPS', 'CARD', 'schedule_of', 'network_of', 'as_denoiser', 'unrepe
            'from_pretrained']
 
 # %% ../nbs/14_pipelines.ipynb #c2873e90
-import tempfile, warnings
+import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,12 @@ from .sources import read_data, run_of
 from .training import CONFIGS, load_model, train_guard, write_tensors
 
 # %% ../nbs/14_pipelines.ipynb #704b7463
-TO_EPS = {"epsilon": lambda x_t, t, out, schedule: out, "v_prediction": v_to_eps, "sample": x0_to_eps}
+TO_EPS = {
+    "epsilon": lambda x_t, t, out, schedule: out,
+    "v_prediction": v_to_eps,
+    "sample": x0_to_eps,
+}
+
 
 def schedule_of(scheduler):
     """The noise schedule of a `diffusers` scheduler, as a `Schedule`.
@@ -33,31 +39,64 @@ def schedule_of(scheduler):
     """
     name, config = type(scheduler).__name__, scheduler.config
     kind, flow = config.get("prediction_type", "epsilon"), bool(config.get("use_flow_sigmas"))
-    if flow or kind not in TO_EPS or config.get("timestep_type") == "continuous" or getattr(scheduler, "alphas_cumprod", None) is None:
-        raise ValueError(f"{name}{' with use_flow_sigmas' * flow} (prediction_type {kind!r}) has no noise levels ᾱ_t that a guard could know: "
-                         f"take a scheduler of the DDPM family (DDIM, DPM-Solver++, Euler, UniPC, …) and a network that predicts {', '.join(TO_EPS)}")
+    if (
+        flow
+        or kind not in TO_EPS
+        or config.get("timestep_type") == "continuous"
+        or getattr(scheduler, "alphas_cumprod", None) is None
+    ):
+        raise ValueError(
+            f"{name}{' with use_flow_sigmas' * flow} (prediction_type {kind!r}) has no noise levels ᾱ_t that a guard could know: "
+            f"take a scheduler of the DDPM family (DDIM, DPM-Solver++, Euler, UniPC, …) and a network that predicts {', '.join(TO_EPS)}"
+        )
     return Schedule(config.get("beta_schedule", name), scheduler.alphas_cumprod.float().cpu())
 
 # %% ../nbs/14_pipelines.ipynb #8b7c86a4
 def network_of(pipe):
     "The denoising network of a pipeline: its `unet` or `transformer`. Raises ValueError if it has neither."
-    found = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
-    if found is None: raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer: there is nothing to protect")
+    found = next(
+        (
+            part
+            for name in ("unet", "transformer")
+            if (part := getattr(pipe, name, None)) is not None
+        ),
+        None,
+    )
+    if found is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has neither a unet nor a transformer: there is nothing to protect"
+        )
     return found
+
 
 def as_denoiser(network, scheduler, **conditioning):
     "The network of a pipeline as a denoiser `model(x_t, t) -> eps` for the samplers, attacks and measures of this package; `conditioning` as the network's forward takes it."
-    schedule, to_eps = schedule_of(scheduler), TO_EPS[scheduler.config.get("prediction_type", "epsilon")]
-    return lambda x_t, t: to_eps(x_t, t, network(x_t, t, **conditioning, return_dict=False)[0][:, : x_t.shape[1]], schedule)
+    schedule, to_eps = (
+        schedule_of(scheduler),
+        TO_EPS[scheduler.config.get("prediction_type", "epsilon")],
+    )
+    return lambda x_t, t: to_eps(
+        x_t, t, network(x_t, t, **conditioning, return_dict=False)[0][:, : x_t.shape[1]], schedule
+    )
 
 # %% ../nbs/14_pipelines.ipynb #fa56a0d0
 def unrepeated(x):
     "(the batch without its repetitions, how often it stood there): under classifier-free guidance all images come twice, with and without caption."
-    times = next((n for n in (3, 2) if len(x) % n == 0 and all(torch.equal(x[: len(x) // n], part) for part in x.chunk(n)[1:])), 1)
+    times = next(
+        (
+            n
+            for n in (3, 2)
+            if len(x) % n == 0
+            and all(torch.equal(x[: len(x) // n], part) for part in x.chunk(n)[1:])
+        ),
+        1,
+    )
     return x[: len(x) // times], times
+
 
 class PipelineGuard(Protected):
     """What `protect_pipeline` returns: `rows` and `certain` count as in `Protected`, `remove()` takes the protection off, and so does the end of a `with` block."""
+
     def __init__(self, pipe, guard):
         super().__init__(network_of(pipe), guard)
         self.pipe, self.scheduler = pipe, None
@@ -66,29 +105,52 @@ class PipelineGuard(Protected):
 
     def look(self):
         "Is the pipeline's scheduler, which anybody may exchange, one that this guard was trained for? Raises ValueError if not."
-        if self.pipe.scheduler is self.scheduler: return
+        if self.pipe.scheduler is self.scheduler:
+            return
         abar = schedule_of(self.pipe.scheduler).abar
-        if abar.shape != self.guard.schedule.abar.shape or (abar - self.guard.schedule.abar.cpu()).abs().max() > 1e-3:
-            raise ValueError(f"this guard was trained for another noise schedule than that of the pipeline's {type(self.pipe.scheduler).__name__}: "
-                             "train one with schedule_of(pipe.scheduler)")
+        if (
+            abar.shape != self.guard.schedule.abar.shape
+            or (abar - self.guard.schedule.abar.cpu()).abs().max() > 1e-3
+        ):
+            raise ValueError(
+                f"this guard was trained for another noise schedule than that of the pipeline's {type(self.pipe.scheduler).__name__}: "
+                "train one with schedule_of(pipe.scheduler)"
+            )
         self.scheduler = self.pipe.scheduler
 
     @torch.compiler.disable
     def after(self, network, args, kwargs, output):
         "Called by torch after the network: its output, changed where the guard is certain."
         self.look()
-        x, t = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")), kwargs["timestep"] if "timestep" in kwargs else args[1]
+        x, t = (
+            args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")),
+            kwargs["timestep"] if "timestep" in kwargs else args[1],
+        )
         out = output if isinstance(output, torch.Tensor) else output[0]
-        x, times = unrepeated(x[:, : out.shape[1]])                     # inpainting networks are also shown mask and picture
+        x, times = unrepeated(
+            x[:, : out.shape[1]]
+        )  # inpainting networks are also shown mask and picture
         self.fits(x)
         t = torch.as_tensor(t, device=x.device).reshape(-1)[: len(x)]
-        if (found := self.change(x, t)) is None: return output
+        if (found := self.change(x, t)) is None:
+            return output
         rows, step = found
-        one = TO_EPS[self.scheduler.config.get("prediction_type", "epsilon")](torch.zeros_like(step), t.expand(len(x))[rows], torch.ones_like(step), self.guard.schedule)
-        new, rows, step = out.clone(), torch.cat([rows + k * len(x) for k in range(times)]), torch.cat([step / one] * times)
+        one = TO_EPS[self.scheduler.config.get("prediction_type", "epsilon")](
+            torch.zeros_like(step),
+            t.expand(len(x))[rows],
+            torch.ones_like(step),
+            self.guard.schedule,
+        )
+        new, rows, step = (
+            out.clone(),
+            torch.cat([rows + k * len(x) for k in range(times)]),
+            torch.cat([step / one] * times),
+        )
         new[:, : x.shape[1]].index_add_(0, rows, step.to(out.dtype))
-        if isinstance(output, torch.Tensor): return new
-        if isinstance(output, tuple): return (new, *output[1:])
+        if isinstance(output, torch.Tensor):
+            return new
+        if isinstance(output, tuple):
+            return (new, *output[1:])
         output[next(iter(output))] = new
         return output
 
@@ -96,16 +158,25 @@ class PipelineGuard(Protected):
         "Has the guard learned images of this shape? It follows them to their device. Raises ValueError if not."
         known = (getattr(self.guard.classifier, "config", None) or {}).get("shape", x.shape[1:])
         if tuple(known) != tuple(x.shape[1:]):
-            raise ValueError(f"this guard knows images of shape {tuple(known)}, the pipeline draws {tuple(x.shape[1:])}: draw at the size that the guard was trained at")
-        if isinstance(self.guard.classifier, torch.nn.Module): self.guard.classifier.to(x.device)
+            raise ValueError(
+                f"this guard knows images of shape {tuple(known)}, the pipeline draws {tuple(x.shape[1:])}: draw at the size that the guard was trained at"
+            )
+        if isinstance(self.guard.classifier, torch.nn.Module):
+            self.guard.classifier.to(x.device)
 
-    def remove(self): self.hook.remove()
+    def remove(self):
+        self.hook.remove()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, kind, *error):
         self.remove()
-        if kind is None and self.rows == 0: warnings.warn("nothing was guarded: the network was not called, or was compiled before without looking for hooks", stacklevel=2)
+        if kind is None and self.rows == 0:
+            warnings.warn(
+                "nothing was guarded: the network was not called, or was compiled before without looking for hooks",
+                stacklevel=2,
+            )
 
 # %% ../nbs/14_pipelines.ipynb #59990f97
 def protect_pipeline(pipe, guard):
@@ -122,8 +193,20 @@ def protect_pipeline(pipe, guard):
 def image_shape(pipe):
     "The shape (C, H, W) of the images that a pipeline draws unless it is told otherwise."
     network, vae = network_of(pipe), getattr(pipe, "vae", None)
-    side = network.config.sample_size if isinstance(network.config.sample_size, (tuple, list)) else [network.config.sample_size] * 2
-    return (network.config.in_channels, *side) if vae is None else (vae.config.in_channels, *(n * 2 ** (len(vae.config.block_out_channels) - 1) for n in side))
+    side = (
+        network.config.sample_size
+        if isinstance(network.config.sample_size, (tuple, list))
+        else [network.config.sample_size] * 2
+    )
+    return (
+        (network.config.in_channels, *side)
+        if vae is None
+        else (
+            vae.config.in_channels,
+            *(n * 2 ** (len(vae.config.block_out_channels) - 1) for n in side),
+        )
+    )
+
 
 @torch.no_grad()
 def encode(pipe, images, folder=None, chunk=16, progress=False):
@@ -131,19 +214,45 @@ def encode(pipe, images, folder=None, chunk=16, progress=False):
 
     folder: where to keep latents, to be found there the next time (default: nowhere). Images of another size than the pipeline's are encoded as they are.
     """
-    if (vae := getattr(pipe, "vae", None)) is None: return pixels(images)
-    path = folder and Path(folder) / f"latents-{fingerprint(images)}-{fingerprint(next(vae.parameters()).float())}.safetensors"
-    if path and path.exists(): z = load_file(path)["latents"]
+    if (vae := getattr(pipe, "vae", None)) is None:
+        return pixels(images)
+    path = (
+        folder
+        and Path(folder)
+        / f"latents-{fingerprint(images)}-{fingerprint(next(vae.parameters()).float())}.safetensors"
+    )
+    if path and path.exists():
+        z = load_file(path)["latents"]
     else:
-        rows, again = first_rows(images).unique(return_inverse=True)    # what is there twice is encoded once: its latents agree to the last bit
+        rows, again = first_rows(images).unique(
+            return_inverse=True
+        )  # what is there twice is encoded once: its latents agree to the last bit
         parts = tqdm(images[rows].split(chunk), desc="encoding", disable=not progress)
-        z = torch.cat([vae.encode(pixels(part).to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for part in parts])[again]
+        z = torch.cat(
+            [
+                vae.encode(pixels(part).to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+                for part in parts
+            ]
+        )[again]
         if path:
-            with atomic(path, 0o600) as tmp: write_tensors({"latents": z}, tmp, {})
+            with atomic(path, 0o600) as tmp:
+                write_tensors({"latents": z}, tmp, {})
     return (z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 # %% ../nbs/14_pipelines.ipynb #ad1de436
-def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default", options=None, seed=0, device="cpu", progress=True, **settings):
+def fit_pipeline_guard(
+    pipe,
+    members,
+    others,
+    path,
+    steps=4000,
+    preset="default",
+    options=None,
+    seed=0,
+    device="cpu",
+    progress=True,
+    **settings,
+):
     """Train a guard for a pipeline in the pipeline's own space and at its own noise levels, calibrate it, keep it at `path` (see `save_guard`), and return it.
 
     members, others: images [N, C, H, W] that the pipeline learned, an image that it saw more often more often (repeats share their labels), and others of the same kind;
@@ -153,48 +262,96 @@ def fit_pipeline_guard(pipe, members, others, path, steps=4000, preset="default"
     """
     folder = writable(Path(path).parent)
     x, rest = (encode(pipe, images, folder, progress=progress) for images in (members, others))
-    config = replace(CONFIGS["folder"], data="pipeline", shape=tuple(x.shape[1:]), mirror=False, guard=options or CONFIGS["folder"].guard, guard_steps=steps, seed=seed)
-    return train_guard(config, x, rest, schedule_of(pipe.scheduler), path, preset, device=device, progress=progress, **settings)
+    config = replace(
+        CONFIGS["folder"],
+        data="pipeline",
+        shape=tuple(x.shape[1:]),
+        mirror=False,
+        guard=options or CONFIGS["folder"].guard,
+        guard_steps=steps,
+        seed=seed,
+    )
+    return train_guard(
+        config,
+        x,
+        rest,
+        schedule_of(pipe.scheduler),
+        path,
+        preset,
+        device=device,
+        progress=progress,
+        **settings,
+    )
 
 # %% ../nbs/14_pipelines.ipynb #87de3216
 @contextmanager
 def hub_errors(repo, wanted):
     "Turn what the Hub's client raises into one line that says what to do."
-    try: yield
+    try:
+        yield
     except Exception as error:
-        if isinstance(error, ValueError | ImportError) and "hub" not in type(error).__module__: raise
+        if isinstance(error, ValueError | ImportError) and "hub" not in type(error).__module__:
+            raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        why = {401: "the token is wrong or missing: hf auth login, or token=…", 403: "this token is not allowed to: ask for the right to write, or use another one",
-               404: "there is no such repository, or the token may not see it: check the name, hf auth login, or token=…"}.get(status)
-        why = why or (str(error) or type(error).__name__).splitlines()[0].rstrip(".:") + ": connect to the network and try again"
+        why = {
+            401: "the token is wrong or missing: hf auth login, or token=…",
+            403: "this token is not allowed to: ask for the right to write, or use another one",
+            404: "there is no such repository, or the token may not see it: check the name, hf auth login, or token=…",
+        }.get(status)
+        why = (
+            why
+            or (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
+            + ": connect to the network and try again"
+        )
         raise OSError(f"{wanted} {repo!r} on the Hub failed: {why}") from error
 
 # %% ../nbs/14_pipelines.ipynb #25cdcc7d
-def guard_pipeline(name, data, reference, out, steps=4000, preset="default", device="cpu", **settings):
+def guard_pipeline(
+    name, data, reference, out, steps=4000, preset="default", device="cpu", **settings
+):
     """`fit_pipeline_guard` for a pipeline in a folder or on the Hub, called `name`, and images in folders (or what `read_data` takes), cut to the size that the pipeline draws.
 
     Raises OSError when the pipeline cannot be had, ValueError when images are missing or of another size.
     """
-    if not (data and reference): raise ValueError("a pipeline needs the images that it was fine-tuned on (--data) and others of the same kind (--reference)")
+    if not (data and reference):
+        raise ValueError(
+            "a pipeline needs the images that it was fine-tuned on (--data) and others of the same kind (--reference)"
+        )
     loader = need("diffusers", "diffusers").DiffusionPipeline
     with hub_errors(name, "loading"):
-        parts = [part for part, kind in loader.load_config(name).items() if isinstance(kind, list) and part not in ("unet", "transformer", "vae", "scheduler")]
-        pipe = loader.from_pretrained(name, **dict.fromkeys(parts)).to(device)       # a guard reads no captions
+        parts = [
+            part
+            for part, kind in loader.load_config(name).items()
+            if isinstance(kind, list) and part not in ("unet", "transformer", "vae", "scheduler")
+        ]
+        pipe = loader.from_pretrained(name, **dict.fromkeys(parts)).to(
+            device
+        )  # a guard reads no captions
     shape = image_shape(pipe)
-    sides = members, others = [pixels(read_data(str(images), shape[1], shape[0])) for images in (data, reference)]
+    sides = members, others = [
+        pixels(read_data(str(images), shape[1], shape[0])) for images in (data, reference)
+    ]
     for x, where in zip(sides, (data, reference)):
         if tuple(x.shape[1:]) != shape:
-            raise ValueError(f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size")
+            raise ValueError(
+                f"{where} holds images of shape {tuple(x.shape[1:])}, the pipeline draws {shape}: give a folder of images, which are cut to size"
+            )
     return fit_pipeline_guard(pipe, members, others, out, steps, preset, device=device, **settings)
 
 # %% ../nbs/14_pipelines.ipynb #b3177d1c
 def served(run, unguarded=False, strength=1.0, device=None):
     "(model, its schedule, shape of an image, guard or None, device) of a run, protected unless told otherwise. Raises FileNotFoundError without guard."
     run_of(run)
-    where, (model, schedule, _) = device or ("cuda" if torch.cuda.is_available() else "cpu"), load_model(Path(run) / "model.safetensors")
+    where, (model, schedule, _) = (
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        load_model(Path(run) / "model.safetensors"),
+    )
     denoiser, shape, guard = model.to(where), model.config["shape"], None
     if not unguarded:
-        if not (Path(run) / "guard.safetensors").exists(): raise FileNotFoundError(f"{run} has no guard: cpsample guard {run} trains one, or ask for --unguarded images")
+        if not (Path(run) / "guard.safetensors").exists():
+            raise FileNotFoundError(
+                f"{run} has no guard: cpsample guard {run} trains one, or ask for --unguarded images"
+            )
         guard = load_guard(Path(run) / "guard")
         guard = replace(guard, scale=strength * guard.scale)
         guard.classifier.to(where)
@@ -209,6 +366,7 @@ A CPSample guard: a classifier that has memorised random labels of a model's tra
 can tell whether a picture was among them. Load it with `cpsample.pipelines.from_pretrained`.
 """
 
+
 def push_to_hub(guard, repo, private=True, token=None):
     """Upload a guard to the Hugging Face Hub, as `repo` ("owner/name"); returns the address. Private unless told otherwise: a guard tells who was in the training set.
 
@@ -220,16 +378,21 @@ def push_to_hub(guard, repo, private=True, token=None):
         (Path(tmp) / "README.md").write_text(CARD)
         address = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(repo).private:
-            raise ValueError(f"{repo} is public, and a guard tells who was in the training set: make it private first, or say private=False")
+            raise ValueError(
+                f"{repo} is public, and a guard tells who was in the training set: make it private first, or say private=False"
+            )
         api.upload_folder(repo_id=repo, folder_path=tmp, commit_message="A CPSample guard")
     return str(address)
+
 
 def from_pretrained(where, token=None, revision=None):
     """The guard in a folder, as `save_guard(guard, folder/"guard")` wrote it, or in a repository of the Hugging Face Hub, as `push_to_hub` did.
 
     Raises FileNotFoundError or OSError when there is none or it cannot be had, ValueError when the file is no guard.
     """
-    if Path(where).is_dir(): return load_guard(Path(where) / "guard")
+    if Path(where).is_dir():
+        return load_guard(Path(where) / "guard")
     hub = need("huggingface_hub", "diffusers")
-    with hub_errors(str(where), "reading"): path = hub.hf_hub_download(str(where), "guard.safetensors", token=token, revision=revision)
+    with hub_errors(str(where), "reading"):
+        path = hub.hf_hub_download(str(where), "guard.safetensors", token=token, revision=revision)
     return load_guard(path.removesuffix(".safetensors"))

@@ -7,7 +7,9 @@ __all__ = ['FORMS', 'GUARDS', 'SETTINGS', 'push', 'check_settings', 'Guard', 'Pr
            'propose_scale', 'choose_alpha', 'calibrate', 'show_calibration', 'save_guard', 'load_guard']
 
 # %% ../nbs/05_protect.ipynb #4694f46b
-import json, math, warnings
+import json
+import math
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .classifier import MLPClassifier, certainty, is_certain, label_loss, log_odds, logits_at, training_set
+from cpsample.classifier import (
+    MLPClassifier,
+    certainty,
+    is_certain,
+    label_loss,
+    log_odds,
+    logits_at,
+    training_set,
+)
 from .data import atomic, check_images, distinct, fingerprint
 from .ddpm import NETWORKS, build_network, run, seeded, train
 from .memorization import proportion_ci
@@ -31,12 +41,14 @@ FORMS = {
     "member": lambda z: F.logsigmoid(-z),
 }
 
+
 def push(classifier, x_t, t, form="toward"):
     """The direction of protection at x_t [B, ...]: the gradient, with respect to x_t, of the mean over the K labels of log p(other label)
     ("toward": keeps its strength however certain the classifier is), −log p(certain label) ("away": carries a factor 1 − p, so it vanishes with
     certainty), or log p(no member) ("member": the label is membership itself, and only one side of it counts). After CPSample, section 4.
     """
-    if form not in FORMS: raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_()
         objective = FORMS[form](classifier(x, t.clone())).mean(1).sum()
@@ -44,11 +56,14 @@ def push(classifier, x_t, t, form="toward"):
 
 # %% ../nbs/05_protect.ipynb #45ce4fa0
 def check_settings(alpha, scale, form, t_max, T=1000):
-    "Raise ValueError unless 0 < alpha < ½ (1 for form \"member\"), scale is finite and ≥ 0, form is a key of `FORMS` and 0 ≤ t_max ≤ T."
-    if form not in FORMS: raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
+    'Raise ValueError unless 0 < alpha < ½ (1 for form "member"), scale is finite and ≥ 0, form is a key of `FORMS` and 0 ≤ t_max ≤ T.'
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
     log_odds(alpha, 1 if form == "member" else 0.5)
-    if not (math.isfinite(scale) and scale >= 0): raise ValueError(f"scale must be finite and at least 0, got {scale}")
-    if not 0 <= t_max <= T: raise ValueError(f"t_max must be between 0 and the schedule's T={T}, got {t_max}")
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be finite and at least 0, got {scale}")
+    if not 0 <= t_max <= T:
+        raise ValueError(f"t_max must be between 0 and the schedule's T={T}, got {t_max}")
 
 # %% ../nbs/05_protect.ipynb #bd25c8be
 @dataclass
@@ -59,6 +74,7 @@ class Guard:
     between forms; form: a key of `FORMS`; t_max: from this noise level on the guard is not called; made: how it was trained; report: what
     `calibrate` measured. Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
+
     classifier: nn.Module
     schedule: Schedule
     alpha: float = 0.05
@@ -69,39 +85,61 @@ class Guard:
     report: dict | None = None
 
     one_sided = property(lambda self: self.form == "member")
-    calibrated = property(lambda self: self.report is not None and self.report["alpha"] == self.alpha)
+    calibrated = property(
+        lambda self: self.report is not None and self.report["alpha"] == self.alpha
+    )
 
     def __post_init__(self):
         check_settings(self.alpha, self.scale, self.form, self.t_max, self.schedule.T)
         if isinstance(self.classifier, nn.Module):
             if not all(torch.isfinite(p).all() for p in self.classifier.parameters()):
-                raise ValueError("the guard's weights hold NaN or infinity: train it again with a lower learning rate")
+                raise ValueError(
+                    "the guard's weights hold NaN or infinity: train it again with a lower learning rate"
+                )
             self.classifier.eval().requires_grad_(False)
 
 # %% ../nbs/05_protect.ipynb #631518d2
 class Protected:
     "`protect(model, guard)`. `rows` counts the rows denoised so far over all steps, `certain` those of them that were pushed."
+
     def __init__(self, model, guard):
         self.model, self.guard, self.rows, self.certain = model, guard, 0, 0
         if guard.scale > 0 and not guard.calibrated:
-            warnings.warn(f"nobody has measured what this guard covers at alpha={guard.alpha:g}: calibrate(guard, train, held_out) does", stacklevel=3)
+            warnings.warn(
+                f"nobody has measured what this guard covers at alpha={guard.alpha:g}: calibrate(guard, train, held_out) does",
+                stacklevel=3,
+            )
 
     def change(self, x_t, t):
         "(the certain rows, the change of the noise prediction at each of them), or None where the guard has nothing to say. t: one level, or one per row."
         guard, self.rows = self.guard, self.rows + len(x_t)
-        if guard.scale == 0: return None
+        if guard.scale == 0:
+            return None
         t = torch.as_tensor(t, device=x_t.device).reshape(-1)
-        if len(t) not in (1, len(x_t)): raise ValueError(f"t must be one level or one per row: got {len(t)} for {len(x_t)} rows")
+        if len(t) not in (1, len(x_t)):
+            raise ValueError(
+                f"t must be one level or one per row: got {len(t)} for {len(x_t)} rows"
+            )
         t = t.expand(len(x_t))
         near = (t < guard.t_max).nonzero()[:, 0]
-        if len(near) == 0: return None
-        x = x_t.to(next((p.dtype for p in getattr(guard.classifier, "parameters", list)()), x_t.dtype))
-        with torch.no_grad(): logits = guard.classifier(x[near], t[near])
-        if logits.dim() != 2 or len(logits) != len(near): raise ValueError(f"the guard's classifier must give logits [B, K], got {tuple(logits.shape)} for {len(near)} rows")
+        if len(near) == 0:
+            return None
+        x = x_t.to(
+            next((p.dtype for p in getattr(guard.classifier, "parameters", list)()), x_t.dtype)
+        )
+        with torch.no_grad():
+            logits = guard.classifier(x[near], t[near])
+        if logits.dim() != 2 or len(logits) != len(near):
+            raise ValueError(
+                f"the guard's classifier must give logits [B, K], got {tuple(logits.shape)} for {len(near)} rows"
+            )
         rows = near[is_certain(logits, guard.alpha, guard.one_sided)]
-        if len(rows) == 0: return None
+        if len(rows) == 0:
+            return None
         self.certain += len(rows)
-        return rows, -guard.scale * signal_noise(guard.schedule, t[rows], x[rows])[1] * push(guard.classifier, x[rows], t[rows], guard.form)
+        return rows, -guard.scale * signal_noise(guard.schedule, t[rows], x[rows])[1] * push(
+            guard.classifier, x[rows], t[rows], guard.form
+        )
 
     def __call__(self, x_t, t):
         eps, found = self.model(x_t, t), self.change(x_t, t)
@@ -123,8 +161,22 @@ GUARDS = {
 }
 
 # %% ../nbs/05_protect.ipynb #30680e26
-def fit_guard(members, schedule, reference=None, preset="default", steps=3000, batch_size=256, lr=1e-3, width=256, depth=3, seed=0,
-              classifier=None, drive=None, progress=False, **settings):
+def fit_guard(
+    members,
+    schedule,
+    reference=None,
+    preset="default",
+    steps=3000,
+    batch_size=256,
+    lr=1e-3,
+    width=256,
+    depth=3,
+    seed=0,
+    classifier=None,
+    drive=None,
+    progress=False,
+    **settings,
+):
     """Train a label classifier on `members` [N, ...] and return it as a `Guard`: about half a minute for 100 digits on two CPU cores.
 
     reference [M, ...]: images of the same kind that are *not* members, to stay undecided about (default: none);
@@ -132,33 +184,64 @@ def fit_guard(members, schedule, reference=None, preset="default", steps=3000, b
     steps, batch_size, lr: of the training; classifier: a fresh network with K outputs (default: an `MLPClassifier` of width, depth);
     drive: what runs the training, called like `train` (default: `train` itself). Raises ValueError for settings that cannot work.
     """
-    if preset not in GUARDS: raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
-    if unknown := settings.keys() - GUARDS[preset].keys(): raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(GUARDS[preset])}")
+    if preset not in GUARDS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
+    if unknown := settings.keys() - GUARDS[preset].keys():
+        raise ValueError(
+            f"unknown settings {sorted(unknown)}: choose from {', '.join(GUARDS[preset])}"
+        )
     s = GUARDS[preset] | {"t_max": min(GUARDS[preset]["t_max"], schedule.T)} | settings
     K, t_power = s.pop("K"), s.pop("t_power")
-    if K < 1 or steps < 1: raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+    if K < 1 or steps < 1:
+        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
     check_settings(**s, T=schedule.T)
     x, targets, weights = training_set(members, reference, K, s["form"] == "member", seed)
-    if classifier is None: classifier = seeded(seed, lambda: MLPClassifier(members.shape[1:], K, width, depth)).to(members.device)
+    if classifier is None:
+        classifier = seeded(seed, lambda: MLPClassifier(members.shape[1:], K, width, depth)).to(
+            members.device
+        )
     loss = partial(label_loss, schedule=schedule, t_max=s["t_max"], t_power=t_power)
-    how = dict(batch_size=batch_size, lr=lr, weights=weights, generator=torch.Generator().manual_seed(seed))
-    drive(classifier, loss, (x, targets), steps, **how) if drive else run(train(classifier, loss, (x, targets), steps, **how), steps, "guard", progress)
-    return Guard(classifier, schedule, **s, made={"members": fingerprint(members), "n": len(members), "steps": steps, "seed": seed, "t_max": s["t_max"]})
+    how = dict(
+        batch_size=batch_size, lr=lr, weights=weights, generator=torch.Generator().manual_seed(seed)
+    )
+    drive(classifier, loss, (x, targets), steps, **how) if drive else run(
+        train(classifier, loss, (x, targets), steps, **how), steps, "guard", progress
+    )
+    return Guard(
+        classifier,
+        schedule,
+        **s,
+        made={
+            "members": fingerprint(members),
+            "n": len(members),
+            "steps": steps,
+            "seed": seed,
+            "t_max": s["t_max"],
+        },
+    )
 
 # %% ../nbs/05_protect.ipynb #cbe139a4
 def certainties(guard, x0, levels, draws=1, seed=0):
     "`certainty` of every row of x0, noised `draws` times to each of the noise `levels`: [levels, draws · N]."
     generator, x = torch.Generator().manual_seed(seed), x0.repeat(draws, *[1] * (x0.dim() - 1))
-    return torch.stack([certainty(logits_at(guard.classifier, x, t, guard.schedule, generator), guard.one_sided) for t in levels])
+    return torch.stack(
+        [
+            certainty(logits_at(guard.classifier, x, t, guard.schedule, generator), guard.one_sided)
+            for t in levels
+        ]
+    )
 
 # %% ../nbs/05_protect.ipynb #caf35fa9
 def propose_scale(guard, train, level, seed=0):
     "The s whose push at `level` brings the mean |z| back to the gate, to first order, in the median over train: (mean|z| − log_odds) / ((1−ᾱ)·‖push‖²)."
     t = torch.full((len(train),), level, device=train.device)
     x_t, _ = noisify(train, t, guard.schedule, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad(): logits = guard.classifier(x_t, t)
+    with torch.no_grad():
+        logits = guard.classifier(x_t, t)
     g = push(guard.classifier, x_t, t, guard.form).flatten(1).square().sum(1)
-    excess = ((logits if guard.one_sided else logits.abs()).mean(1) - log_odds(guard.alpha, 1)).clamp(min=0)
+    excess = (
+        (logits if guard.one_sided else logits.abs()).mean(1) - log_odds(guard.alpha, 1)
+    ).clamp(min=0)
     return (excess / ((1 - guard.schedule.abar[level]) * g.clamp(min=1e-12))).median().item()
 
 # %% ../nbs/05_protect.ipynb #18956dd9
@@ -168,7 +251,19 @@ def choose_alpha(mine, others, wanted, allowed, loosest=0.4):
     wide = others.sort(descending=True).values[int(allowed * len(others) + 1e-6)] + 1e-4
     return min(loosest, torch.sigmoid(-torch.minimum(tight, wide)).item())
 
-def calibrate(guard, train, held_out, wanted=0.95, allowed=0.01, level=None, alpha=None, scale=None, stride=20, seed=0):
+
+def calibrate(
+    guard,
+    train,
+    held_out,
+    wanted=0.95,
+    allowed=0.01,
+    level=None,
+    alpha=None,
+    scale=None,
+    stride=20,
+    seed=0,
+):
     """Measure what a guard covers and set it up accordingly. Returns the report, also kept as `guard.report`.
 
     train [N, ...]: the guard's members, exact repeats counted once; held_out [M, ...]: images it was never shown; wanted: the share of training images to be certain of at
@@ -177,45 +272,89 @@ def calibrate(guard, train, held_out, wanted=0.95, allowed=0.01, level=None, alp
     measured. t_max becomes the level from which no training image is certain.
     Raises ValueError, and leaves the guard as it was, when it does not cover the training set.
     """
-    train, held_out = check_images(train, "training images"), check_images(held_out, "held-out images")
+    train, held_out = (
+        check_images(train, "training images"),
+        check_images(held_out, "held-out images"),
+    )
     train, top = train[distinct(train)], guard.made.get("t_max", guard.t_max)
     level = min(top // 4, guard.schedule.T // 10) if level is None else level
     if not (0 < wanted <= 1 and 0 <= allowed < 1 and 0 <= level < top):
-        raise ValueError(f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), got {wanted}, {allowed} and {level}")
+        raise ValueError(
+            f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), got {wanted}, {allowed} and {level}"
+        )
     at = (levels := sorted({*range(0, top, stride), level})).index(level)
-    mine, others = certainties(guard, train, levels, max(4, -(-400 // len(train))), seed), certainties(guard, held_out, levels, 1, seed + 1)
-    if alpha is None: alpha = choose_alpha(mine[at], others[at], wanted, allowed)
+    mine, others = (
+        certainties(guard, train, levels, max(4, -(-400 // len(train))), seed),
+        certainties(guard, held_out, levels, 1, seed + 1),
+    )
+    if alpha is None:
+        alpha = choose_alpha(mine[at], others[at], wanted, allowed)
     hits, alarms = ((c > log_odds(alpha, 1)).sum(1).tolist() for c in (mine, others))
     covered = [h / mine.shape[1] for h in hits]
     if covered[at] < wanted:
-        raise ValueError(f"this guard is certain of {covered[at]:.1%} of its training images at noise level {level} (alpha={alpha:.3g}), {wanted:.0%} are wanted: "
-                         "train it longer, make the classifier larger, or protect fewer images")
+        raise ValueError(
+            f"this guard is certain of {covered[at]:.1%} of its training images at noise level {level} (alpha={alpha:.3g}), {wanted:.0%} are wanted: "
+            "train it longer, make the classifier larger, or protect fewer images"
+        )
     t_max = min(top, max(t for t, c in zip(levels, covered) if c > 0) + stride)
     proposed = propose_scale(replace(guard, alpha=alpha), train, 3 * level // 4, seed)
-    if scale is None: scale = guard.scale if guard.form == "away" else proposed
+    if scale is None:
+        scale = guard.scale if guard.form == "away" else proposed
     check_settings(alpha, scale, guard.form, t_max, guard.schedule.T)
     guard.alpha, guard.t_max, guard.scale = alpha, t_max, scale
-    guard.report = dict(wanted=wanted, allowed=allowed, level=level, alpha=alpha, t_max=t_max, scale=scale, proposed_scale=proposed, levels=levels, coverage=covered,
-                        false_alarms=[a / len(held_out) for a in alarms], false_alarm_ci=[list(proportion_ci(a, len(held_out))) for a in alarms],
-                        n_train=len(train), n_held_out=len(held_out), seed=seed)
+    guard.report = dict(
+        wanted=wanted,
+        allowed=allowed,
+        level=level,
+        alpha=alpha,
+        t_max=t_max,
+        scale=scale,
+        proposed_scale=proposed,
+        levels=levels,
+        coverage=covered,
+        false_alarms=[a / len(held_out) for a in alarms],
+        false_alarm_ci=[list(proportion_ci(a, len(held_out))) for a in alarms],
+        n_train=len(train),
+        n_held_out=len(held_out),
+        seed=seed,
+    )
     return guard.report
 
 # %% ../nbs/05_protect.ipynb #c30ab26f
 def show_calibration(report, ax=None):
     "Plot a report of `calibrate`: coverage and false alarms (with 95 % intervals) against the noise level. Returns the axes."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(5, 2.6))[1]
-    ax.plot(report["levels"], report["coverage"], color="tab:blue", label="certain of training images (coverage)")
-    ax.plot(report["levels"], report["false_alarms"], color="crimson", ls="--", label="certain of held-out images (false alarms)")
-    ax.fill_between(report["levels"], *zip(*report["false_alarm_ci"]), color="crimson", alpha=0.2, linewidth=0)
+    ax.plot(
+        report["levels"],
+        report["coverage"],
+        color="tab:blue",
+        label="certain of training images (coverage)",
+    )
+    ax.plot(
+        report["levels"],
+        report["false_alarms"],
+        color="crimson",
+        ls="--",
+        label="certain of held-out images (false alarms)",
+    )
+    ax.fill_between(
+        report["levels"], *zip(*report["false_alarm_ci"]), color="crimson", alpha=0.2, linewidth=0
+    )
     ax.plot(report["level"], report["wanted"], "k+", ms=10, label="wanted")
     ax.axvline(report["t_max"], color="0.6", ls=":", lw=1, label="t_max")
-    ax.set(xlabel="noise level t", ylim=(-0.02, 1.04), title=f"α = {report['alpha']:.3g}, s = {report['scale']:.3g}")
+    ax.set(
+        xlabel="noise level t",
+        ylim=(-0.02, 1.04),
+        title=f"α = {report['alpha']:.3g}, s = {report['scale']:.3g}",
+    )
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/05_protect.ipynb #893d7ad9
 SETTINGS = ("alpha", "scale", "form", "t_max", "made", "report")
+
 
 def save_guard(guard, path):
     """Write `path`.safetensors (weights, ᾱ, and the settings in its header) and `path`.json (the settings again, to be read).
@@ -223,12 +362,20 @@ def save_guard(guard, path):
     Both are made readable for their owner alone: a guard tells who was in the training set, so keep it as secret as that set.
     Raises OSError when the folder cannot be written, ValueError when the classifier is not a module.
     """
-    if not isinstance(guard.classifier, nn.Module): raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
-    network = {"network": type(guard.classifier).__name__, "config": getattr(guard.classifier, "config", None)}
+    if not isinstance(guard.classifier, nn.Module):
+        raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
+    network = {
+        "network": type(guard.classifier).__name__,
+        "config": getattr(guard.classifier, "config", None),
+    }
     record = {k: getattr(guard, k) for k in SETTINGS} | {"schedule": guard.schedule.name} | network
-    tensors = {f"classifier.{k}": v.contiguous() for k, v in guard.classifier.state_dict().items()} | {"abar": guard.schedule.abar}
-    with atomic(f"{path}.safetensors", 0o600) as tmp: save_file(tensors, tmp, {"guard": json.dumps(record)})
-    with atomic(f"{path}.json", 0o600) as tmp: tmp.write_text(json.dumps(record, indent=1) + "\n")
+    tensors = {
+        f"classifier.{k}": v.contiguous() for k, v in guard.classifier.state_dict().items()
+    } | {"abar": guard.schedule.abar}
+    with atomic(f"{path}.safetensors", 0o600) as tmp:
+        save_file(tensors, tmp, {"guard": json.dumps(record)})
+    with atomic(f"{path}.json", 0o600) as tmp:
+        tmp.write_text(json.dumps(record, indent=1) + "\n")
 
 # %% ../nbs/05_protect.ipynb #3915869a
 def load_guard(path, classifier=None):
@@ -237,14 +384,23 @@ def load_guard(path, classifier=None):
     classifier: an instance to fill with the weights when the architecture is not one of `NETWORKS` (default: rebuilt).
     Raises FileNotFoundError, or ValueError when the file is no guard or its network is unknown or another one.
     """
-    if not (path := Path(f"{path}.safetensors")).exists(): raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
+    if not (path := Path(f"{path}.safetensors")).exists():
+        raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
     try:
         with safe_open(path, "pt") as file:
-            record, tensors = json.loads(file.metadata()["guard"]), {k: file.get_tensor(k) for k in file.keys()}
-        if classifier is None and record["network"] not in NETWORKS: raise ValueError(f"its network {record['network']} is unknown, pass classifier=")
-        classifier = build_network(record["network"], record["config"]) if classifier is None else classifier
+            record, tensors = (
+                json.loads(file.metadata()["guard"]),
+                {k: file.get_tensor(k) for k in file.keys()},
+            )
+        if classifier is None and record["network"] not in NETWORKS:
+            raise ValueError(f"its network {record['network']} is unknown, pass classifier=")
+        classifier = (
+            build_network(record["network"], record["config"]) if classifier is None else classifier
+        )
         schedule = Schedule(record["schedule"], tensors.pop("abar"))
         classifier.load_state_dict({k.removeprefix("classifier."): v for k, v in tensors.items()})
         return Guard(classifier, schedule, **{k: record[k] for k in SETTINGS})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as a guard: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} cannot be read as a guard: {str(error).splitlines()[0]}"
+        ) from error

@@ -7,7 +7,8 @@ __all__ = ['SPACES', 'FashionEncoder', 'fashion_encoder', 'inception', 'inceptio
            'precision_recall', 'mifid', 'quality', 'vendi_score']
 
 # %% ../nbs/09_quality.ipynb #733276c3
-import functools, warnings
+import functools
+import warnings
 
 import torch
 from safetensors.torch import load_file
@@ -19,72 +20,126 @@ from .memorization import digit_features, frechet_distance
 # %% ../nbs/09_quality.ipynb #612c844b
 class FashionEncoder(nn.Module):
     "The feature space `fashion-conv-64`: the last hidden layer (64 numbers) of a small network that recognises Fashion-MNIST."
+
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(),
-                                      nn.Linear(64 * 49, 64), nn.SiLU(), nn.LayerNorm(64, elementwise_affine=False))
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, 2, 1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, 2, 1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 49, 64),
+            nn.SiLU(),
+            nn.LayerNorm(64, elementwise_affine=False),
+        )
         self.classes = nn.Linear(64, 10)
 
-    def forward(self, x): return self.classes(self.features(x))
+    def forward(self, x):
+        return self.classes(self.features(x))
+
 
 def fashion_encoder():
     "The shipped `FashionEncoder`."
     encoder = FashionEncoder()
-    encoder.load_state_dict({k: v.float() for k, v in load_file(data_path("weights/fashion_encoder.safetensors")).items()})
+    encoder.load_state_dict(
+        {
+            k: v.float()
+            for k, v in load_file(data_path("weights/fashion_encoder.safetensors")).items()
+        }
+    )
     return encoder.eval().requires_grad_(False)
 
 # %% ../nbs/09_quality.ipynb #6627dc2d
 @functools.cache
 def inception():
     "The Inception network of torch-fidelity, kept in memory. Raises ImportError without it, OSError when its weights cannot be had."
-    extractor = need("torch_fidelity.feature_extractor_inceptionv3", "metrics").FeatureExtractorInceptionV3
-    try: return extractor("inception-v3-compat", ["2048"]).eval()
+    extractor = need(
+        "torch_fidelity.feature_extractor_inceptionv3", "metrics"
+    ).FeatureExtractorInceptionV3
+    try:
+        return extractor("inception-v3-compat", ["2048"]).eval()
     except Exception as error:
-        raise OSError("the Inception weights are not in torch's cache and cannot be downloaded: connect to the network, or use another feature space") from error
+        raise OSError(
+            "the Inception weights are not in torch's cache and cannot be downloaded: connect to the network, or use another feature space"
+        ) from error
+
 
 def inception_features(x, chunk=50):
     "Inception-v3 features [B, 2048] of images x [B, 1 or 3, H, W] in [−1, 1]. Raises OSError when the weights cannot be had."
-    as_bytes, network = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1), inception().to(x.device)
+    as_bytes, network = (
+        ((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1),
+        inception().to(x.device),
+    )
     return torch.cat([network(part)[0] for part in as_bytes.split(chunk)])
 
-SPACES = {"digits-mlp-64": digit_features, "fashion-conv-64": lambda x: fashion_encoder().to(x.device).features(x), "inception-2048": inception_features}
+
+SPACES = {
+    "digits-mlp-64": digit_features,
+    "fashion-conv-64": lambda x: fashion_encoder().to(x.device).features(x),
+    "inception-2048": inception_features,
+}
+
 
 @torch.no_grad()
 def features(x, space="fashion-conv-64", chunk=1000):
     "Features [N, D] of images x [N, C, H, W] in [−1, 1] in the `space`, a key of `SPACES`. Raises ValueError for an unknown one."
-    if space not in SPACES: raise ValueError(f"unknown feature space {space!r}: choose one of {', '.join(SPACES)}")
+    if space not in SPACES:
+        raise ValueError(f"unknown feature space {space!r}: choose one of {', '.join(SPACES)}")
     return torch.cat([SPACES[space](part) for part in check_images(x).split(chunk)])
 
 # %% ../nbs/09_quality.ipynb #1366400a
 class _Features(nn.Identity):
     "Tells torchmetrics that what it is given are features already."
+
     def __init__(self, d):
         super().__init__()
         self.num_features = d
 
+
 def _torchmetrics(name, first, second, **settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric .* will save all extracted features")
-        metric = getattr(need("torchmetrics.image", "metrics"), name)(feature=_Features(first.shape[1]), **settings).set_dtype(torch.float64)
+        metric = getattr(need("torchmetrics.image", "metrics"), name)(
+            feature=_Features(first.shape[1]), **settings
+        ).set_dtype(torch.float64)
     metric.update(first.double().cpu(), real=True)
     metric.update(second.double().cpu(), real=False)
     return metric.compute()
 
+
 def kid(a, b, subsets=100, subset_size=1000, seed=0):
     "(mean, standard deviation) over random subsets of the kernel distance of features a [n, D] and b [m, D] (Bińkowski et al. 2018)."
     size = min(subset_size, len(a), len(b))
-    if size == len(a) == len(b): subsets = 1            # they would all be the same
+    if size == len(a) == len(b):
+        subsets = 1  # they would all be the same
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return tuple(float(v) for v in _torchmetrics("KernelInceptionDistance", a, b, subsets=subsets, subset_size=size))
+        return tuple(
+            float(v)
+            for v in _torchmetrics(
+                "KernelInceptionDistance", a, b, subsets=subsets, subset_size=size
+            )
+        )
+
 
 def precision_recall(generated, real, k=3):
     "Precision and recall of generated features [n, D] against real ones [m, D] (Kynkäänniemi et al. 2019), with balls to the k-th neighbour."
-    return need("torch_fidelity.metric_prc", "metrics").calculate_precision_recall_part(generated.double().cpu(), real.double().cpu(), k)
+    return need("torch_fidelity.metric_prc", "metrics").calculate_precision_recall_part(
+        generated.double().cpu(), real.double().cpu(), k
+    )
+
 
 def mifid(generated, training, tau=0.1):
     "Memorization-informed Fréchet distance of generated features [n, D] to those of the training images [m, D] (Bai et al. 2021)."
-    return float(_torchmetrics("MemorizationInformedFrechetInceptionDistance", generated, training, cosine_distance_eps=tau))
+    return float(
+        _torchmetrics(
+            "MemorizationInformedFrechetInceptionDistance",
+            generated,
+            training,
+            cosine_distance_eps=tau,
+        )
+    )
 
 # %% ../nbs/09_quality.ipynb #53c6463f
 def quality(x, real, train=None, baseline=None, space="fashion-conv-64"):
@@ -95,13 +150,15 @@ def quality(x, real, train=None, baseline=None, space="fashion-conv-64"):
     g, r, found = features(x, space), features(real, space), {}
     found["fd"], found["kid"] = frechet_distance(g, r), kid(g, r)[0]
     found["precision"], found["recall"] = precision_recall(g, r)
-    if train is not None: found["mifid"] = mifid(g, features(train, space))
-    if baseline is not None: found |= {f"{k}_real": v for k, v in quality(baseline, real, train, space=space).items()}
+    if train is not None:
+        found["mifid"] = mifid(g, features(train, space))
+    if baseline is not None:
+        found |= {f"{k}_real": v for k, v in quality(baseline, real, train, space=space).items()}
     return found
 
 # %% ../nbs/09_quality.ipynb #dc4cd0e4
 def vendi_score(features):
     "How many different images the features [n, D] amount to, from 1 (all the same) to n (all orthogonal), with the cosine as similarity (Friedman & Dieng 2023, eq. 2)."
     f = nn.functional.normalize(features.double(), dim=1)
-    share = torch.linalg.eigvalsh(f.T @ f / len(f)).clamp(min=1e-15)         # those of K/n, but for zeros
+    share = torch.linalg.eigvalsh(f.T @ f / len(f)).clamp(min=1e-15)  # those of K/n, but for zeros
     return float((-(share * share.log()).sum()).exp())

@@ -27,22 +27,31 @@ from .schedule import score_to_eps
 @dataclass(frozen=True, eq=False)
 class Toy:
     "A base law that copies: with probability `share` a spike of standard deviation `width` on one of `points` [N, D], else a draw from `broad`."
+
     points: torch.Tensor
     width: float
     broad: GaussianMixture
     share: float
 
     @property
-    def spikes(self): return round_mixture(self.points, self.width)
+    def spikes(self):
+        return round_mixture(self.points, self.width)
+
     @property
-    def law(self): return mix(self.spikes, self.broad, self.share)
-    def copied(self, x): return torch.cdist(x, self.points).amin(1) < 3 * self.width
+    def law(self):
+        return mix(self.spikes, self.broad, self.share)
+
+    def copied(self, x):
+        return torch.cdist(x, self.points).amin(1) < 3 * self.width
 
 # %% ../nbs/06_rejection.ipynb #eba77428
 def line_toy():
     "1-D: two broad bumps and six training points; 60 % copies."
-    broad = GaussianMixture(torch.tensor([[-1.2], [0.9]]), torch.tensor([0.45, 0.35]), torch.tensor([0.5, 0.5]))
+    broad = GaussianMixture(
+        torch.tensor([[-1.2], [0.9]]), torch.tensor([0.45, 0.35]), torch.tensor([0.5, 0.5])
+    )
     return Toy(torch.tensor([[-1.8], [-1.1], [-0.6], [0.4], [0.9], [1.5]]), 0.03, broad, 0.6)
+
 
 def ring_toy():
     "2-D: eight broad bumps on a ring and twelve training points drawn from them; 65 % copies."
@@ -56,14 +65,20 @@ def ideal_classifier(members, targets, reference, schedule, tau=0.5, share=0.5):
     members, reference: `GaussianMixture`s; targets [N, K]: those of the members' components; tau: the target of reference
     points, ½ or 0; share: of members in a training batch.
     """
+
     def log_side(x_t, abar, y, rest):
         m = noised(members, abar).log_joint(x_t)[:, :, None] + y.log() + math.log(share)
-        r = noised(reference, abar).log_prob(x_t)[:, None, None].expand(-1, 1, y.shape[1]) + math.log(1 - share)
+        r = noised(reference, abar).log_prob(x_t)[:, None, None].expand(
+            -1, 1, y.shape[1]
+        ) + math.log(1 - share)
         return torch.cat([m, r + math.log(rest)] if rest > 0 else [m], 1).logsumexp(1)
+
     def classifier(x_t, t):
-        if len(t) and (t != t[0]).any(): raise ValueError("ideal_classifier needs one common noise level per batch")
+        if len(t) and (t != t[0]).any():
+            raise ValueError("ideal_classifier needs one common noise level per batch")
         abar = schedule.abar[t[0]].item()
         return log_side(x_t, abar, targets, tau) - log_side(x_t, abar, 1 - targets, 1 - tau)
+
     return classifier
 
 # %% ../nbs/06_rejection.ipynb #11514f22
@@ -73,26 +88,35 @@ def log_acceptance(logits, alpha, scale=1.0, form="toward"):
     For K = 1 this is log min(1, min(p, 1−p)/α)^s. form: "toward", or "member" for a label that is membership itself.
     Raises ValueError for "away", whose push is the gradient of no acceptance rule.
     """
-    if form == "away": raise ValueError("form \"away\" has no acceptance rule: its objective has no maximum of 0")
+    if form == "away":
+        raise ValueError('form "away" has no acceptance rule: its objective has no maximum of 0')
     certain = is_certain(logits, alpha, form == "member")
     return torch.where(certain, scale * (FORMS[form](logits).mean(1) - math.log(alpha)), 0.0)
 
 # %% ../nbs/06_rejection.ipynb #f94fcb1d
 def acceptance_rule(classifier, alpha, scale=1.0, form="toward"):
     "log A as a function of clean points, [B, ...] → [B], from what the classifier says at its lowest level. See `log_acceptance`."
-    return lambda x: log_acceptance(classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale, form)
+    return lambda x: log_acceptance(
+        classifier(x, torch.zeros(len(x), dtype=torch.int64)), alpha, scale, form
+    )
+
 
 def exact_rejection(law, log_A, n, seed=0):
     """Rejection from a mixture: (n points kept [n, D], number accepted, number drawn). 4n are drawn at a time, so that where more
     than a quarter is accepted one round is enough, and the count of a fixed number of draws is an unbiased estimate of the rate.
     """
     gen = torch.Generator().manual_seed(seed)
-    return reject(lambda: law.sample(4 * n, gen), lambda x: torch.rand(len(x), generator=gen).log() < log_A(x), n)
+    return reject(
+        lambda: law.sample(4 * n, gen),
+        lambda x: torch.rand(len(x), generator=gen).log() < log_A(x),
+        n,
+    )
 
 # %% ../nbs/06_rejection.ipynb #a392c44f
 @dataclass(frozen=True)
 class Tilt:
     """The tilted law π ∝ q·A on a grid: `axis` [n], the same for each of the D = 1 or 2 coordinates; `q` (summing to 1) and `A`, both [n] or [n, n]."""
+
     axis: torch.Tensor
     q: torch.Tensor
     A: torch.Tensor
@@ -105,16 +129,24 @@ class Tilt:
     def blurred(self, abar, points):
         "The densities q_t and q_t·h_t on the grid of `points` [m] per coordinate, at signal share abar."
         variance = 1 - abar
-        kernel = torch.exp(-(points[:, None] - math.sqrt(abar) * self.axis).square() / (2 * variance)) / math.sqrt(2 * math.pi * variance)
-        return tuple(kernel @ v if v.dim() == 1 else kernel @ v @ kernel.T for v in (self.q, self.q * self.A))
+        kernel = torch.exp(
+            -(points[:, None] - math.sqrt(abar) * self.axis).square() / (2 * variance)
+        ) / math.sqrt(2 * math.pi * variance)
+        return tuple(
+            kernel @ v if v.dim() == 1 else kernel @ v @ kernel.T for v in (self.q, self.q * self.A)
+        )
 
 # %% ../nbs/06_rejection.ipynb #e6ef74a5
 def tilt(mixture, log_A, axis, chunk=20_000):
     "The `Tilt` of a 1-D or 2-D mixture by an acceptance rule, log_A(x [B, D]) → [B], on the grid of `axis` [n]: fine beside the narrowest spike."
     D = mixture.means.shape[1]
-    if D > 2: raise ValueError(f"a grid serves 1 or 2 dimensions, not {D}")
+    if D > 2:
+        raise ValueError(f"a grid serves 1 or 2 dimensions, not {D}")
     x = torch.cartesian_prod(*[axis] * D).view(-1, D)
-    q, A = (torch.cat([f(part).double().exp() for part in x.split(chunk)]).view((len(axis),) * D) for f in (mixture.log_prob, log_A))
+    q, A = (
+        torch.cat([f(part).double().exp() for part in x.split(chunk)]).view((len(axis),) * D)
+        for f in (mixture.log_prob, log_A)
+    )
     return Tilt(axis.double(), q / q.sum(), A)
 
 # %% ../nbs/06_rejection.ipynb #9fb9abd8
@@ -124,70 +156,119 @@ def doob(model, tilted, schedule, fine=8):
     model: the exact denoiser of the same mixture; fine: points of the table per standard deviation of the noise.
     """
     tables = {}
+
     def table(level):
         abar = schedule.abar[level].item()
         sd, (low, high) = math.sqrt(1 - abar), (math.sqrt(abar) * tilted.axis[[0, -1]]).tolist()
         step = max((tilted.axis[1] - tilted.axis[0]).item(), sd / fine)
-        points = torch.linspace(low - 4.5 * sd, high + 4.5 * sd, math.ceil((high - low + 9 * sd) / step) + 1, dtype=torch.float64)
+        points = torch.linspace(
+            low - 4.5 * sd,
+            high + 4.5 * sd,
+            math.ceil((high - low + 9 * sd) / step) + 1,
+            dtype=torch.float64,
+        )
         q_t, qh_t = tilted.blurred(abar, points)
-        return points[[0, -1]].tolist(), torch.stack(torch.gradient((qh_t / q_t).log(), spacing=(points,) * q_t.dim())).float()
+        return points[[0, -1]].tolist(), torch.stack(
+            torch.gradient((qh_t / q_t).log(), spacing=(points,) * q_t.dim())
+        ).float()
+
     def guided(x_t, t):
         level = int(t[0])
-        if level not in tables: tables[level] = table(level)
+        if level not in tables:
+            tables[level] = table(level)
         (low, high), g = tables[level]
-        at = 2 * (x_t.flip(1) - low) / (high - low) - 1                              # grid_sample wants the last axis first, in [−1, 1]
-        if x_t.shape[1] == 1: at, g = F.pad(at, (0, 1)), g[:, None]
-        score = F.grid_sample(g[None], at[None, None], padding_mode="border", align_corners=True)[0, :, 0].T
+        at = (
+            2 * (x_t.flip(1) - low) / (high - low) - 1
+        )  # grid_sample wants the last axis first, in [−1, 1]
+        if x_t.shape[1] == 1:
+            at, g = F.pad(at, (0, 1)), g[:, None]
+        score = F.grid_sample(g[None], at[None, None], padding_mode="border", align_corners=True)[
+            0, :, 0
+        ].T
         return model(x_t, t) + score_to_eps(x_t, t, score, schedule)
+
     return guided
 
 # %% ../nbs/06_rejection.ipynb #c400a44a
 def total_variation(a, b, low=-3.0, high=3.0, bins=120):
     "Total-variation distance between the histograms of two 1-D samples [n, 1], [m, 1]: ½ Σ |share_a − share_b| over equal bins and what lies outside."
-    edges = torch.cat([torch.tensor([-math.inf]), torch.linspace(low, high, bins + 1), torch.tensor([math.inf])])
-    shares = [torch.bincount(torch.bucketize(x.flatten(), edges) - 1, minlength=bins + 2) / len(x) for x in (a, b)]
+    edges = torch.cat(
+        [torch.tensor([-math.inf]), torch.linspace(low, high, bins + 1), torch.tensor([math.inf])]
+    )
+    shares = [
+        torch.bincount(torch.bucketize(x.flatten(), edges) - 1, minlength=bins + 2) / len(x)
+        for x in (a, b)
+    ]
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
 
 # %% ../nbs/06_rejection.ipynb #4cdc000a
 BANDWIDTHS = (0.05, 0.15, 0.45)
 
+
 def _kernel(x, y):
     d2 = torch.cdist(x, y).square_()
     return sum(torch.exp(d2 / (-2 * b**2)) for b in BANDWIDTHS) / len(BANDWIDTHS)
 
+
 def mmd(a, b):
     "Maximum mean discrepancy (biased estimate, Gretton et al. 2012, eq. 5) of samples [n, D], [m, D] under the mean of Gaussian kernels of widths `BANDWIDTHS`."
-    def mean(x, y): return sum(_kernel(part, y).sum() for part in x.split(500)) / (len(x) * len(y))
+
+    def mean(x, y):
+        return sum(_kernel(part, y).sum() for part in x.split(500)) / (len(x) * len(y))
+
     return (mean(a, a) + mean(b, b) - 2 * mean(a, b)).clamp(min=0).sqrt().item()
+
 
 def mmd_test(a, b, permutations=200, seed=0):
     "(MMD, p-value of a permutation test) of two samples of equal size [n, D]."
     both, n, gen = torch.cat([a, b]), len(a), torch.Generator().manual_seed(seed)
-    sides = torch.cat([torch.arange(2 * n)[None], torch.stack([torch.randperm(2 * n, generator=gen) for _ in range(permutations)])])
+    sides = torch.cat(
+        [
+            torch.arange(2 * n)[None],
+            torch.stack([torch.randperm(2 * n, generator=gen) for _ in range(permutations)]),
+        ]
+    )
     sides = torch.where(sides < n, 1 / n, -1 / n)
-    found = sum(((side @ _kernel(part, both)) * sides).sum(1) for part, side in zip(both.split(500), sides.split(500, 1)))
-    return found[0].clamp(min=0).sqrt().item(), (1 + (found[1:] >= found[0]).sum().item()) / (1 + permutations)
+    found = sum(
+        ((side @ _kernel(part, both)) * sides).sum(1)
+        for part, side in zip(both.split(500), sides.split(500, 1))
+    )
+    return found[0].clamp(min=0).sqrt().item(), (1 + (found[1:] >= found[0]).sum().item()) / (
+        1 + permutations
+    )
 
 # %% ../nbs/06_rejection.ipynb #dca13f33
-def fit_toy_classifier(toy, targets, schedule, steps, tau=0.5, network=None, t_max=None, n=20_000, seed=0):
+def fit_toy_classifier(
+    toy, targets, schedule, steps, tau=0.5, network=None, t_max=None, n=20_000, seed=0
+):
     """A network trained on draws of a `Toy`: spikes with the targets [N, K] of their points, the honest part with `tau`, in the base's own shares.
 
     network: what to train (default: `MLPClassifier` of width 128); t_max: train below this level (default: all).
     """
     gen = torch.Generator().manual_seed(seed)
     which = torch.randint(len(toy.points), (n,), generator=gen)
-    x = torch.cat([toy.points[which] + toy.width * torch.randn(n, toy.points.shape[1], generator=gen), toy.broad.sample(n, gen)])
+    x = torch.cat(
+        [
+            toy.points[which] + toy.width * torch.randn(n, toy.points.shape[1], generator=gen),
+            toy.broad.sample(n, gen),
+        ]
+    )
     y = torch.cat([targets[which], torch.full((n, targets.shape[1]), float(tau))])
     weights = torch.cat([torch.full((n,), toy.share / n), torch.full((n,), (1 - toy.share) / n)])
     network = network or seeded(seed, lambda: MLPClassifier(x.shape[1:], targets.shape[1], 128))
     loss = partial(label_loss, schedule=schedule, t_max=t_max or schedule.T)
-    run(train(network, loss, (x, y), steps, lr=2e-3, weights=weights, generator=gen), steps, progress=False)
+    run(
+        train(network, loss, (x, y), steps, lr=2e-3, weights=weights, generator=gen),
+        steps,
+        progress=False,
+    )
     return network.eval().requires_grad_(False)
 
 # %% ../nbs/06_rejection.ipynb #c8011bc6
 def certified_distance(z, alpha, L):
     "Least distance of any uncertain point from a point with logit z: (|z| − log((1−α)/α)) / L, at least 0. L: Lipschitz constant of the logit."
     return ((z.abs() - log_odds(alpha)) / L).clamp(min=0)
+
 
 def certified_distance_p(z, alpha, L_p):
     "The same from probabilities: (α − ε) / L_p with ε = σ(−|z|), at least 0. L_p: Lipschitz constant of p = σ(z)."
@@ -198,11 +279,18 @@ def lipschitz_bound(layers):
     "An upper bound on how much a chain of layers can stretch distances: the product over Linear, Tanh, ReLU, SiLU and LayerNorm layers. ValueError for others."
     bound = 1.0
     for layer in layers:
-        if isinstance(layer, nn.Linear): bound *= torch.linalg.matrix_norm(layer.weight, 2).item()
-        elif isinstance(layer, nn.LayerNorm): bound *= layer.weight.abs().max().item() / math.sqrt(layer.eps)
-        elif isinstance(layer, nn.SiLU): bound *= 1.0998393
-        elif not isinstance(layer, (nn.Tanh, nn.ReLU)): raise ValueError(f"no bound is known for {type(layer).__name__}: use Linear, Tanh, ReLU, SiLU or LayerNorm")
+        if isinstance(layer, nn.Linear):
+            bound *= torch.linalg.matrix_norm(layer.weight, 2).item()
+        elif isinstance(layer, nn.LayerNorm):
+            bound *= layer.weight.abs().max().item() / math.sqrt(layer.eps)
+        elif isinstance(layer, nn.SiLU):
+            bound *= 1.0998393
+        elif not isinstance(layer, (nn.Tanh, nn.ReLU)):
+            raise ValueError(
+                f"no bound is known for {type(layer).__name__}: use Linear, Tanh, ReLU, SiLU or LayerNorm"
+            )
     return bound
+
 
 def slopes(f, x):
     "‖∇f‖ at each row of x [B, ...], for f: [B, ...] → [B] that treats rows separately: [B]."

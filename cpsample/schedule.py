@@ -19,16 +19,19 @@ class Schedule:
 
     Source: Ho et al. 2020, eq. 4. Build one with `make_schedule`.
     """
+
     name: str
     abar: torch.Tensor
 
     @property
-    def T(self): return len(self.abar)
+    def T(self):
+        return len(self.abar)
 
 # %% ../nbs/00_schedule.ipynb #7bb2dfba
 def linear_betas(T, beta_start=1e-4, beta_end=0.02):
     "T noise shares β, equally spaced, float64 (Ho et al. 2020, section 4). Tuned for T=1000."
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+
 
 def cosine_betas(T, s=0.008, beta_max=0.999):
     "T noise shares β for which ᾱ follows a squared cosine, float64 (Nichol & Dhariwal 2021, eq. 17)."
@@ -39,22 +42,32 @@ def cosine_betas(T, s=0.008, beta_max=0.999):
 # %% ../nbs/00_schedule.ipynb #a16b4f24
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
+
 def make_schedule(name="linear", T=1000):
     """The schedule called `name` ("linear" or "cosine") with `T` noise levels (default 1000).
 
     Raises ValueError for an unknown name or T < 2.
     """
-    if name not in SCHEDULES: raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    if T < 2: raise ValueError(f"a schedule needs at least 2 noise levels, got T={T}")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    if T < 2:
+        raise ValueError(f"a schedule needs at least 2 noise levels, got T={T}")
     return Schedule(name, torch.cumprod(1 - SCHEDULES[name](T), 0).float())
 
 # %% ../nbs/00_schedule.ipynb #f30253f2
 def abar_at(schedule, t):
     "ᾱ at noise levels t [B]: int64 are looked up; between levels (float) √((1−ᾱ)/ᾱ) is interpolated linearly, as the schedulers of diffusers do."
     abar = schedule.abar.to(t.device)
-    if not t.is_floating_point(): return abar[t]
+    if not t.is_floating_point():
+        return abar[t]
     low, ratio = t.long().clamp(0, schedule.T - 1), ((1 - abar) / abar).sqrt()
-    return 1 / (1 + torch.lerp(ratio[low], ratio[(low + 1).clamp(max=schedule.T - 1)], (t - low).to(abar.dtype)) ** 2)
+    return 1 / (
+        1
+        + torch.lerp(
+            ratio[low], ratio[(low + 1).clamp(max=schedule.T - 1)], (t - low).to(abar.dtype)
+        )
+        ** 2
+    )
 
 # %% ../nbs/00_schedule.ipynb #9339bfb9
 def signal_noise(schedule, t, x):
@@ -63,7 +76,10 @@ def signal_noise(schedule, t, x):
     Both are taken before the cast to x's dtype, where 1 − ᾱ_t of the lowest levels would be rounded to 0 in half precision.
     Raises ValueError unless t has one entry per row.
     """
-    if t.shape != x.shape[:1]: raise ValueError(f"t must have one entry per row: got shape {tuple(t.shape)} for {len(x)} rows")
+    if t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t must have one entry per row: got shape {tuple(t.shape)} for {len(x)} rows"
+        )
     abar = abar_at(schedule, t.to(x.device)).reshape(-1, *[1] * (x.dim() - 1))
     return abar.sqrt().to(x.dtype), (1 - abar).sqrt().to(x.dtype)
 
@@ -80,8 +96,10 @@ def noisify(x0, t, schedule, noise=None, generator=None):
     x0 [B, ...]; t int64 [B]; noise like x0 (default: drawn from `generator`). Returns (x_t, noise).
     Raises ValueError when the shapes of x0, t and noise do not fit.
     """
-    if noise is None: noise = randn(x0.shape, generator, x0.device, x0.dtype)
-    if noise.shape != x0.shape: raise ValueError(f"noise {tuple(noise.shape)} must have the shape of x0 {tuple(x0.shape)}")
+    if noise is None:
+        noise = randn(x0.shape, generator, x0.device, x0.dtype)
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise {tuple(noise.shape)} must have the shape of x0 {tuple(x0.shape)}")
     signal, sigma = signal_noise(schedule, t, x0)
     return signal * x0 + sigma * noise, noise
 
@@ -90,6 +108,7 @@ def eps_to_x0(x_t, t, eps, schedule):
     "The clean image that noise `eps` implies: (x_t − √(1−ᾱ_t)·eps) / √ᾱ_t."
     signal, sigma = signal_noise(schedule, t, x_t)
     return (x_t - sigma * eps) / signal
+
 
 def x0_to_eps(x_t, t, x0, schedule):
     "The noise that clean image `x0` implies: (x_t − √ᾱ_t·x0) / √(1−ᾱ_t)."
@@ -102,6 +121,7 @@ def eps_to_v(x_t, t, eps, schedule):
     signal, sigma = signal_noise(schedule, t, x_t)
     return signal * eps - sigma * eps_to_x0(x_t, t, eps, schedule)
 
+
 def v_to_eps(x_t, t, v, schedule):
     "The noise that velocity `v` implies: √ᾱ_t·v + √(1−ᾱ_t)·x_t."
     signal, sigma = signal_noise(schedule, t, x_t)
@@ -111,6 +131,7 @@ def v_to_eps(x_t, t, v, schedule):
 def eps_to_score(x_t, t, eps, schedule):
     "The score ∇ log q_t(x_t) = −eps / √(1−ᾱ_t) that noise `eps` implies (CPSample, section 2)."
     return -eps / signal_noise(schedule, t, x_t)[1]
+
 
 def score_to_eps(x_t, t, score, schedule):
     "The noise that a score implies: −√(1−ᾱ_t)·score."

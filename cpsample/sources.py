@@ -7,7 +7,12 @@ __all__ = ['CACHE', 'SUFFIXES', 'IMAGE_SETS', 'read_idx', 'downloaded', 'load_fa
            'load_crops', 'read_image', 'load_folder', 'load_images', 'load_array', 'read_data', 'run_of', 'members_of']
 
 # %% ../nbs/sources.ipynb #4edfa5f3
-import gzip, json, lzma, os, warnings, zipfile
+import gzip
+import json
+import lzma
+import os
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +26,25 @@ def read_idx(path):
     "The bytes of an idx file (the format of MNIST), packed as .gz or .xz, as a uint8 tensor of the shape that its header tells."
     raw = (lzma if Path(path).suffix == ".xz" else gzip).decompress(Path(path).read_bytes())
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
+    return torch.from_numpy(
+        np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+    )
 
 # %% ../nbs/sources.ipynb #4c55ef6e
 CACHE = Path(os.environ.get("CPSAMPLE_CACHE", Path.home() / ".cache" / "cpsample"))
 
+
 def downloaded(make, name):
     "`make(folder)` with a data set of torchvision, downloaded into the cache the first time. Raises OSError when that fails."
     CACHE.mkdir(parents=True, exist_ok=True)
-    try: return make(str(CACHE))
+    try:
+        return make(str(CACHE))
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"{name} is not in {CACHE} and cannot be downloaded ({why}): put it there, or connect to the network") from error
+        raise OSError(
+            f"{name} is not in {CACHE} and cannot be downloaded ({why}): put it there, or connect to the network"
+        ) from error
+
 
 def load_fashion(part="train", small=False):
     """Fashion-MNIST: images uint8 [N, 1, 28, 28] and classes int64 [N]; part "train" (60,000) or "test" (10,000).
@@ -40,23 +52,31 @@ def load_fashion(part="train", small=False):
     small: the part that ships with the project instead (the first 3,000 and 2,000). Raises OSError without files and network.
     """
     name = {"train": "train", "test": "t10k"}[part]
-    folder, packed = (data_path("fashion"), "xz") if small else (Path("/usr/share/datasets/fashion-mnist"), "gz")
+    folder, packed = (
+        (data_path("fashion"), "xz") if small else (Path("/usr/share/datasets/fashion-mnist"), "gz")
+    )
     if not folder.exists():
         from torchvision.datasets import FashionMNIST
+
         downloaded(lambda root: FashionMNIST(root, download=True), "Fashion-MNIST")
         folder = CACHE / "FashionMNIST" / "raw"
-    return read_idx(folder / f"{name}-images-idx3-ubyte.{packed}")[:, None], read_idx(folder / f"{name}-labels-idx1-ubyte.{packed}").long()
+    return read_idx(folder / f"{name}-images-idx3-ubyte.{packed}")[:, None], read_idx(
+        folder / f"{name}-labels-idx1-ubyte.{packed}"
+    ).long()
 
 # %% ../nbs/sources.ipynb #08afe62c
 def load_cifar10(part="train"):
     "CIFAR-10 (Krizhevsky 2009): images uint8 [N, 3, 32, 32] and classes int64 [N], N = 50,000 or 10,000. Raises OSError without files and network."
     from torchvision.datasets import CIFAR10
+
     data = downloaded(lambda root: CIFAR10(root, train=part == "train", download=True), "CIFAR-10")
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+
 
 def load_celeba64():
     "CelebA (Liu et al. 2015; for research only): the middle squares, uint8 [202599, 3, 64, 64], and zeros for classes."
     from torchvision.datasets import CelebA
+
     downloaded(lambda root: CelebA(root, download=True), "CelebA")
     images, _ = load_folder(CACHE / "celeba" / "img_align_celeba", 64)
     return images, torch.zeros(len(images), dtype=torch.long)
@@ -65,12 +85,18 @@ def load_celeba64():
 def load_crops(size=32):
     "Squares cut from scikit-learn's two photographs, side by side: uint8 [520, 3, 32, 32] for size 32, and which photograph [N]."
     from sklearn.datasets import load_sample_images
+
     photos = [torch.tensor(photo).permute(2, 0, 1) for photo in load_sample_images().images]
-    cuts = [p.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).transpose(0, 1) for p in photos]
-    return torch.cat(cuts).contiguous(), torch.arange(len(cuts)).repeat_interleave(torch.tensor([len(c) for c in cuts]))
+    cuts = [
+        p.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).transpose(0, 1) for p in photos
+    ]
+    return torch.cat(cuts).contiguous(), torch.arange(len(cuts)).repeat_interleave(
+        torch.tensor([len(c) for c in cuts])
+    )
 
 # %% ../nbs/sources.ipynb #ad541c0e
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
 
 def read_image(path, size, channels=3):
     """One image file as uint8 [channels, size, size]: turned as EXIF says, on white, middle square, resized; the first frame of several.
@@ -78,15 +104,27 @@ def read_image(path, size, channels=3):
     Raises OSError, SyntaxError or ValueError (all of Pillow's) if it is broken.
     """
     from PIL import Image, ImageOps
+
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image, dtype=np.float64)
-            top = next((top for top in (1 if image.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
+            top = next(
+                (
+                    top
+                    for top in (1 if image.mode == "F" else 255, 255, 65535)
+                    if values.max() <= top
+                ),
+                values.max(),
+            )
             image = Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC)
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
+        image = ImageOps.fit(
+            image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC
+        )
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
 
 # %% ../nbs/sources.ipynb #067a3171
@@ -99,31 +137,54 @@ def load_folder(folder, size=32, channels=3, strict=False, progress=False):
     Raises ValueError for a folder without images, or when channels is not 1 or 3.
     """
     from PIL import Image
-    if channels not in (1, 3): raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-    if not Path(folder).is_dir(): raise ValueError(f"{folder} is not a folder: give one that holds images")
+
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that holds images")
     paths = sorted(Path(folder).rglob("*"), key=Path.as_posix)
-    paths = [p for p in paths if p.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not paths: raise ValueError(f"no images in {folder}: looked for files ending in {', '.join(sorted(SUFFIXES))}")
+    paths = [
+        p
+        for p in paths
+        if p.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    ]
+    if not paths:
+        raise ValueError(
+            f"no images in {folder}: looked for files ending in {', '.join(sorted(SUFFIXES))}"
+        )
     images, kept = [], []
     for path in tqdm(paths, desc="reading", disable=not progress):
         try:
             if size is None:
-                with Image.open(path) as first: size = min(first.size)
+                with Image.open(path) as first:
+                    size = min(first.size)
             images.append(read_image(path, size, channels))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if strict: raise OSError(f"{path} cannot be read as an image: {error}") from error
+            if strict:
+                raise OSError(f"{path} cannot be read as an image: {error}") from error
             warnings.warn(f"skipped {path}, it cannot be read as an image: {error}", stacklevel=2)
-        else: kept.append(path)
-    if not kept: raise ValueError(f"none of the {len(paths)} images in {folder} can be read")
+        else:
+            kept.append(path)
+    if not kept:
+        raise ValueError(f"none of the {len(paths)} images in {folder} can be read")
     return torch.stack(images), kept
 
 # %% ../nbs/sources.ipynb #d9aeb5ac
-IMAGE_SETS = {"digits": load_digits, "fashion": load_fashion, "fashion-small": lambda: load_fashion(small=True), "crops": load_crops,
-              "cifar10": load_cifar10, "celeba64": load_celeba64}
+IMAGE_SETS = {
+    "digits": load_digits,
+    "fashion": load_fashion,
+    "fashion-small": lambda: load_fashion(small=True),
+    "crops": load_crops,
+    "cifar10": load_cifar10,
+    "celeba64": load_celeba64,
+}
+
 
 def load_images(name):
     "Images [N, C, H, W] (uint8; digits: in [−1, 1]) and classes [N] of the image set `name`. Raises ValueError for an unknown name."
-    if name not in IMAGE_SETS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
+    if name not in IMAGE_SETS:
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(IMAGE_SETS)}")
     return IMAGE_SETS[name]()
 
 # %% ../nbs/sources.ipynb #c98c0eb7
@@ -132,43 +193,83 @@ def load_array(path):
 
     Taken are uint8, floats within [−1, 1], and floats within [0, 1] or [0, 255]; channels first, last or none. Raises ValueError for anything else.
     """
-    try: found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{path} cannot be read as an array: {error}") from error
-    arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in sorted(found.files, key=lambda name: name != "images")}
-    x = next((a for a in arrays.values() if a.ndim in (3, 4) and a.dtype.kind in "uf" and len(a)), None)
-    if x is None: raise ValueError(f"{path} holds no images: an array [N, H, W], [N, H, W, C] or [N, C, H, W] of bytes or floats is needed")
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an array: {error}") from error
+    arrays = (
+        {"": found}
+        if isinstance(found, np.ndarray)
+        else {name: found[name] for name in sorted(found.files, key=lambda name: name != "images")}
+    )
+    x = next(
+        (a for a in arrays.values() if a.ndim in (3, 4) and a.dtype.kind in "uf" and len(a)), None
+    )
+    if x is None:
+        raise ValueError(
+            f"{path} holds no images: an array [N, H, W], [N, H, W, C] or [N, C, H, W] of bytes or floats is needed"
+        )
     bytes_ = x.dtype == np.uint8
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2) if x.shape[1] not in (1, 3) else x
-    if x.shape[1] not in (1, 3): raise ValueError(f"{path} must hold images of 1 or 3 channels, got shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all(): raise ValueError(f"{path} holds NaN or infinity: remove these images first")
+    if x.shape[1] not in (1, 3):
+        raise ValueError(f"{path} must hold images of 1 or 3 channels, got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{path} holds NaN or infinity: remove these images first")
     low, high = x.min(), x.max()
-    if bytes_ or high > 1.5: return x.div_(127.5).sub_(1).contiguous() if 0 <= low and high <= 255 else _out_of_range(path, low, high)
-    return (x if low < 0 else x * 2 - 1).contiguous() if low >= -1.5 else _out_of_range(path, low, high)
+    if bytes_ or high > 1.5:
+        return (
+            x.div_(127.5).sub_(1).contiguous()
+            if 0 <= low and high <= 255
+            else _out_of_range(path, low, high)
+        )
+    return (
+        (x if low < 0 else x * 2 - 1).contiguous()
+        if low >= -1.5
+        else _out_of_range(path, low, high)
+    )
 
-def _out_of_range(path, low, high): raise ValueError(f"{path} holds values from {low:.3g} to {high:.3g}: images lie in [−1, 1], [0, 1] or [0, 255]")
+
+def _out_of_range(path, low, high):
+    raise ValueError(
+        f"{path} holds values from {low:.3g} to {high:.3g}: images lie in [−1, 1], [0, 1] or [0, 255]"
+    )
+
 
 def read_data(data, size=None, channels=3, strict=False):
     """The images of a named set, a folder, or a .npy or .npz file: uint8, or float in [−1, 1], [N, C, H, W].
 
     size: side of the squares that a folder's images are cut to (default: that of the first one that can be read). Raises ValueError for anything else.
     """
-    if data in IMAGE_SETS: return load_images(data)[0]
-    if Path(data).suffix in (".npy", ".npz") and Path(data).is_file(): return load_array(data)
-    if not Path(data).is_dir(): raise ValueError(f"{data} is neither a folder, nor a .npy or .npz file, nor a known data set ({', '.join(IMAGE_SETS)})")
+    if data in IMAGE_SETS:
+        return load_images(data)[0]
+    if Path(data).suffix in (".npy", ".npz") and Path(data).is_file():
+        return load_array(data)
+    if not Path(data).is_dir():
+        raise ValueError(
+            f"{data} is neither a folder, nor a .npy or .npz file, nor a known data set ({', '.join(IMAGE_SETS)})"
+        )
     return load_folder(data, size, channels, strict, progress=True)[0]
 
 # %% ../nbs/sources.ipynb #6afba72d
 def run_of(folder):
     "The description of the run in `folder`. Raises FileNotFoundError when there is none."
-    if not (path := Path(folder) / "run.json").exists(): raise FileNotFoundError(f"{folder} holds no run: cpsample train DATA --out {folder} makes one")
+    if not (path := Path(folder) / "run.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no run: cpsample train DATA --out {folder} makes one"
+        )
     return json.loads(path.read_text())
+
 
 def members_of(run):
     "(description of the run, its training images, the others of the same set) for a folder that `cpsample train` wrote."
     about = run_of(run)
     x = read_data(about["data"], about["size"], about["channels"])
-    if fingerprint(x) != about["fingerprint"]: raise ValueError(f"the images of {about['data']} are not those that {run} was trained on: put them back, or train again")
-    if about["images"] is None: return about, x, x[:0]
+    if fingerprint(x) != about["fingerprint"]:
+        raise ValueError(
+            f"the images of {about['data']} are not those that {run} was trained on: put them back, or train again"
+        )
+    if about["images"] is None:
+        return about, x, x[:0]
     parts = split(x, {"members": about["images"], "others": None}, about["config"]["seed"])
     return about, parts.of(x, "members"), parts.of(x, "others")

@@ -7,7 +7,8 @@ __all__ = ['CONFIGS', 'average', 'Progress', 'write_tensors', 'save_progress', '
            'half_precision', 'Config', 'save_model', 'load_model', 'train_denoiser', 'train_guard']
 
 # %% ../nbs/08_training.ipynb #ee419b1f
-import copy, json
+import copy
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,50 +29,106 @@ from .schedule import Schedule, make_schedule
 @torch.no_grad()
 def average(slow, fast, n, beta=0.999):
     "Move the parameters of `slow` towards those of `fast`, after step n: θ̄ ← β_n·θ̄ + (1−β_n)·θ with β_n = min(β, (1+n)/(10+n))."
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - min(beta, (1 + n) / (10 + n)))
+    torch._foreach_lerp_(
+        list(slow.parameters()), list(fast.parameters()), 1 - min(beta, (1 + n) / (10 + n))
+    )
 
 # %% ../nbs/08_training.ipynb #9d6efc56
 @dataclass
 class Progress:
     "All that the next training step depends on, with the average of the weights and the losses so far."
+
     model: nn.Module
     slow: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     losses: list
 
+
 def write_tensors(tensors, path, header):
     "Write tensors as safetensors. Raises OSError when that fails, on a full disk for example."
-    try: save_file({k: v.contiguous() for k, v in tensors.items()}, path, header)
-    except SafetensorError as error: raise OSError(f"cannot write {path}: {error}") from error
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, header)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
 
 def save_progress(path, progress, run):
     "Write `progress` to `path` (safetensors, for its owner's eyes), whole or not at all; `run` (a dict) says which run it belongs to."
-    state = {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in progress.optimizer.state_dict()["state"].items() for k, v in s.items()}
-    state |= {f"{part}.{k}": v for part in ("model", "slow") for k, v in getattr(progress, part).state_dict().items()}
-    state |= {"generator": progress.generator.get_state(), "global": torch.get_rng_state(), "losses": torch.tensor(progress.losses, dtype=torch.float64)}
-    with atomic(path, 0o600) as tmp: write_tensors(state, tmp, {"run": json.dumps(run)})
+    state = {
+        f"optimizer.{i}.{k}": torch.as_tensor(v)
+        for i, s in progress.optimizer.state_dict()["state"].items()
+        for k, v in s.items()
+    }
+    state |= {
+        f"{part}.{k}": v
+        for part in ("model", "slow")
+        for k, v in getattr(progress, part).state_dict().items()
+    }
+    state |= {
+        "generator": progress.generator.get_state(),
+        "global": torch.get_rng_state(),
+        "losses": torch.tensor(progress.losses, dtype=torch.float64),
+    }
+    with atomic(path, 0o600) as tmp:
+        write_tensors(state, tmp, {"run": json.dumps(run)})
 
 # %% ../nbs/08_training.ipynb #f39a9e08
 def load_progress(path, progress, run):
     "Fill `progress` from `path`, in place. Raises ValueError when the file is not a checkpoint or belongs to another run."
     try:
-        with safe_open(path, "pt") as file: written, state = json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    if other := [f"{k} {written.get(k)} there, {v} here" for k, v in json.loads(json.dumps(run)).items() if written.get(k) != v]:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(other)}): remove it or choose another folder")
-    def part(name): return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-    try: progress.model.load_state_dict(part("model")), progress.slow.load_state_dict(part("slow"))
-    except RuntimeError as error: raise ValueError(f"{path} is not a checkpoint of this network: remove it or choose another folder") from error
+        with safe_open(path, "pt") as file:
+            written, state = (
+                json.loads(file.metadata()["run"]),
+                {k: file.get_tensor(k) for k in file.keys()},
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if other := [
+        f"{k} {written.get(k)} there, {v} here"
+        for k, v in json.loads(json.dumps(run)).items()
+        if written.get(k) != v
+    ]:
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(other)}): remove it or choose another folder"
+        )
+
+    def part(name):
+        return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+    try:
+        progress.model.load_state_dict(part("model")), progress.slow.load_state_dict(part("slow"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this network: remove it or choose another folder"
+        ) from error
     for i, p in enumerate(progress.optimizer.param_groups[0]["params"]):
-        progress.optimizer.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) for k, v in part(f"optimizer.{i}").items()}
+        progress.optimizer.state[p] = {
+            k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device)
+            for k, v in part(f"optimizer.{i}").items()
+        }
     progress.generator.set_state(state["generator"])
     torch.set_rng_state(state["global"])
     progress.losses[:] = state["losses"].tolist()
 
 # %% ../nbs/08_training.ipynb #8a0935c7
-def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="training", about=None, progress=True, after=None, accelerator=None, compile=False,
-        generator=None, **how):
+def fit(
+    model,
+    loss,
+    data,
+    steps,
+    path=None,
+    every=1000,
+    beta=0.999,
+    name="training",
+    about=None,
+    progress=True,
+    after=None,
+    accelerator=None,
+    compile=False,
+    generator=None,
+    **how,
+):
     """`train` with an average of the weights, a progress bar, and a checkpoint at `path` every `every` steps, from which it goes on.
 
     model is trained in place, to its last weights; loss, data, steps and `how` as for `train`; beta: decay of the average; about: what
@@ -80,40 +137,91 @@ def fit(model, loss, data, steps, path=None, every=1000, beta=0.999, name="train
     Returns (average, losses). Raises ValueError when the checkpoint is of another run.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    state = Progress(model, copy.deepcopy(model).requires_grad_(False), torch.optim.Adam(model.parameters(), fused=True), generator, [])
-    options = {k: v for k, v in dict(getattr(model, "config", None) or {}).items() if not k.startswith("_")}        # diffusers keeps notes of its own there
-    run = {"network": type(model).__name__, "options": options, "steps": steps, "beta": beta, "seed": generator.initial_seed()}
-    run |= {"data": [fingerprint(d) for d in data]} | {k: v for k, v in how.items() if isinstance(v, int | float)} | (about or {})
+    state = Progress(
+        model,
+        copy.deepcopy(model).requires_grad_(False),
+        torch.optim.Adam(model.parameters(), fused=True),
+        generator,
+        [],
+    )
+    options = {
+        k: v for k, v in dict(getattr(model, "config", None) or {}).items() if not k.startswith("_")
+    }  # diffusers keeps notes of its own there
+    run = {
+        "network": type(model).__name__,
+        "options": options,
+        "steps": steps,
+        "beta": beta,
+        "seed": generator.initial_seed(),
+    }
+    run |= (
+        {"data": [fingerprint(d) for d in data]}
+        | {k: v for k, v in how.items() if isinstance(v, int | float)}
+        | (about or {})
+    )
     if path:
-        if Path(path).exists(): load_progress(path, state, run)
-        for left in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"): left.unlink(missing_ok=True)     # of a write that was killed
-    network, main = torch.compile(model) if compile else model, accelerator is None or accelerator.is_main_process
-    if accelerator is not None and accelerator.num_processes > 1: network = Together(accelerator.prepare(network))
-    training = train(network, loss, data, steps, start=len(state.losses), optimizer=state.optimizer, generator=generator, **how)
-    with tqdm(total=steps, initial=len(state.losses), desc=name, disable=not (progress and main), mininterval=0.5) as bar:
+        if Path(path).exists():
+            load_progress(path, state, run)
+        for left in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"):
+            left.unlink(missing_ok=True)  # of a write that was killed
+    network, main = (
+        torch.compile(model) if compile else model,
+        accelerator is None or accelerator.is_main_process,
+    )
+    if accelerator is not None and accelerator.num_processes > 1:
+        network = Together(accelerator.prepare(network))
+    training = train(
+        network,
+        loss,
+        data,
+        steps,
+        start=len(state.losses),
+        optimizer=state.optimizer,
+        generator=generator,
+        **how,
+    )
+    with tqdm(
+        total=steps,
+        initial=len(state.losses),
+        desc=name,
+        disable=not (progress and main),
+        mininterval=0.5,
+    ) as bar:
         for record in training:
             average(state.slow, model, record.step, beta)
             state.losses.append(record.loss)
             bar.update()
             if record.step % 50 == 0:
                 speed = how.get("batch_size", 256) * (bar.format_dict["rate"] or 0)
-                bar.set_postfix(loss=f"{sum(state.losses[-50:]) / 50:.4f}", images_per_second=f"{speed:.0f}")
+                bar.set_postfix(
+                    loss=f"{sum(state.losses[-50:]) / 50:.4f}", images_per_second=f"{speed:.0f}"
+                )
             if main and (record.step % every == 0 or record.step == steps):
-                if path: save_progress(path, state, run)
-                if after: after(record.step, state.slow)
+                if path:
+                    save_progress(path, state, run)
+                if after:
+                    after(record.step, state.slow)
     return state.slow, state.losses
 
 # %% ../nbs/08_training.ipynb #6db556fa
 def mirrored(loss, p=0.5):
     "The loss, with each image x0 [B, C, H, W] of the batch mirrored left to right with probability p; targets stay."
+
     def flip(model, x0, *targets, generator=None):
         rows = torch.rand(len(x0), generator=generator).to(x0.device) < p
-        return loss(model, torch.where(rows[:, None, None, None], x0.flip(-1), x0), *targets, generator=generator)
+        return loss(
+            model,
+            torch.where(rows[:, None, None, None], x0.flip(-1), x0),
+            *targets,
+            generator=generator,
+        )
+
     return flip
 
 # %% ../nbs/08_training.ipynb #ed037b15
 class _Join(torch.autograd.Function):
     "All processes' rows in order. Backward: one's own rows, times the number of processes, since DDP takes the mean."
+
     @staticmethod
     def forward(ctx, mine):
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -121,23 +229,34 @@ class _Join(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad): return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+    def backward(ctx, grad):
+        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
 
 class Together(nn.Module):
     "The model, its rows shared out among the processes of torch.distributed. Raises ValueError if the batch cannot be shared equally."
+
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, t):
-        if len(x) % (n := dist.get_world_size()): raise ValueError(f"a batch of {len(x)} cannot be shared equally by {n} processes: make it a multiple of {n}")
-        return _Join.apply(self.model(x.chunk(n)[dist.get_rank()], t.chunk(n)[dist.get_rank()]).contiguous())
+        if len(x) % (n := dist.get_world_size()):
+            raise ValueError(
+                f"a batch of {len(x)} cannot be shared equally by {n} processes: make it a multiple of {n}"
+            )
+        return _Join.apply(
+            self.model(x.chunk(n)[dist.get_rank()], t.chunk(n)[dist.get_rank()]).contiguous()
+        )
 
 # %% ../nbs/08_training.ipynb #bb1af2db
 def half_precision(loss, device_type="cuda"):
     "The loss, computed in bfloat16 where that is safe (torch.autocast); weights and optimiser stay float32."
+
     def cast(model, *batch, generator=None):
-        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False): return loss(model, *batch, generator=generator)
+        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
+            return loss(model, *batch, generator=generator)
+
     return cast
 
 # %% ../nbs/08_training.ipynb #3698a3f7
@@ -147,6 +266,7 @@ class Config:
     `build_network`; batch_size, lr, warmup, clip, steps: see `train`; beta: of the average; mirror: train on mirrored images too;
     every: steps between checkpoints; sample_steps: network calls per sample; guard: options of the label classifier, and guard_steps, guard_batch_size of its training.
     """
+
     data: str
     shape: tuple
     network: str = "UNet"
@@ -169,82 +289,273 @@ class Config:
     def tiny(self):
         "The same run for impatient people and for tests: a narrow network and twenty steps."
         narrow = dict(options=self.options | {"width": 8}, guard=self.guard | {"width": 8})
-        return replace(self, **narrow, steps=20, batch_size=8, every=10, sample_steps=4, guard_steps=20, guard_batch_size=64)
+        return replace(
+            self,
+            **narrow,
+            steps=20,
+            batch_size=8,
+            every=10,
+            sample_steps=4,
+            guard_steps=20,
+            guard_batch_size=64,
+        )
 
 # %% ../nbs/08_training.ipynb #b387081a
 CONFIGS = {
-    "digits": Config("digits", (1, 8, 8), "MLPDenoiser", batch_size=256, lr=2e-3, steps=4000, guard_steps=3000, sample_steps=100),
-    "fashion": Config("fashion", (1, 28, 28), options=dict(width=32, mults=(1, 3)), steps=4000, guard=dict(width=24, mults=(1, 3)), guard_steps=1500),
-    "cifar10": Config("cifar10", (3, 32, 32), options=dict(width=128, mults=(1, 2, 2), blocks=2, unshuffle=1), steps=200_000, lr=2e-4, warmup=5000, beta=0.9999,
-                      mirror=True, every=5000, sample_steps=100, guard=dict(width=64, mults=(1, 2, 2), unshuffle=1), guard_steps=30_000),
-    "celeba64": Config("celeba64", (3, 64, 64), options=dict(width=128, mults=(1, 2, 2, 2), blocks=2, unshuffle=1), steps=300_000, lr=1e-4, warmup=5000, beta=0.9999,
-                       mirror=True, every=5000, sample_steps=100, guard=dict(width=64, mults=(1, 2, 2, 2), unshuffle=1), guard_steps=40_000),
-    "folder": Config("", (3, 32, 32), options=dict(width=64, mults=(1, 2)), steps=20_000, lr=5e-4, mirror=True, guard=dict(width=32, mults=(1, 2)), guard_steps=4000),
+    "digits": Config(
+        "digits",
+        (1, 8, 8),
+        "MLPDenoiser",
+        batch_size=256,
+        lr=2e-3,
+        steps=4000,
+        guard_steps=3000,
+        sample_steps=100,
+    ),
+    "fashion": Config(
+        "fashion",
+        (1, 28, 28),
+        options=dict(width=32, mults=(1, 3)),
+        steps=4000,
+        guard=dict(width=24, mults=(1, 3)),
+        guard_steps=1500,
+    ),
+    "cifar10": Config(
+        "cifar10",
+        (3, 32, 32),
+        options=dict(width=128, mults=(1, 2, 2), blocks=2, unshuffle=1),
+        steps=200_000,
+        lr=2e-4,
+        warmup=5000,
+        beta=0.9999,
+        mirror=True,
+        every=5000,
+        sample_steps=100,
+        guard=dict(width=64, mults=(1, 2, 2), unshuffle=1),
+        guard_steps=30_000,
+    ),
+    "celeba64": Config(
+        "celeba64",
+        (3, 64, 64),
+        options=dict(width=128, mults=(1, 2, 2, 2), blocks=2, unshuffle=1),
+        steps=300_000,
+        lr=1e-4,
+        warmup=5000,
+        beta=0.9999,
+        mirror=True,
+        every=5000,
+        sample_steps=100,
+        guard=dict(width=64, mults=(1, 2, 2, 2), unshuffle=1),
+        guard_steps=40_000,
+    ),
+    "folder": Config(
+        "",
+        (3, 32, 32),
+        options=dict(width=64, mults=(1, 2)),
+        steps=20_000,
+        lr=5e-4,
+        mirror=True,
+        guard=dict(width=32, mults=(1, 2)),
+        guard_steps=4000,
+    ),
 }
 
 # %% ../nbs/08_training.ipynb #2bdca527
 def save_model(model, schedule, path, made):
     "Write a network that has a `config` to `path` (safetensors): weights, ᾱ, and in its header the arguments and the dict `made`."
-    record = {"network": type(model).__name__, "config": model.config, "schedule": schedule.name, "made": made}
-    with atomic(path) as tmp: write_tensors(model.state_dict() | {"abar": schedule.abar}, tmp, {"model": json.dumps(record)})
+    record = {
+        "network": type(model).__name__,
+        "config": model.config,
+        "schedule": schedule.name,
+        "made": made,
+    }
+    with atomic(path) as tmp:
+        write_tensors(
+            model.state_dict() | {"abar": schedule.abar}, tmp, {"model": json.dumps(record)}
+        )
+
 
 def load_model(path):
     "(model, schedule, made) as written by `save_model`. Raises FileNotFoundError, or ValueError when the file holds no model."
-    if not Path(path).exists(): raise FileNotFoundError(f"no model at {path}: `cpsample train` writes one")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no model at {path}: `cpsample train` writes one")
     try:
-        with safe_open(path, "pt") as file: record, state = json.loads(file.metadata()["model"]), {k: file.get_tensor(k) for k in file.keys()}
-        schedule, model = Schedule(record["schedule"], state.pop("abar")), build_network(record["network"], record["config"])
+        with safe_open(path, "pt") as file:
+            record, state = (
+                json.loads(file.metadata()["model"]),
+                {k: file.get_tensor(k) for k in file.keys()},
+            )
+        schedule, model = (
+            Schedule(record["schedule"], state.pop("abar")),
+            build_network(record["network"], record["config"]),
+        )
         model.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error: raise ValueError(f"{path} cannot be read as a model: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a model: {str(error).splitlines()[0]}"
+        ) from error
     return model.eval().requires_grad_(False), schedule, record["made"]
 
 # %% ../nbs/08_training.ipynb #909abd38
-def train_denoiser(config, images, folder, start=None, after=None, accelerator=None, device="cpu", compile=False, progress=True):
+def train_denoiser(
+    config,
+    images,
+    folder,
+    start=None,
+    after=None,
+    accelerator=None,
+    device="cpu",
+    compile=False,
+    progress=True,
+):
     """Train the denoiser of `config` on images [N, C, H, W] and write it to folder/model.safetensors; returns (model, schedule, losses).
 
     start: a model to fine-tune, in place (default: fresh weights). Goes on from folder/checkpoint.safetensors if it is there.
     """
     schedule = make_schedule(config.schedule)
-    if accelerator is not None: device = accelerator.device
-    model = seeded(config.seed, lambda: build_network(config.network, {"shape": images.shape[1:]} | config.options)) if start is None else start.requires_grad_()
-    about = {"schedule": config.schedule, "mirror": config.mirror, "start": None if start is None else fingerprint(next(start.parameters()))}
+    if accelerator is not None:
+        device = accelerator.device
+    model = (
+        seeded(
+            config.seed,
+            lambda: build_network(config.network, {"shape": images.shape[1:]} | config.options),
+        )
+        if start is None
+        else start.requires_grad_()
+    )
+    about = {
+        "schedule": config.schedule,
+        "mirror": config.mirror,
+        "start": None if start is None else fingerprint(next(start.parameters())),
+    }
     model = model.to(device, memory_format=torch.channels_last)
     loss = partial(ddpm_loss, schedule=schedule)
-    if config.mirror: loss = mirrored(loss)
-    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0): loss = half_precision(loss)
-    how = dict(batch_size=config.batch_size, lr=config.lr, warmup=config.warmup, clip=config.clip, generator=torch.Generator().manual_seed(config.seed))
-    slow, losses = fit(model, loss, (images.to(device),), config.steps, Path(folder) / "checkpoint.safetensors", config.every, config.beta,
-                       name="denoiser", about=about, progress=progress, after=after, accelerator=accelerator, compile=compile, **how)
-    made = {"config": config.data, "n": len(images), "steps": config.steps, "seed": config.seed, "data": fingerprint(images)}
-    if accelerator is None or accelerator.is_main_process: save_model(slow, schedule, Path(folder) / "model.safetensors", made)
+    if config.mirror:
+        loss = mirrored(loss)
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        loss = half_precision(loss)
+    how = dict(
+        batch_size=config.batch_size,
+        lr=config.lr,
+        warmup=config.warmup,
+        clip=config.clip,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    slow, losses = fit(
+        model,
+        loss,
+        (images.to(device),),
+        config.steps,
+        Path(folder) / "checkpoint.safetensors",
+        config.every,
+        config.beta,
+        name="denoiser",
+        about=about,
+        progress=progress,
+        after=after,
+        accelerator=accelerator,
+        compile=compile,
+        **how,
+    )
+    made = {
+        "config": config.data,
+        "n": len(images),
+        "steps": config.steps,
+        "seed": config.seed,
+        "data": fingerprint(images),
+    }
+    if accelerator is None or accelerator.is_main_process:
+        save_model(slow, schedule, Path(folder) / "model.safetensors", made)
     return slow.eval(), schedule, losses
 
 # %% ../nbs/08_training.ipynb #d2836b75
-def train_guard(config, members, others, schedule, path, preset="default", accelerator=None, device="cpu", progress=True, **settings):
+def train_guard(
+    config,
+    members,
+    others,
+    schedule,
+    path,
+    preset="default",
+    accelerator=None,
+    device="cpu",
+    progress=True,
+    **settings,
+):
     """Train the guard of `config` for members [N, C, H, W], calibrate it (with `config.mirror` on mirror images too), write it to `path` by `save_guard`, return it.
 
     others [M, C, H, W]: images of the same kind that are no members; a quarter is kept for calibration, the rest is the reference.
     The preset "paper" takes no reference images and is written as printed, without calibration; `settings` override a preset (see `fit_guard`).
     Goes on from `path`.checkpoint.safetensors if it is there, and removes it at the end. Raises ValueError when the guard covers too little.
     """
-    if preset not in GUARDS: raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
-    if len(others) < 8: raise ValueError(f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}")
-    if accelerator is not None: device = accelerator.device
-    others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(config.seed))]     # folders are often sorted
+    if preset not in GUARDS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
+    if len(others) < 8:
+        raise ValueError(
+            f"a guard needs other images of the same kind, at least 8 (better: as many as members), got {len(others)}"
+        )
+    if accelerator is not None:
+        device = accelerator.device
+    others = others[
+        torch.randperm(len(others), generator=torch.Generator().manual_seed(config.seed))
+    ]  # folders are often sorted
     members, others = pixels(members).to(device), pixels(others).to(device)
     held_out, reference = others[: len(others) // 4], others[len(others) // 4 :]
-    name, K = "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier", GUARDS[preset]["K"]
-    network = seeded(config.seed, lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard)).to(device, memory_format=torch.channels_last)
-    checkpoint, main = Path(f"{path}.checkpoint.safetensors"), accelerator is None or accelerator.is_main_process
+    name, K = (
+        "MLPClassifier" if config.network == "MLPDenoiser" else "UNetClassifier",
+        GUARDS[preset]["K"],
+    )
+    network = seeded(
+        config.seed,
+        lambda: build_network(name, {"shape": members.shape[1:], "K": K} | config.guard),
+    ).to(device, memory_format=torch.channels_last)
+    checkpoint, main = (
+        Path(f"{path}.checkpoint.safetensors"),
+        accelerator is None or accelerator.is_main_process,
+    )
+
     def drive(model, loss, data, steps, **how):
-        if config.mirror: loss = mirrored(loss)
-        fit(model, loss, data, steps, checkpoint, config.every, name="guard", about={"mirror": config.mirror}, progress=progress, accelerator=accelerator, **how)
-    how = dict(preset=preset, steps=config.guard_steps, batch_size=config.guard_batch_size, seed=config.seed, **settings)
-    guard = fit_guard(members, schedule, None if preset == "paper" else reference, classifier=network, drive=drive, **how)
+        if config.mirror:
+            loss = mirrored(loss)
+        fit(
+            model,
+            loss,
+            data,
+            steps,
+            checkpoint,
+            config.every,
+            name="guard",
+            about={"mirror": config.mirror},
+            progress=progress,
+            accelerator=accelerator,
+            **how,
+        )
+
+    how = dict(
+        preset=preset,
+        steps=config.guard_steps,
+        batch_size=config.guard_batch_size,
+        seed=config.seed,
+        **settings,
+    )
+    guard = fit_guard(
+        members,
+        schedule,
+        None if preset == "paper" else reference,
+        classifier=network,
+        drive=drive,
+        **how,
+    )
     try:
-        if preset != "paper": calibrate(guard, torch.cat([members, members.flip(-1)]) if config.mirror else members, held_out)
+        if preset != "paper":
+            calibrate(
+                guard,
+                torch.cat([members, members.flip(-1)]) if config.mirror else members,
+                held_out,
+            )
     except ValueError:
-        if main: checkpoint.unlink(missing_ok=True)     # a refused guard starts afresh, with more steps
+        if main:
+            checkpoint.unlink(missing_ok=True)  # a refused guard starts afresh, with more steps
         raise
-    if main: save_guard(guard, path), checkpoint.unlink(missing_ok=True)
+    if main:
+        save_guard(guard, path), checkpoint.unlink(missing_ok=True)
     return guard

@@ -13,10 +13,13 @@ from torch import nn
 from .ddpm import time_embedding
 
 # %% ../nbs/07_unet.ipynb #374eb2aa
-def group_norm(d): return nn.GroupNorm(min(8, d // 4), d)
+def group_norm(d):
+    return nn.GroupNorm(min(8, d // 4), d)
+
 
 class ConvBlock(nn.Module):
     "h + convolutions(GroupNorm(h), time): [B, d_in, H, W] → [B, d_out, H, W] (Ho et al. 2020, appendix B)."
+
     def __init__(self, d_in, d_out, d_time):
         super().__init__()
         self.norm1, self.conv1 = group_norm(d_in), nn.Conv2d(d_in, d_out, 3, padding=1)
@@ -33,26 +36,42 @@ class ConvBlock(nn.Module):
 # %% ../nbs/07_unet.ipynb #b3f478a6
 class SelfAttention(nn.Module):
     "h + attention over all places of h [B, d, H, W], with heads of 32 channels where they fit, else one head (Vaswani et al. 2017, section 3.2)."
+
     def __init__(self, d):
         super().__init__()
-        self.norm, self.qkv, self.out, self.heads = group_norm(d), nn.Conv2d(d, 3 * d, 1), nn.Conv2d(d, d, 1), d // 32 if d % 32 == 0 else 1
+        self.norm, self.qkv, self.out, self.heads = (
+            group_norm(d),
+            nn.Conv2d(d, 3 * d, 1),
+            nn.Conv2d(d, d, 1),
+            d // 32 if d % 32 == 0 else 1,
+        )
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, h):
         B, d, H, W = h.shape
-        q, k, v = self.qkv(self.norm(h)).reshape(B, 3, self.heads, d // self.heads, H * W).transpose(-1, -2).unbind(1)
+        q, k, v = (
+            self.qkv(self.norm(h))
+            .reshape(B, 3, self.heads, d // self.heads, H * W)
+            .transpose(-1, -2)
+            .unbind(1)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return h + self.out(mixed.transpose(-1, -2).reshape(B, d, H, W))
 
 # %% ../nbs/07_unet.ipynb #7db1940a
 class Stage(nn.Module):
     "A `ConvBlock`, then, where `attention` is asked for, a `SelfAttention`."
+
     def __init__(self, d_in, d_out, d_time, attention):
         super().__init__()
-        self.conv, self.attention = ConvBlock(d_in, d_out, d_time), SelfAttention(d_out) if attention else nn.Identity()
+        self.conv, self.attention = (
+            ConvBlock(d_in, d_out, d_time),
+            SelfAttention(d_out) if attention else nn.Identity(),
+        )
 
-    def forward(self, h, emb): return self.attention(self.conv(h, emb))
+    def forward(self, h, emb):
+        return self.attention(self.conv(h, emb))
 
 # %% ../nbs/07_unet.ipynb #3be3289a
 class Encoder(nn.Module):
@@ -61,42 +80,80 @@ class Encoder(nn.Module):
     blocks: `Stage`s per resolution; unshuffle: 2 folds 2×2 pixels into channels first, 1 does not; attention: at the lowest
     resolution or nowhere. `config` holds the arguments. Raises ValueError for images that cannot be halved that often.
     """
+
     def __init__(self, shape, width=32, mults=(1, 2), blocks=1, unshuffle=2, attention=True):
         super().__init__()
-        self.config = {"shape": list(shape), "width": width, "mults": list(mults), "blocks": blocks, "unshuffle": unshuffle, "attention": attention}
+        self.config = {
+            "shape": list(shape),
+            "width": width,
+            "mults": list(mults),
+            "blocks": blocks,
+            "unshuffle": unshuffle,
+            "attention": attention,
+        }
         if shape[1] % (step := unshuffle * 2 ** (len(mults) - 1)) or shape[2] % step:
-            raise ValueError(f"images of {shape[1]}×{shape[2]} cannot be divided by {step}: use fewer mults, unshuffle=1, or resize them to a multiple of {step}")
-        if width % 8: raise ValueError(f"width must be a multiple of 8 (the groups of GroupNorm), got {width}")
+            raise ValueError(
+                f"images of {shape[1]}×{shape[2]} cannot be divided by {step}: use fewer mults, unshuffle=1, or resize them to a multiple of {step}"
+            )
+        if width % 8:
+            raise ValueError(
+                f"width must be a multiple of 8 (the groups of GroupNorm), got {width}"
+            )
         self.unshuffle, self.dims, d_time = unshuffle, [width * m for m in mults], 4 * width
-        self.embed = nn.Sequential(nn.Linear(64, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(64, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU()
+        )
         self.stem, d = nn.Conv2d(shape[0] * unshuffle**2, self.dims[0], 3, padding=1), self.dims[0]
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         for i, d_next in enumerate(self.dims):
             deepest = i == len(mults) - 1
-            self.down.append(nn.ModuleList(Stage(d if k == 0 else d_next, d_next, d_time, attention and deepest) for k in range(blocks)))
-            if not deepest: self.shrink.append(nn.Conv2d(d_next, d_next, 3, stride=2, padding=1))
+            self.down.append(
+                nn.ModuleList(
+                    Stage(d if k == 0 else d_next, d_next, d_time, attention and deepest)
+                    for k in range(blocks)
+                )
+            )
+            if not deepest:
+                self.shrink.append(nn.Conv2d(d_next, d_next, 3, stride=2, padding=1))
             d = d_next
         self.middle = Stage(d, d, d_time, attention)
 
     def encode(self, x, t):
         "x [B, C, H, W], t [B] → features at the lowest resolution, those put aside on the way (finest first), the time code."
-        emb, h, aside = self.embed(time_embedding(t).to(x.dtype)), self.stem(F.pixel_unshuffle(x, self.unshuffle)), []
+        emb, h, aside = (
+            self.embed(time_embedding(t).to(x.dtype)),
+            self.stem(F.pixel_unshuffle(x, self.unshuffle)),
+            [],
+        )
         for stages, shrink in zip(self.down, [*self.shrink, nn.Identity()]):
-            for stage in stages: aside.append(h := stage(h, emb))
+            for stage in stages:
+                aside.append(h := stage(h, emb))
             h = shrink(h)
         return self.middle(h, emb), aside, emb
 
 # %% ../nbs/07_unet.ipynb #a0cd167c
 class UNet(Encoder):
     "A denoiser `model(x_t, t) -> eps` for images; arguments as for `Encoder` (Ronneberger et al. 2015; Ho et al. 2020)."
+
     def __init__(self, shape, width=32, mults=(1, 2), blocks=1, unshuffle=2, attention=True):
         super().__init__(shape, width, mults, blocks, unshuffle, attention)
         self.up, self.grow, d, d_time = nn.ModuleList(), nn.ModuleList(), self.dims[-1], 4 * width
         for i in reversed(range(len(mults))):
             d_here = self.dims[i]
-            self.up.append(nn.ModuleList(Stage((d if k == 0 else d_here) + d_here, d_here, d_time, attention and i == len(mults) - 1) for k in range(blocks)))
+            self.up.append(
+                nn.ModuleList(
+                    Stage(
+                        (d if k == 0 else d_here) + d_here,
+                        d_here,
+                        d_time,
+                        attention and i == len(mults) - 1,
+                    )
+                    for k in range(blocks)
+                )
+            )
             d = self.dims[max(i - 1, 0)]
-            if i: self.grow.append(nn.Conv2d(d_here, d, 3, padding=1))
+            if i:
+                self.grow.append(nn.Conv2d(d_here, d, 3, padding=1))
         self.norm, self.out = group_norm(d), nn.Conv2d(d, shape[0] * unshuffle**2, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -104,13 +161,16 @@ class UNet(Encoder):
     def forward(self, x_t, t):
         h, aside, emb = self.encode(x_t, t)
         for stages, grow in zip(self.up, [*self.grow, None]):
-            for stage in stages: h = stage(torch.cat([h, aside.pop()], 1), emb)
-            if grow is not None: h = grow(F.interpolate(h, scale_factor=2.0))
+            for stage in stages:
+                h = stage(torch.cat([h, aside.pop()], 1), emb)
+            if grow is not None:
+                h = grow(F.interpolate(h, scale_factor=2.0))
         return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.unshuffle)
 
 # %% ../nbs/07_unet.ipynb #b25a958e
 class UNetClassifier(Encoder):
     "A label classifier `classifier(x_t, t) -> logits [B, K]`: an `Encoder` (same arguments) and one linear layer on all of its last features."
+
     def __init__(self, shape, K=8, width=32, mults=(1, 2), blocks=1, unshuffle=2, attention=True):
         super().__init__(shape, width, mults, blocks, unshuffle, attention)
         self.config["K"], step = K, unshuffle * 2 ** (len(mults) - 1)
@@ -119,4 +179,5 @@ class UNetClassifier(Encoder):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x_t, t): return self.out(F.silu(self.norm(self.encode(x_t, t)[0])).flatten(1))
+    def forward(self, x_t, t):
+        return self.out(F.silu(self.norm(self.encode(x_t, t)[0])).flatten(1))

@@ -1,4 +1,5 @@
 "Every other protection against what is known of it: clipping, accounting, masks, balls, gradients."
+
 import math
 import sys
 import warnings
@@ -7,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from cpsample.baselines import (ambient_denoiser, ambient_loss, epsilon_spent, example_gradients, noise_multiplier, random_mask, similarity_guidance, spell,
-                                train_private)
+from cpsample.baselines import (
+    ambient_denoiser,
+    ambient_loss,
+    epsilon_spent,
+    example_gradients,
+    noise_multiplier,
+    random_mask,
+    similarity_guidance,
+    spell,
+    train_private,
+)
 from cpsample.data import GaussianMixture, exact_denoiser
 from cpsample.ddpm import MLPDenoiser, draw, seeded
 from cpsample.memorization import ideal_denoiser, nearest
@@ -23,35 +34,46 @@ SCHEDULE = make_schedule()
 CLEAN = Schedule("clean", torch.ones(2) - 1e-7)
 
 
-def seed(k): return torch.Generator().manual_seed(k)
+def seed(k):
+    return torch.Generator().manual_seed(k)
 
 
-def images(n, k=0): return torch.rand(n, 1, 8, 8, generator=seed(k)) * 2 - 1
+def images(n, k=0):
+    return torch.rand(n, 1, 8, 8, generator=seed(k)) * 2 - 1
 
 
-def network(): return seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16, depth=1))
+def network():
+    return seeded(0, lambda: MLPDenoiser((1, 8, 8), width=16, depth=1))
 
 
-def unet(attention): return seeded(0, lambda: UNet((1, 8, 8), width=16, unshuffle=1, attention=attention)).to(memory_format=torch.channels_last)
+def unet(attention):
+    return seeded(0, lambda: UNet((1, 8, 8), width=16, unshuffle=1, attention=attention)).to(
+        memory_format=torch.channels_last
+    )
 
 
 def awake(model):
     "Networks start with zeros in their last layer: move them, so that every gradient is there."
     with torch.no_grad():
-        for i, p in enumerate(model.parameters()): p.add_(0.1 * torch.randn(p.shape, generator=seed(i)))
+        for i, p in enumerate(model.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=seed(i)))
     return model
 
 
 # differential privacy
 
-@pytest.mark.filterwarnings("error")                # torch warns where an operation would go row by row
-@pytest.mark.parametrize("build", [network, lambda: unet(False), lambda: unet(True)], ids=["MLP", "UNet", "attention"])
+
+@pytest.mark.filterwarnings("error")  # torch warns where an operation would go row by row
+@pytest.mark.parametrize(
+    "build", [network, lambda: unet(False), lambda: unet(True)], ids=["MLP", "UNet", "attention"]
+)
 def test_each_rows_gradient_is_that_row_alone(build):
     model, x = awake(build()), images(4)
     together, losses = example_gradients(model, x, SCHEDULE, 3, seed(1))
     other = torch.cat([x[:1], images(3, k=9)])
     changed, _ = example_gradients(model, other, SCHEDULE, 3, seed(1))
-    for name in together: torch.testing.assert_close(changed[name][0], together[name][0], atol=1e-6, rtol=1e-4)
+    for name in together:
+        torch.testing.assert_close(changed[name][0], together[name][0], atol=1e-6, rtol=1e-4)
     assert any((changed[name][1] - together[name][1]).abs().max() > 1e-4 for name in together)
     g = seed(1)
     t = torch.randint(SCHEDULE.T, (12,), generator=g)
@@ -64,22 +86,34 @@ def test_each_rows_gradient_is_that_row_alone(build):
         loss = F.mse_loss(model(x_t[rows], t[rows]), noise[rows])
         loss.backward()
         assert abs(loss.item() - losses[i].item()) < 1e-5
-        for name, p in model.named_parameters(): torch.testing.assert_close(together[name][i], p.grad, atol=1e-5, rtol=1e-3)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(together[name][i], p.grad, atol=1e-5, rtol=1e-3)
 
 
 class Recorder(torch.optim.SGD):
     "Keeps the gradients that arrive at the optimiser."
-    def __init__(self, parameters, lr): super().__init__(parameters, lr); self.seen = []
-    def step(self, closure=None): self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.seen = []
+
+    def step(self, closure=None):
+        self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
 
 
 def arriving(monkeypatch, x, sigma, bound, rate=1.0, steps=1, k=0, draws=2):
     kept = []
+
     def build(parameters, lr):
         kept.append(Recorder(list(parameters), lr))
         return kept[-1]
+
     monkeypatch.setattr(torch.optim, "Adam", build)
-    list(train_private(awake(network()), x, SCHEDULE, sigma, steps, rate, bound, draws, generator=seed(k)))
+    list(
+        train_private(
+            awake(network()), x, SCHEDULE, sigma, steps, rate, bound, draws, generator=seed(k)
+        )
+    )
     return [torch.cat([p.flatten() for p in grads]) for grads in kept[0].seen]
 
 
@@ -88,7 +122,9 @@ def test_one_image_moves_the_sum_by_at_most_the_bound(monkeypatch):
     pytest.importorskip("opacus")
     x, bound = images(6), 0.05
     model = awake(network())
-    gradients, _ = example_gradients(model, x, SCHEDULE, 2, (g := seed(0), torch.rand(6, generator=g))[0])     # the draw of the batch comes first
+    gradients, _ = example_gradients(
+        model, x, SCHEDULE, 2, (g := seed(0), torch.rand(6, generator=g))[0]
+    )  # the draw of the batch comes first
     flat = torch.cat([v.flatten(1) for v in gradients.values()], 1)
     clipped = flat * (bound / flat.norm(dim=1, keepdim=True)).clamp(max=1)
     assert (flat.norm(dim=1) > bound).all() and clipped.norm(dim=1).max() <= bound * (1 + 1e-5)
@@ -100,16 +136,20 @@ def test_one_image_moves_the_sum_by_at_most_the_bound(monkeypatch):
 def test_short_gradients_are_not_clipped(monkeypatch):
     pytest.importorskip("opacus")
     x = images(5)
-    gradients, _ = example_gradients(awake(network()), x, SCHEDULE, 2, (g := seed(0), torch.rand(5, generator=g))[0])
+    gradients, _ = example_gradients(
+        awake(network()), x, SCHEDULE, 2, (g := seed(0), torch.rand(5, generator=g))[0]
+    )
     flat = torch.cat([v.flatten(1) for v in gradients.values()], 1)
-    torch.testing.assert_close(arriving(monkeypatch, x, 0.0, 1e6)[0], flat.mean(0), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(
+        arriving(monkeypatch, x, 0.0, 1e6)[0], flat.mean(0), atol=1e-6, rtol=1e-3
+    )
 
 
 def test_noise_has_the_size_that_the_accountant_is_told(monkeypatch):
     pytest.importorskip("opacus")
     x, sigma, bound = images(8), 3.0, 0.05
     steps = arriving(monkeypatch, x, sigma, bound, rate=0.5, steps=40)
-    found = torch.stack(steps) * 0.5 * 8                            # the sum: clipped gradients (at most 8 · 0.05) and noise
+    found = torch.stack(steps) * 0.5 * 8  # the sum: clipped gradients (at most 8 · 0.05) and noise
     assert abs(found.std() / (sigma * bound) - 1) < 0.05
 
 
@@ -117,21 +157,36 @@ def test_batches_are_drawn_image_by_image(monkeypatch):
     "Poisson sampling, which the accountant assumes: sizes vary, empty batches included, and the divisor stays."
     pytest.importorskip("opacus")
     import cpsample.baselines as baselines
+
     sizes, real = [], example_gradients
+
     def watched(model, x0, *rest):
         sizes.append(len(x0))
         return real(model, x0, *rest)
+
     monkeypatch.setattr(baselines, "example_gradients", watched)
-    records = list(train_private(network(), images(10), SCHEDULE, 1.0, 300, rate=0.2, draws=1, generator=seed(0)))
+    records = list(
+        train_private(
+            network(), images(10), SCHEDULE, 1.0, 300, rate=0.2, draws=1, generator=seed(0)
+        )
+    )
     assert 0 in sizes and abs(np.mean(sizes) - 2) < 0.3 and abs(np.var(sizes) - 1.6) < 0.5
-    assert [r.step for r in records] == list(range(1, 301)) and all(math.isfinite(r.loss) for r in records)
+    assert [r.step for r in records] == list(range(1, 301)) and all(
+        math.isfinite(r.loss) for r in records
+    )
 
 
 @pytest.mark.parametrize("sigma, steps", [(1.5, 1), (8, 30), (30, 900)])
 def test_epsilon_of_full_batches_is_the_gaussian_mechanisms(sigma, steps):
     pytest.importorskip("opacus")
     s = sigma / math.sqrt(steps)
-    exact = brentq(lambda e: norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - 1e-4, 0, 200)
+    exact = brentq(
+        lambda e: (
+            norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - 1e-4
+        ),
+        0,
+        200,
+    )
     assert abs(epsilon_spent(sigma, 1e-4, 1, steps) - exact) < 0.03 * exact + 0.02
     assert epsilon_spent(sigma, 1e-4, 1, steps, "rdp") >= exact
 
@@ -141,22 +196,28 @@ def test_noise_and_epsilon_are_inverse_and_ordered():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sigmas = [noise_multiplier(e, 1e-3, 0.2, 100) for e in (1, 10)]
-    for e, sigma in zip((1, 10), sigmas): assert e * 0.97 <= epsilon_spent(sigma, 1e-3, 0.2, 100) <= e * 1.001
+    for e, sigma in zip((1, 10), sigmas):
+        assert e * 0.97 <= epsilon_spent(sigma, 1e-3, 0.2, 100) <= e * 1.001
     assert sigmas[0] > sigmas[1] and noise_multiplier(10, 1e-3, 0.2, 400) > sigmas[1]
 
 
 def test_privacy_mistakes(monkeypatch):
     for bad in ((0, 1e-3, 0.2, 10), (1, 0, 0.2, 10), (1, 1e-3, 1.5, 10), (1, 1e-3, 0.2, 0)):
-        with pytest.raises(ValueError, match="privacy needs"): noise_multiplier(*bad)
+        with pytest.raises(ValueError, match="privacy needs"):
+            noise_multiplier(*bad)
     pytest.importorskip("opacus")
     mixing = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match="cannot be trained privately"): next(train_private(mixing, images(4), SCHEDULE, 1.0, 5))
-    for name in [m for m in sys.modules if m.split(".")[0] == "opacus"]: monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="cannot be trained privately"):
+        next(train_private(mixing, images(4), SCHEDULE, 1.0, 5))
+    for name in [m for m in sys.modules if m.split(".")[0] == "opacus"]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ImportError, match=r"cpsample\[baselines\]"): noise_multiplier(1, 1e-3, 0.2, 10)
+    with pytest.raises(ImportError, match=r"cpsample\[baselines\]"):
+        noise_multiplier(1, 1e-3, 0.2, 10)
 
 
 # ambient diffusion
+
 
 def test_masks_are_per_pixel_and_the_same_in_all_channels():
     mask = random_mask(torch.zeros(200, 3, 8, 8), 0.3, seed(0))
@@ -166,6 +227,7 @@ def test_masks_are_per_pixel_and_the_same_in_all_channels():
 
 class Linear(torch.nn.Module):
     "Predicts pixel j of a row of three by those seen, with one matrix per pattern of what is seen: the most general linear guess."
+
     def __init__(self):
         super().__init__()
         self.weights = torch.nn.Parameter(torch.zeros(8, 3, 3))
@@ -173,13 +235,17 @@ class Linear(torch.nn.Module):
     def forward(self, x, t):
         value, seen = x[:, 0, 0], x[:, 1, 0]
         pattern = (seen @ torch.tensor([1.0, 2.0, 4.0])).long()
-        return torch.stack([torch.einsum("bij,bj->bi", self.weights[pattern], value), seen], 1)[:, :, None]
+        return torch.stack([torch.einsum("bij,bj->bi", self.weights[pattern], value), seen], 1)[
+            :, :, None
+        ]
 
 
 def test_ambient_loss_finds_the_conditional_mean_of_a_gaussian():
     "Three correlated pixels, each missing in 40 %: every conditional mean, although two pixels are seldom there together."
     cov = torch.tensor([[1.0, 0.7, 0.2], [0.7, 1.0, 0.5], [0.2, 0.5, 1.0]])
-    x0 = (torch.randn(40_000, 3, generator=seed(0)) @ torch.linalg.cholesky(cov).T).view(-1, 1, 1, 3)
+    x0 = (torch.randn(40_000, 3, generator=seed(0)) @ torch.linalg.cholesky(cov).T).view(
+        -1, 1, 1, 3
+    )
     mask = random_mask(x0, 0.4, seed(1))
     model, g = Linear(), seed(2)
     opt = torch.optim.Adam(model.parameters(), 0.05)
@@ -188,7 +254,7 @@ def test_ambient_loss_finds_the_conditional_mean_of_a_gaussian():
         opt.zero_grad()
         ambient_loss(model, x0 * mask, mask, CLEAN, 0.3, g).backward()
         opt.step()
-    for pattern in range(1, 7):                                     # 7: nothing hidden that could be asked for
+    for pattern in range(1, 7):  # 7: nothing hidden that could be asked for
         seen = torch.tensor([pattern >> i & 1 for i in range(3)]).bool()
         exact = torch.zeros(3, 3)
         exact[:, seen] = cov[:, seen] @ torch.linalg.inv(cov[seen][:, seen])
@@ -200,81 +266,153 @@ def test_the_loss_never_looks_at_missing_pixels():
     model, x0 = awake(seeded(0, lambda: MLPDenoiser((2, 8, 8), width=16, depth=1))), images(8)
     mask = random_mask(x0, 0.5, seed(0))
     spoiled = torch.where(mask == 1, x0, torch.full_like(x0, 100.0))
-    assert ambient_loss(model, x0, mask, SCHEDULE, generator=seed(3)).item() == pytest.approx(ambient_loss(model, spoiled, mask, SCHEDULE, generator=seed(3)).item(), rel=1e-5)
+    assert ambient_loss(model, x0, mask, SCHEDULE, generator=seed(3)).item() == pytest.approx(
+        ambient_loss(model, spoiled, mask, SCHEDULE, generator=seed(3)).item(), rel=1e-5
+    )
 
 
 def test_the_sampler_keeps_its_mask_and_reads_x0():
     asked = []
+
     class Network(torch.nn.Module):
         def forward(self, x, t):
             asked.append(x.clone())
             return torch.full_like(x, 0.25)
+
     model = ambient_denoiser(Network(), SCHEDULE, 0.3, seed=5)
     x_t, t = torch.randn(6, 3, 4, 4, generator=seed(0)), torch.tensor([0, 5, 100, 400, 800, 999])
-    torch.testing.assert_close(eps_to_x0(x_t, t, model(x_t, t), SCHEDULE), torch.full_like(x_t, 0.25), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        eps_to_x0(x_t, t, model(x_t, t), SCHEDULE), torch.full_like(x_t, 0.25), atol=2e-2, rtol=0
+    )
     model(x_t + 1, t)
     seen = asked[0][:, 3:]
-    assert torch.equal(seen, asked[1][:, 3:]) and 0.1 < (seen == 0).float().mean() < 0.5 and (asked[0][:, :3][(seen == 0).expand(-1, 3, -1, -1)] == 0).all()
+    assert (
+        torch.equal(seen, asked[1][:, 3:])
+        and 0.1 < (seen == 0).float().mean() < 0.5
+        and (asked[0][:, :3][(seen == 0).expand(-1, 3, -1, -1)] == 0).all()
+    )
 
 
 # repellency
+
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.1, 2.0))
 def test_x0_never_lies_inside_a_lone_ball(k, radius):
     z = torch.randn(1, 6, generator=seed(k))
-    x0 = z + torch.randn(9, 6, generator=seed(k + 1)) * torch.tensor([0.0, 1e-5, 0.1, 0.2, 0.5, 1, 2, 3, 5]).view(9, 1)
+    x0 = z + torch.randn(9, 6, generator=seed(k + 1)) * torch.tensor(
+        [0.0, 1e-5, 0.1, 0.2, 0.5, 1, 2, 3, 5]
+    ).view(9, 1)
     t = torch.full((9,), 200)
-    def model(x_t, t): return x0_to_eps(x_t, t, x0, SCHEDULE)
+
+    def model(x_t, t):
+        return x0_to_eps(x_t, t, x0, SCHEDULE)
+
     x_t = torch.randn(9, 6, generator=seed(k + 2))
     moved = eps_to_x0(x_t, t, spell(model, SCHEDULE, z, radius)(x_t, t), SCHEDULE)
     before, after = (x0 - z).norm(dim=1), (moved - z).norm(dim=1)
     torch.testing.assert_close(after, before.clamp(min=radius), atol=2e-3, rtol=2e-3)
-    for i in range(2, 9): torch.testing.assert_close((moved - z)[i] / after[i], (x0 - z)[i] / before[i], atol=5e-3, rtol=0)       # straight away from the centre
+    for i in range(2, 9):
+        torch.testing.assert_close(
+            (moved - z)[i] / after[i], (x0 - z)[i] / before[i], atol=5e-3, rtol=0
+        )  # straight away from the centre
 
 
 def test_no_sample_lands_in_a_ball_and_the_distant_are_not_touched():
     points = torch.tensor([[0.6, 0.6], [-0.6, 0.6], [0.0, -0.6]])
-    model = exact_denoiser(GaussianMixture(points, torch.full((3,), 0.03), torch.ones(3) / 3), SCHEDULE)
+    model = exact_denoiser(
+        GaussianMixture(points, torch.full((3,), 0.03), torch.ones(3) / 3), SCHEDULE
+    )
     assert nearest(draw(model, SCHEDULE, (2,), 200, 50), points)[0].min() < 0.02
-    assert nearest(draw(spell(model, SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[0].min() > 0.25 - 1e-3
-    assert nearest(draw(spell(ideal_denoiser(points, SCHEDULE), SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[0].min() > 0.25 - 1e-3      # from the very centre
+    assert (
+        nearest(draw(spell(model, SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[
+            0
+        ].min()
+        > 0.25 - 1e-3
+    )
+    assert (
+        nearest(
+            draw(
+                spell(ideal_denoiser(points, SCHEDULE), SCHEDULE, points, 0.25),
+                SCHEDULE,
+                (2,),
+                200,
+                50,
+            ),
+            points,
+        )[0].min()
+        > 0.25 - 1e-3
+    )  # from the very centre
     x_t, t = torch.randn(50, 2, generator=seed(0)), torch.full((50,), 30)
     outside = nearest(eps_to_x0(x_t, t, model(x_t, t), SCHEDULE), points)[0][:, 0] > 0.01
     held = spell(model, SCHEDULE, points, 0.01)(x_t, t)
     assert outside.any() and torch.equal(held[outside], model(x_t, t)[outside])
-    assert torch.equal(spell(model, SCHEDULE, points, 0.25, strength=0.0)(x_t, t).round(decimals=3), model(x_t, t).round(decimals=3))
+    assert torch.equal(
+        spell(model, SCHEDULE, points, 0.25, strength=0.0)(x_t, t).round(decimals=3),
+        model(x_t, t).round(decimals=3),
+    )
 
 
 def test_only_so_many_balls_as_there_are():
     z = torch.zeros(2, 3)
     z[1, 0] = 1
     x0 = torch.tensor([[0.5, 0.1, 0.0]])
-    moved = eps_to_x0(x0, torch.tensor([200]), spell(lambda x, t: x0_to_eps(x, t, x0, SCHEDULE), SCHEDULE, z, 1.0)(x0, torch.tensor([200])), SCHEDULE)
+    moved = eps_to_x0(
+        x0,
+        torch.tensor([200]),
+        spell(lambda x, t: x0_to_eps(x, t, x0, SCHEDULE), SCHEDULE, z, 1.0)(
+            x0, torch.tensor([200])
+        ),
+        SCHEDULE,
+    )
     d = (x0 - z).norm(dim=1)
-    expected = x0 + ((1 / d - 1)[:, None] * (x0 - z)).sum(0)        # both balls push
+    expected = x0 + ((1 / d - 1)[:, None] * (x0 - z)).sum(0)  # both balls push
     torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
 
 
 # similarity guidance
 
+
 def test_the_push_is_the_gradient_of_the_similarity():
     model, refs = awake(network()).double(), images(5).double()
-    x_t, t = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=seed(0)), torch.tensor([20, 150, 500])
+    x_t, t = (
+        torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=seed(0)),
+        torch.tensor([20, 150, 500]),
+    )
     with torch.no_grad():
         eps = model(x_t, t)
         push = similarity_guidance(model, SCHEDULE, refs, 1e3, 2.0)(x_t, t) - eps
         which = nearest(eps_to_x0(x_t, t, eps, SCHEDULE), refs)[1][:, 0]
-        def similarity(x): return -(eps_to_x0(x, t, model(x, t), SCHEDULE) - refs[which]).flatten(1).square().mean(1).sqrt()
+
+        def similarity(x):
+            return (
+                -(eps_to_x0(x, t, model(x, t), SCHEDULE) - refs[which])
+                .flatten(1)
+                .square()
+                .mean(1)
+                .sqrt()
+            )
+
         for i in (0, 17, 63):
-            bump = torch.zeros(64, dtype=torch.float64).index_fill(0, torch.tensor(i), 1e-5).view(1, 8, 8)
+            bump = (
+                torch.zeros(64, dtype=torch.float64)
+                .index_fill(0, torch.tensor(i), 1e-5)
+                .view(1, 8, 8)
+            )
             slope = (similarity(x_t + bump) - similarity(x_t - bump)) / 2e-5
-            torch.testing.assert_close(push.flatten(1)[:, i], 2.0 * (1 - SCHEDULE.abar[t]).sqrt() * slope, atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close(
+                push.flatten(1)[:, i],
+                2.0 * (1 - SCHEDULE.abar[t]).sqrt() * slope,
+                atol=1e-6,
+                rtol=1e-3,
+            )
 
 
 def test_guidance_moves_x0_away_and_only_near_the_training_set():
     points = torch.tensor([[0.6, 0.6], [-0.6, -0.6]])
-    model = exact_denoiser(GaussianMixture(points, torch.full((2,), 0.1), torch.ones(2) / 2), SCHEDULE)
+    model = exact_denoiser(
+        GaussianMixture(points, torch.full((2,), 0.1), torch.ones(2) / 2), SCHEDULE
+    )
     x_t, t = points[:1] + torch.tensor([[0.05, 0.02], [1.5, -0.9]]), torch.tensor([60, 60])
     guided = similarity_guidance(model, SCHEDULE, points, 0.12, 1.0)
     eps, held = model(x_t, t), guided(x_t, t)
@@ -283,8 +421,17 @@ def test_guidance_moves_x0_away_and_only_near_the_training_set():
     assert torch.equal(similarity_guidance(model, SCHEDULE, points, 0.12, 0.0)(x_t, t), eps)
 
 
-@pytest.mark.parametrize("wrap", [lambda refs: spell(lambda x, t: x, SCHEDULE, refs, 1.0), lambda refs: similarity_guidance(lambda x, t: x, SCHEDULE, refs, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda refs: spell(lambda x, t: x, SCHEDULE, refs, 1.0),
+        lambda refs: similarity_guidance(lambda x, t: x, SCHEDULE, refs, 1.0, 1.0),
+    ],
+)
 def test_training_images_are_checked(wrap):
-    with pytest.raises(ValueError, match="training images hold NaN"): wrap(torch.full((3, 2), math.nan))
-    with pytest.raises(ValueError, match="non-empty batch"): wrap(torch.zeros(0, 2))
-    with pytest.raises(ValueError, match="differ in shape"): wrap(torch.zeros(4, 3))(torch.zeros(2, 2), torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match="training images hold NaN"):
+        wrap(torch.full((3, 2), math.nan))
+    with pytest.raises(ValueError, match="non-empty batch"):
+        wrap(torch.zeros(0, 2))
+    with pytest.raises(ValueError, match="differ in shape"):
+        wrap(torch.zeros(4, 3))(torch.zeros(2, 2), torch.tensor([5, 5]))

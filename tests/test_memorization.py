@@ -1,4 +1,5 @@
 "Copy tests on planted truth; the ideal denoiser; intervals."
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +8,16 @@ from scipy.stats import beta
 
 from cpsample.data import GaussianMixture, exact_denoiser, load_digits, plant_duplicates
 from cpsample.ddpm import ddpm_loss, last, sample
-from cpsample.memorization import carlini_test, copy_test, cosine_test, describe_rate, ideal_denoiser, nearest, proportion_ci, reject_copies
+from cpsample.memorization import (
+    carlini_test,
+    copy_test,
+    cosine_test,
+    describe_rate,
+    ideal_denoiser,
+    nearest,
+    proportion_ci,
+    reject_copies,
+)
 
 DIGITS = load_digits()[0]
 MEMBERS, OTHERS = DIGITS[:100], DIGITS[500:1500]
@@ -18,7 +28,9 @@ MEMBERS, OTHERS = DIGITS[:100], DIGITS[500:1500]
 @pytest.mark.parametrize("duplicates", [0, 100])
 def test_planted_copies_are_read(share, noise, duplicates, generator):
     copies = MEMBERS[torch.randint(100, (share,), generator=generator)]
-    x = torch.cat([copies + noise * torch.randn(copies.shape, generator=generator), OTHERS[: 1000 - share]])
+    x = torch.cat(
+        [copies + noise * torch.randn(copies.shape, generator=generator), OTHERS[: 1000 - share]]
+    )
     train = plant_duplicates(MEMBERS, duplicates)[0] if duplicates else MEMBERS
     report = copy_test(x, train)
     assert report.copied[:share].all() and report.ci[0] <= share / 1000 <= report.ci[1]
@@ -36,7 +48,9 @@ def test_neighbourhood_and_cosine_tests_find_exact_copies(generator):
     x = torch.cat([MEMBERS[:30], OTHERS[:30]])
     assert carlini_test(x, MEMBERS, threshold=0.3).copied.tolist() == [True] * 30 + [False] * 30
     features = torch.randn(100, 64, generator=generator)
-    mixed = torch.cat([3 * features[:10], torch.randn(10, 64, generator=generator)])  # cosine ignores length
+    mixed = torch.cat(
+        [3 * features[:10], torch.randn(10, 64, generator=generator)]
+    )  # cosine ignores length
     assert cosine_test(mixed, features).copied.tolist() == [True] * 10 + [False] * 10
 
 
@@ -49,10 +63,15 @@ def test_interval_is_the_beta_quantile(kn):
     assert high == pytest.approx(1 if k == n else beta.ppf(0.975, k + 1, n - k), abs=1e-6)
 
 
-def test_zero_is_never_bare(): assert describe_rate(0, 1000) == "0 of 1000, below 0.37 % at 95 %"
+def test_zero_is_never_bare():
+    assert describe_rate(0, 1000) == "0 of 1000, below 0.37 % at 95 %"
 
 
-def test_rates_read_as_numbers(): assert describe_rate(100, 100) == "100 of 100 = 100 % [96, 100]" and describe_rate(1, 1000) == "1 of 1000 = 0.1 % [0.0025, 0.56]"
+def test_rates_read_as_numbers():
+    assert (
+        describe_rate(100, 100) == "100 of 100 = 100 % [96, 100]"
+        and describe_rate(1, 1000) == "1 of 1000 = 0.1 % [0.0025, 0.56]"
+    )
 
 
 def test_nearest_is_exact_for_near_copies():
@@ -74,24 +93,48 @@ def test_ideal_denoiser_is_the_narrow_limit_of_a_mixture(schedule, generator):
     x = torch.randn(6, 2, generator=generator)
     narrow = GaussianMixture(x, torch.full((6,), 1e-4), torch.full((6,), 1 / 6))
     x_t, t = torch.randn(50, 2, generator=generator), torch.full((50,), 300)
-    torch.testing.assert_close(ideal_denoiser(x, schedule)(x_t, t), exact_denoiser(narrow, schedule)(x_t, t), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        ideal_denoiser(x, schedule)(x_t, t),
+        exact_denoiser(narrow, schedule)(x_t, t),
+        atol=1e-3,
+        rtol=1e-3,
+    )
 
 
 def test_ideal_denoiser_copies_and_minimises_the_loss(schedule, generator):
     ideal = ideal_denoiser(MEMBERS, schedule)
-    assert copy_test(last(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator)), MEMBERS).rate == 1
-    def loss(model): return ddpm_loss(model, MEMBERS.repeat(20, 1, 1, 1), schedule, torch.Generator().manual_seed(1)).item()
-    assert loss(ideal) < min(loss(lambda x, t: 0.97 * ideal(x, t)), loss(lambda x, t: 1.03 * ideal(x, t)))
+    assert (
+        copy_test(
+            last(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator)), MEMBERS
+        ).rate
+        == 1
+    )
+
+    def loss(model):
+        return ddpm_loss(
+            model, MEMBERS.repeat(20, 1, 1, 1), schedule, torch.Generator().manual_seed(1)
+        ).item()
+
+    assert loss(ideal) < min(
+        loss(lambda x, t: 0.97 * ideal(x, t)), loss(lambda x, t: 1.03 * ideal(x, t))
+    )
 
 
 def test_stopping_above_zero_hides_copies(schedule, generator):
     "The trap that `timesteps` closes: the same copies, with the noise of level 39 left on them."
     ideal = ideal_denoiser(MEMBERS, schedule)
-    stopped = {s.t: s.x_t for s in sample(ideal, schedule, (100, 1, 8, 8), [*range(999, 0, -40), 0], clip=1, generator=generator)}
+    stopped = {
+        s.t: s.x_t
+        for s in sample(
+            ideal, schedule, (100, 1, 8, 8), [*range(999, 0, -40), 0], clip=1, generator=generator
+        )
+    }
     assert copy_test(stopped[0], MEMBERS).rate == 1 and copy_test(stopped[39], MEMBERS).rate < 0.7
 
 
 def test_rejection_returns_only_what_is_no_copy(generator):
     pool = torch.cat([MEMBERS[:50], OTHERS[:50]])
-    x, accepted = reject_copies(lambda: pool[torch.randperm(100, generator=generator)], MEMBERS, 120)
+    x, accepted = reject_copies(
+        lambda: pool[torch.randperm(100, generator=generator)], MEMBERS, 120
+    )
     assert len(x) == 120 and copy_test(x, MEMBERS).copies == 0 and accepted == 0.5

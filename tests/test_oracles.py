@@ -1,4 +1,5 @@
 "Schedules, noising and sampling agree with diffusers; densities and distances with closed forms and other libraries."
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +11,24 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from cpsample.data import MIXTURES, GaussianMixture, noised
 from cpsample.ddpm import sample
 from cpsample.memorization import frechet_distance
-from cpsample.schedule import Schedule, eps_to_score, eps_to_v, eps_to_x0, make_schedule, noisify, score_to_eps, signal_noise, v_to_eps, x0_to_eps
+from cpsample.schedule import (
+    Schedule,
+    eps_to_score,
+    eps_to_v,
+    eps_to_x0,
+    make_schedule,
+    noisify,
+    score_to_eps,
+    signal_noise,
+    v_to_eps,
+    x0_to_eps,
+)
 
 NAMES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
-def close(a, b, tol=1e-5): torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+def close(a, b, tol=1e-5):
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,7 +41,10 @@ def test_schedules_are_those_of_diffusers(name, T):
 @pytest.mark.parametrize("name", NAMES)
 def test_noisify_and_velocity_are_those_of_diffusers(name, generator):
     theirs, schedule = DDPMScheduler(1000, beta_schedule=NAMES[name]), make_schedule(name)
-    x0, t = torch.randn(64, 3, 8, 8, generator=generator), torch.randint(1000, (64,), generator=generator)
+    x0, t = (
+        torch.randn(64, 3, 8, 8, generator=generator),
+        torch.randint(1000, (64,), generator=generator),
+    )
     x_t, noise = noisify(x0, t, schedule, generator=generator)
     close(x_t, theirs.add_noise(x0, noise, t))
     mild = t < 700  # the velocity from x_t and eps divides by √ᾱ
@@ -49,14 +65,26 @@ def test_the_noise_of_the_lowest_levels_survives_half_precision(dtype):
     schedule, t = make_schedule(), torch.arange(1000)
     signal, sigma = signal_noise(schedule, t, torch.zeros(1000, 1, dtype=dtype))
     assert signal.dtype == sigma.dtype == dtype
-    torch.testing.assert_close(sigma[:, 0].double(), (1 - schedule.abar.double()).sqrt(), atol=0, rtol=5e-3)
+    torch.testing.assert_close(
+        sigma[:, 0].double(), (1 - schedule.abar.double()).sqrt(), atol=0, rtol=5e-3
+    )
 
 
 def test_a_noised_mixture_has_the_variance_of_noised_samples(generator):
-    mixture, schedule = GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0])), make_schedule()
-    x_t, _ = noisify(mixture.sample(100_000, generator), torch.full((100_000,), 250), schedule, generator=generator)
+    mixture, schedule = (
+        GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0])),
+        make_schedule(),
+    )
+    x_t, _ = noisify(
+        mixture.sample(100_000, generator),
+        torch.full((100_000,), 250),
+        schedule,
+        generator=generator,
+    )
     formula = noised(mixture, schedule.abar[250].item())
-    assert x_t.mean().item() == pytest.approx(formula.means.item(), abs=0.05) and x_t.std().item() == pytest.approx(formula.stds.item(), rel=0.02)
+    assert x_t.mean().item() == pytest.approx(
+        formula.means.item(), abs=0.05
+    ) and x_t.std().item() == pytest.approx(formula.stds.item(), rel=0.02)
 
 
 def diffusers_path(scheduler, network, steps, seed, dtype, **options):
@@ -67,15 +95,27 @@ def diffusers_path(scheduler, network, steps, seed, dtype, **options):
     x, path = torch.randn(4, 1, 8, 8, generator=generator, dtype=dtype), []
     for t in scheduler.timesteps:
         path.append(x)
-        with torch.no_grad(): eps = network(x, t.expand(4))
-        if options.get("eta") == 0 or t == 0: noise = torch.zeros_like(x)
-        else: noise = torch.randn(x.shape, generator=generator, dtype=dtype)
+        with torch.no_grad():
+            eps = network(x, t.expand(4))
+        if options.get("eta") == 0 or t == 0:
+            noise = torch.zeros_like(x)
+        else:
+            noise = torch.randn(x.shape, generator=generator, dtype=dtype)
         x = scheduler.step(eps, t, x, variance_noise=noise, **options).prev_sample
     return [*path, x]
 
 
 def our_path(network, schedule, levels, seed, **options):
-    steps = list(sample(network, schedule, (4, 1, 8, 8), levels, generator=torch.Generator().manual_seed(seed), **options))
+    steps = list(
+        sample(
+            network,
+            schedule,
+            (4, 1, 8, 8),
+            levels,
+            generator=torch.Generator().manual_seed(seed),
+            **options,
+        )
+    )
     return [s.x_t for s in steps] + [steps[-1].x0_pred]
 
 
@@ -87,27 +127,50 @@ STEPS = pytest.mark.parametrize("steps", [20, 50, 250, 1000])
 def compare(scheduler, network, steps, eta, clip, theirs_options=None):
     "Both paths, from the same noise, through the same network."
     dtype = torch.float32 if clip and steps <= 50 else torch.float64
-    schedule = make_schedule() if dtype == torch.float32 else Schedule("theirs", scheduler.alphas_cumprod)
+    schedule = (
+        make_schedule() if dtype == torch.float32 else Schedule("theirs", scheduler.alphas_cumprod)
+    )
     network = network.to(dtype)
     expected = diffusers_path(scheduler, network, steps, 3, dtype, **theirs_options or {})
-    found = our_path(network, schedule, scheduler.timesteps.tolist(), 3, eta=eta, clip=clip, dtype=dtype)
+    found = our_path(
+        network, schedule, scheduler.timesteps.tolist(), 3, eta=eta, clip=clip, dtype=dtype
+    )
     assert len(found) == len(expected) == steps + 1
-    for a, b in zip(found, expected): close(a, b)
+    for a, b in zip(found, expected):
+        close(a, b)
 
 
 @STEPS
 @pytest.mark.parametrize("clip", [None, 1])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_paths_are_those_of_diffusers(network, steps, clip, eta):
-    theirs = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, clip_sample=clip is not None, timestep_spacing="leading")
-    compare(theirs, network, steps, eta, clip, theirs_options={"use_clipped_model_output": True, "eta": eta})
+    theirs = DDIMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=clip is not None,
+        timestep_spacing="leading",
+    )
+    compare(
+        theirs,
+        network,
+        steps,
+        eta,
+        clip,
+        theirs_options={"use_clipped_model_output": True, "eta": eta},
+    )
 
 
 class GivenNoise(DDPMScheduler):
     "DDPM whose `step` takes the noise as an argument, as DDIM's does."
+
     def step(self, eps, t, x, variance_noise):
         mean = super().step(eps, t, x, generator=torch.Generator().manual_seed(0))
-        own = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype) if t > 0 else torch.zeros_like(x)
+        own = (
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+            if t > 0
+            else torch.zeros_like(x)
+        )
         std = self._get_variance(t).sqrt() if t > 0 else 0.0
         mean.prev_sample = mean.prev_sample - std * own + std * variance_noise
         return mean
@@ -116,32 +179,55 @@ class GivenNoise(DDPMScheduler):
 @STEPS
 @pytest.mark.parametrize("clip", [None, 1])
 def test_eta_one_is_ddpm(network, steps, clip):
-    theirs = GivenNoise(1000, beta_start=1e-4, beta_end=0.02, clip_sample=clip is not None, variance_type="fixed_small", timestep_spacing="leading")
+    theirs = GivenNoise(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=clip is not None,
+        variance_type="fixed_small",
+        timestep_spacing="leading",
+    )
     compare(theirs, network, steps, 1.0, clip)
 
 
-mixtures = st.integers(0, 10_000).map(lambda seed: random_mixture(torch.Generator().manual_seed(seed)))
+mixtures = st.integers(0, 10_000).map(
+    lambda seed: random_mixture(torch.Generator().manual_seed(seed))
+)
 
 
 def random_mixture(g):
     M, D = int(torch.randint(1, 6, (1,), generator=g)), int(torch.randint(1, 4, (1,), generator=g))
-    return GaussianMixture(2 * torch.randn(M, D, generator=g, dtype=torch.float64), 0.1 + torch.rand(M, generator=g, dtype=torch.float64),
-                           torch.rand(M, generator=g, dtype=torch.float64).softmax(0))
+    return GaussianMixture(
+        2 * torch.randn(M, D, generator=g, dtype=torch.float64),
+        0.1 + torch.rand(M, generator=g, dtype=torch.float64),
+        torch.rand(M, generator=g, dtype=torch.float64).softmax(0),
+    )
 
 
 @given(mixtures, st.floats(0.001, 0.999))
 @settings(max_examples=60, deadline=None)
 def test_mixture_scores_are_the_gradient_of_the_log_density(mixture, abar):
     q = noised(mixture, abar)
-    x = (3 * torch.randn(20, mixture.means.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    gradient, = torch.autograd.grad(q.log_prob(x).sum(), x)
+    x = (
+        3
+        * torch.randn(
+            20,
+            mixture.means.shape[1],
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(1),
+        )
+    ).requires_grad_()
+    (gradient,) = torch.autograd.grad(q.log_prob(x).sum(), x)
     close(q.score(x.detach()), gradient, 1e-9)
 
 
 def test_mixture_log_density_is_that_of_torch():
     from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
     m = MIXTURES["eight_gaussians"]()
-    theirs = MixtureSameFamily(Categorical(m.weights), Independent(Normal(m.means, m.stds[:, None].expand(-1, 2)), 1))
+    theirs = MixtureSameFamily(
+        Categorical(m.weights), Independent(Normal(m.means, m.stds[:, None].expand(-1, 2)), 1)
+    )
     x = 2 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
     close(m.log_prob(x), theirs.log_prob(x), 1e-4)
 
@@ -149,7 +235,14 @@ def test_mixture_log_density_is_that_of_torch():
 @pytest.mark.parametrize("seed", range(3))
 def test_frechet_distance_is_that_of_torch_fidelity(seed):
     g = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(500, 16, generator=g) @ torch.randn(16, 16, generator=g) + torch.randn(16, generator=g) for _ in range(2))
-    stats = [{"mu": f.double().mean(0).numpy(), "sigma": np.cov(f.double().numpy(), rowvar=False)} for f in (a, b)]
+    a, b = (
+        torch.randn(500, 16, generator=g) @ torch.randn(16, 16, generator=g)
+        + torch.randn(16, generator=g)
+        for _ in range(2)
+    )
+    stats = [
+        {"mu": f.double().mean(0).numpy(), "sigma": np.cov(f.double().numpy(), rowvar=False)}
+        for f in (a, b)
+    ]
     theirs = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
     assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)

@@ -6,6 +6,7 @@ digits, bags:   six settings per method on seed 100, the chosen ones on seeds 0,
 costs:           what the chosen settings cost: training in FLOPs, sampling time beside the unguarded model's in interleaved pairs. Run it alone.
 growth:          seconds and memory of sampling as the training set grows from 10² to 10⁶ images, each in a process of its own (Linux). Run it alone.
 """
+
 import json
 import statistics
 import subprocess
@@ -33,9 +34,12 @@ CHOOSING, REPORTED = 100, (0, 1, 2)
 def chapter():
     "The shared cells of chapter 13, as a dict of names."
     space = {}
-    for cell in json.loads((ROOT / "nbs" / "13_comparison.ipynb").read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads((ROOT / "nbs" / "13_comparison.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and source.startswith("# comparison"): exec(source, space)
+        if cell["cell_type"] == "code" and source.startswith("# comparison"):
+            exec(source, space)
     return space
 
 
@@ -49,24 +53,46 @@ def world(data, seed, work):
 def compare(data, work, only=None):
     "The part `data` of the result; with `only` a seed, its trials alone, and None."
     book, origin = chapter(), provenance()
+
     def kept(seed, method, k, setting, attack):
         path = work / f"{data}-{seed}-{method.replace(' ', '-')}-{k}.json"
         if not path.exists() or json.loads(path.read_text())["setting"] != setting:
             start = time.perf_counter()
             found, x = book["trial"](method, setting, world(data, seed, work), attack)
-            with atomic(path.with_suffix(".safetensors")) as tmp: save_file({"x": x.contiguous()}, tmp)
-            save_json(path, found | {"seconds": time.perf_counter() - start, "commit": origin["commit"]})
+            with atomic(path.with_suffix(".safetensors")) as tmp:
+                save_file({"x": x.contiguous()}, tmp)
+            save_json(
+                path, found | {"seconds": time.perf_counter() - start, "commit": origin["commit"]}
+            )
         bar.update()
         return json.loads(path.read_text())
+
     grids, seeds = book["GRIDS"][data], [s for s in REPORTED if only in (None, s)]
     with tqdm(total=sum(map(len, grids.values())) + len(seeds) * len(grids), desc=data) as bar:
-        tuning = {method: [kept(CHOOSING, method, k, setting, False) for k, setting in enumerate(grid)] for method, grid in grids.items()}
+        tuning = {
+            method: [kept(CHOOSING, method, k, setting, False) for k, setting in enumerate(grid)]
+            for method, grid in grids.items()
+        }
         best = {method: book["chosen"](trials)["setting"] for method, trials in tuning.items()}
-        rows = [{method: kept(seed, method, "best", setting, True) | {"seed": seed} for method, setting in best.items()} for seed in seeds]
-    if only is not None: return None
+        rows = [
+            {
+                method: kept(seed, method, "best", setting, True) | {"seed": seed}
+                for method, setting in best.items()
+            }
+            for seed in seeds
+        ]
+    if only is not None:
+        return None
     keep_samples(data, work, list(best))
     reported = {method: [r[method] for r in rows] for method in best}
-    return {"seeds": seeds, "choosing": CHOOSING, "size": vars(book[data.upper()]), "tuning": tuning, "chosen": best, "reported": reported}
+    return {
+        "seeds": seeds,
+        "choosing": CHOOSING,
+        "size": vars(book[data.upper()]),
+        "tuning": tuning,
+        "chosen": best,
+        "reported": reported,
+    }
 
 
 def keep_samples(data, work, methods, n=14):
@@ -74,14 +100,28 @@ def keep_samples(data, work, methods, n=14):
     book, path = chapter(), RESULT.with_suffix(".safetensors")
     found = load_file(path) if path.exists() else {}
     rows = {"members": book["images_for"](REPORTED[0], book[data.upper()]).members}
-    for method in methods: rows[method] = load_file(work / f"{data}-{REPORTED[0]}-{method.replace(' ', '-')}-best.safetensors")["x"][:n]
-    with atomic(path) as tmp: save_file(found | {f"{data}, {name}": x.clamp(-1, 1).add(1).mul(127.5).round().byte().contiguous() for name, x in rows.items()}, tmp)
+    for method in methods:
+        rows[method] = load_file(
+            work / f"{data}-{REPORTED[0]}-{method.replace(' ', '-')}-best.safetensors"
+        )["x"][:n]
+    with atomic(path) as tmp:
+        save_file(
+            found
+            | {
+                f"{data}, {name}": x.clamp(-1, 1).add(1).mul(127.5).round().byte().contiguous()
+                for name, x in rows.items()
+            },
+            tmp,
+        )
 
 
 def passes(network, rows=4):
     "FLOPs of one image's way through a network and back (forward and backward)."
     x = torch.zeros(rows, *network.config["shape"])
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         network.train().requires_grad_()(x, torch.zeros(rows, dtype=torch.long)).sum().backward()
     network.eval().requires_grad_(False)
     return counter.get_total_flops() / rows
@@ -90,14 +130,24 @@ def passes(network, rows=4):
 def training_flops(method, setting, w, z):
     "FLOPs of what this method trains, beside the public model: (the denoiser, what is trained on top)."
     plain = z.train_steps * z.batch * passes(w.start())
-    guard = lambda preset: z.guard_steps * z.guard_batch * passes(chapter()["guard_of"](preset, w).classifier)
-    if method == "early stopping": return setting["share"] * plain, 0
-    if method.startswith("ambient"): return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
+    guard = lambda preset: (
+        z.guard_steps * z.guard_batch * passes(chapter()["guard_of"](preset, w).classifier)
+    )
+    if method == "early stopping":
+        return setting["share"] * plain, 0
+    if method.startswith("ambient"):
+        return setting["share"] * z.train_steps * z.batch * passes(w.start(setting["missing"])), 0
     if method.startswith("DP-SGD"):
         network = w.start() if z.data == "bags" else chapter()["new_denoiser"](z, 0, small=True)
-        public = z.train_steps * z.batch * passes(network) if z.data == "digits" and "public" in method else 0        # the bags' public model is everybody's
+        public = (
+            z.train_steps * z.batch * passes(network)
+            if z.data == "digits" and "public" in method
+            else 0
+        )  # the bags' public model is everybody's
         return setting["steps"] * z.rate * z.images * z.draws * passes(network), public
-    preset = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}.get(method)
+    preset = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}.get(
+        method
+    )
     return plain, guard(preset) if preset else 0
 
 
@@ -107,19 +157,33 @@ def costs(work, pairs=5):
     for data in [name for name in ("digits", "bags") if name in record]:
         w, z, rows = world(data, 0, work), book[data.upper()], {}
         plain = w.model
+
         def seconds(method, model):
             start = time.perf_counter()
             book["images_of"](method, model, w)
             return time.perf_counter() - start
+
         seconds("unguarded", plain)
         for method, setting in record[data]["chosen"].items():
-            if method in ("real images", "public model"): continue
+            if method in ("real images", "public model"):
+                continue
             model = book["denoiser_of"](method, setting, w)
             ratios = [seconds(method, model) / seconds("unguarded", plain) for _ in range(pairs)]
             denoiser, extra = training_flops(method, setting, w, z)
-            rows[method] = {"sampling": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "denoiser_flops": denoiser, "extra_flops": extra}
+            rows[method] = {
+                "sampling": statistics.median(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
+                "denoiser_flops": denoiser,
+                "extra_flops": extra,
+            }
             print(data, method, rows[method], flush=True)
-        found[data] = {"drawn": z.drawn, "pairs": pairs, "seconds_unguarded": seconds("unguarded", plain), "rows": rows}
+        found[data] = {
+            "drawn": z.drawn,
+            "pairs": pairs,
+            "seconds_unguarded": seconds("unguarded", plain),
+            "rows": rows,
+        }
     return found
 
 
@@ -163,8 +227,16 @@ def growth(work):
     for data, sizes in (("digits", (10**2, 10**3, 10**4, 10**5, 10**6)), ("bags", (10**2,))):
         for method in ("unguarded", "guard", "SPELL", "similarity guidance", "rejection"):
             for N in sizes:
-                found = subprocess.run([sys.executable, "-c", GROW, data, method, str(N)], capture_output=True, text=True, cwd=ROOT)
-                if found.returncode: raise SystemExit(f"growth of {method} at {N} images failed: {found.stderr.strip().splitlines()[-1]}")
+                found = subprocess.run(
+                    [sys.executable, "-c", GROW, data, method, str(N)],
+                    capture_output=True,
+                    text=True,
+                    cwd=ROOT,
+                )
+                if found.returncode:
+                    raise SystemExit(
+                        f"growth of {method} at {N} images failed: {found.stderr.strip().splitlines()[-1]}"
+                    )
                 rows.setdefault(data, {}).setdefault(method, {})[str(N)] = json.loads(found.stdout)
                 print(data, method, N, found.stdout.strip(), flush=True)
     return {"drawn": 100, "steps": 20, "rows": rows}
@@ -175,15 +247,39 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "comparison"
     only = int(words.pop(words.index("--seed") + 1)) if "--seed" in words else None
-    names, origin = [w for w in words if not w.startswith("--")] or ["digits", "bags", "costs", "growth"], provenance()
+    names, origin = (
+        [w for w in words if not w.startswith("--")] or ["digits", "bags", "costs", "growth"],
+        provenance(),
+    )
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
         last = json.loads(RESULT.read_text()).get(name) if RESULT.exists() else None
-        if last: print(f"{name}: {last['seconds'] / 60:.0f} minutes of one core when last measured, on {last['hardware']}")
+        if last:
+            print(
+                f"{name}: {last['seconds'] / 60:.0f} minutes of one core when last measured, on {last['hardware']}"
+            )
         start = time.perf_counter()
-        result = {"costs": costs, "growth": growth}[name](work) if name in ("costs", "growth") else compare(name, work, only)
-        if result is None: continue
-        trials = [t for group in ("tuning", "reported") for rows in result.get(group, {}).values() for t in rows]
-        made = {"command": f"python tools/comparison.py {name}", **origin, "seconds": sum(t["seconds"] for t in trials) or time.perf_counter() - start}
-        parts = {k: v for k, v in json.loads(RESULT.read_text()).items() if k != "name"} if RESULT.exists() else {}
+        result = (
+            {"costs": costs, "growth": growth}[name](work)
+            if name in ("costs", "growth")
+            else compare(name, work, only)
+        )
+        if result is None:
+            continue
+        trials = [
+            t
+            for group in ("tuning", "reported")
+            for rows in result.get(group, {}).values()
+            for t in rows
+        ]
+        made = {
+            "command": f"python tools/comparison.py {name}",
+            **origin,
+            "seconds": sum(t["seconds"] for t in trials) or time.perf_counter() - start,
+        }
+        parts = (
+            {k: v for k, v in json.loads(RESULT.read_text()).items() if k != "name"}
+            if RESULT.exists()
+            else {}
+        )
         save_json(RESULT, {"name": "comparison"} | parts | {name: made | result})

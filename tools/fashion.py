@@ -11,6 +11,7 @@ takes them from the rows 0 to 2,999, which ship with the project, and measures a
 precision as everywhere in this experiment, go to data/weights. Every stage leaves its files in FOLDER (default: the cache) and is not
 done again; a stage that was killed goes on.
 """
+
 import json
 import shutil
 import statistics
@@ -36,20 +37,34 @@ from cpsample.training import CONFIGS, load_model, save_model, train_denoiser, t
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 N, MEMBERS, CHUNK = 5000, 100, 500
-CARLINI, COSINE = 0.28, 0.99        # on the choosing rows these ring for at most one real held-out image in 1,000; the papers' 0.5 and 0.97 for many more
+CARLINI, COSINE = (
+    0.28,
+    0.99,
+)  # on the choosing rows these ring for at most one real held-out image in 1,000; the papers' 0.5 and 0.97 for many more
 SPLITS = {"choosing": (range(3000, 6000), 100), "reported": (range(0, 3000), 0)}
 CONFIG = CONFIGS["fashion"]
 TUNE = replace(CONFIG, steps=1500, warmup=100)
-STRENGTH = 4        # times the proposed scale; chosen from TRIED on the choosing rows
+STRENGTH = 4  # times the proposed scale; chosen from TRIED on the choosing rows
 TRIED = (1, 2, 4, 8)
-ARMS = {"unguarded": "the fine-tuned model", "guarded": f"the default guard at {STRENGTH} times its proposed scale", "rejection": "exact rejection of the copies",
-        "paper": "the paper's guard as printed", **{f"guarded_{k}": f"the default guard at {k} times its proposed scale" for k in TRIED if k != STRENGTH},
-        "before": "the base, before fine-tuning", "paper_toward": "the paper's guard with the toward push, calibrated"}
+ARMS = {
+    "unguarded": "the fine-tuned model",
+    "guarded": f"the default guard at {STRENGTH} times its proposed scale",
+    "rejection": "exact rejection of the copies",
+    "paper": "the paper's guard as printed",
+    **{
+        f"guarded_{k}": f"the default guard at {k} times its proposed scale"
+        for k in TRIED
+        if k != STRENGTH
+    },
+    "before": "the base, before fine-tuning",
+    "paper_toward": "the paper's guard with the toward push, calibrated",
+}
 
 
 def halved(network):
     "The network with its weights rounded to half precision."
-    for p in network.parameters(): p.data = p.data.half()
+    for p in network.parameters():
+        p.data = p.data.half()
     return network
 
 
@@ -80,7 +95,12 @@ def parts_of(name):
     images = load_fashion()[0]
     pool = images[rows.start : rows.stop]
     parts = split(pool, {"members": MEMBERS, "others": None}, seed)
-    return parts.of(pool, "members"), parts.of(pool, "others"), pixels(load_fashion("test")[0] if name == "reported" else images[50_000:]), seed
+    return (
+        parts.of(pool, "members"),
+        parts.of(pool, "others"),
+        pixels(load_fashion("test")[0] if name == "reported" else images[50_000:]),
+        seed,
+    )
 
 
 def kept(path, make):
@@ -88,47 +108,102 @@ def kept(path, make):
     if not path.exists():
         start = time.perf_counter()
         x, about = make()
-        with atomic(path) as tmp: save_file({"x": x.contiguous()}, tmp)
+        with atomic(path) as tmp:
+            save_file({"x": x.contiguous()}, tmp)
         save_json(path.with_suffix(".json"), about | {"seconds": time.perf_counter() - start})
     return load_file(path)["x"], json.loads(path.with_suffix(".json").read_text())
 
 
 def arms(folder, n, base, model, guards, schedule, members, seed):
     "{arm: (images, about)}; all start from the same noise."
-    def images(model, n, seed): return draw(model, schedule, members.shape[1:], n, CONFIG.sample_steps, seed, CHUNK, progress=True)
+
+    def images(model, n, seed):
+        return draw(
+            model, schedule, members.shape[1:], n, CONFIG.sample_steps, seed, CHUNK, progress=True
+        )
+
     def guarded(guard):
         protected = protect(model, guard)
-        return images(protected, n, seed), {"certain": protected.certain / protected.rows, "settings": {k: getattr(guard, k) for k in ("alpha", "scale", "form", "t_max")}}
+        return images(protected, n, seed), {
+            "certain": protected.certain / protected.rows,
+            "settings": {k: getattr(guard, k) for k in ("alpha", "scale", "form", "t_max")},
+        }
+
     def rejection():
         "The unguarded images, and as many more as are needed to have n that are no copies."
         seeds, first = iter(range(1000 * seed + 1, 1000 * seed + 1000)), [found["unguarded"][0]]
-        x, accepted, drawn = reject(lambda: first.pop() if first else images(model, CHUNK, next(seeds)), lambda x: ~copy_test(x, members).copied, n)
+        x, accepted, drawn = reject(
+            lambda: first.pop() if first else images(model, CHUNK, next(seeds)),
+            lambda x: ~copy_test(x, members).copied,
+            n,
+        )
         return x, {"accepted": accepted / drawn}
-    found, make = {}, {"before": lambda: (images(base, n, seed), {}), "unguarded": lambda: (images(model, n, seed), {}), "rejection": rejection,
-                       **{arm: partial(guarded, g) for arm, g in guards.items()}}
+
+    found, make = (
+        {},
+        {
+            "before": lambda: (images(base, n, seed), {}),
+            "unguarded": lambda: (images(model, n, seed), {}),
+            "rejection": rejection,
+            **{arm: partial(guarded, g) for arm, g in guards.items()},
+        },
+    )
     for arm in ARMS:
-        if arm in make: found[arm] = kept(folder / f"{arm}-{n}.safetensors", make[arm])
+        if arm in make:
+            found[arm] = kept(folder / f"{arm}-{n}.safetensors", make[arm])
     return found
 
 
 def measured(x, members, real, baseline):
     "Copies by three tests, and all measures of quality, of images x."
-    tests = {"": copy_test(x, members), "_carlini": carlini_test(x, members, factor=CARLINI), "_cosine": cosine_test(features(x), features(members), COSINE)}
+    tests = {
+        "": copy_test(x, members),
+        "_carlini": carlini_test(x, members, factor=CARLINI),
+        "_cosine": cosine_test(features(x), features(members), COSINE),
+    }
     counts = {}
-    for name, report in tests.items(): counts |= {f"copies{name}": report.copies, f"copy_rate{name}": report.rate, f"copy_ci{name}": list(report.ci)}
+    for name, report in tests.items():
+        counts |= {
+            f"copies{name}": report.copies,
+            f"copy_rate{name}": report.rate,
+            f"copy_ci{name}": list(report.ci),
+        }
     return {"n": len(x)} | counts | quality(x, real, members, baseline)
 
 
 def compute(model, guard, members, steps=15):
     "What training cost: FLOPs (forward and backward, counted on one image) and seconds (median of `steps` interleaved ones, times their number)."
     data, targets = pixels(members), torch.full((len(members), guard.classifier.config["K"]), 0.5)
-    denoiser_loss, guard_loss = partial(ddpm_loss, schedule=guard.schedule), partial(label_loss, schedule=guard.schedule, t_max=guard.made["t_max"])
-    jobs = {"denoiser": (model, denoiser_loss, (data,), CONFIG.batch_size, CONFIG.steps + TUNE.steps, CONFIG.clip),
-            "guard": (guard.classifier, guard_loss, (data, targets), CONFIG.guard_batch_size, CONFIG.guard_steps, None)}
+    denoiser_loss, guard_loss = (
+        partial(ddpm_loss, schedule=guard.schedule),
+        partial(label_loss, schedule=guard.schedule, t_max=guard.made["t_max"]),
+    )
+    jobs = {
+        "denoiser": (
+            model,
+            denoiser_loss,
+            (data,),
+            CONFIG.batch_size,
+            CONFIG.steps + TUNE.steps,
+            CONFIG.clip,
+        ),
+        "guard": (
+            guard.classifier,
+            guard_loss,
+            (data, targets),
+            CONFIG.guard_batch_size,
+            CONFIG.guard_steps,
+            None,
+        ),
+    }
     flops, training, times = {}, {}, {name: [] for name in jobs}
     for name, (network, loss, parts, batch, total, clip) in jobs.items():
         network.train().requires_grad_()
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): loss(network, *(p[:1] for p in parts)).backward()
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            loss(network, *(p[:1] for p in parts)).backward()
         flops[name] = counter.get_total_flops() * batch * total
         training[name] = train(network, loss, parts, steps, batch_size=batch, clip=clip)
     for _ in range(steps):
@@ -137,7 +212,12 @@ def compute(model, guard, members, steps=15):
             next(steps_of)
             times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(times[name]) * jobs[name][4] for name in jobs}
-    return {"flops": flops, "flops_ratio": flops["guard"] / flops["denoiser"], "seconds": seconds, "seconds_ratio": seconds["guard"] / seconds["denoiser"]}
+    return {
+        "flops": flops,
+        "flops_ratio": flops["guard"] / flops["denoiser"],
+        "seconds": seconds,
+        "seconds_ratio": seconds["guard"] / seconds["denoiser"],
+    }
 
 
 def sampling_time(model, guard, shape, pairs=5, n=250):
@@ -145,14 +225,20 @@ def sampling_time(model, guard, shape, pairs=5, n=250):
     always = replace(guard, t_max=guard.schedule.T, alpha=0.4999)
     always.report = dict(guard.report, alpha=always.alpha)
     ratios = {"guarded": [], "always_on": []}
+
     def seconds(model, seed):
         start = time.perf_counter()
         draw(model, guard.schedule, shape, n, CONFIG.sample_steps, seed)
         return time.perf_counter() - start
+
     seconds(model, 0)
     for k in range(pairs):
-        for name, g in (("guarded", guard), ("always_on", always)): ratios[name].append(seconds(protect(model, g), k) / seconds(model, k))
-    return {name: {"median": statistics.median(v), "min": min(v), "max": max(v), "pairs": pairs} for name, v in ratios.items()}
+        for name, g in (("guarded", guard), ("always_on", always)):
+            ratios[name].append(seconds(protect(model, g), k) / seconds(model, k))
+    return {
+        name: {"median": statistics.median(v), "min": min(v), "max": max(v), "pairs": pairs}
+        for name, v in ratios.items()
+    }
 
 
 def experiment(name, work, n):
@@ -160,39 +246,96 @@ def experiment(name, work, n):
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     base, schedule = denoiser(work / "base.safetensors", CONFIG, load_fashion()[0])
-    model, _ = denoiser(folder / "tuned.safetensors", replace(TUNE, seed=seed), members, denoiser(work / "base.safetensors", CONFIG, None)[0])
-    own, paper = (guard(folder / arm, replace(CONFIG, seed=seed), members, others, schedule, preset) for arm, preset in (("guarded", "default"), ("paper", "paper")))
+    model, _ = denoiser(
+        folder / "tuned.safetensors",
+        replace(TUNE, seed=seed),
+        members,
+        denoiser(work / "base.safetensors", CONFIG, None)[0],
+    )
+    own, paper = (
+        guard(folder / arm, replace(CONFIG, seed=seed), members, others, schedule, preset)
+        for arm, preset in (("guarded", "default"), ("paper", "paper"))
+    )
     guards = {"paper": paper, "guarded": replace(own, scale=STRENGTH * own.scale)}
-    if name == "choosing": guards |= {f"guarded_{k}": replace(own, scale=k * own.scale) for k in TRIED if k != STRENGTH}
+    if name == "choosing":
+        guards |= {
+            f"guarded_{k}": replace(own, scale=k * own.scale) for k in TRIED if k != STRENGTH
+        }
     toward = replace(paper, form="toward")
-    try: guards["paper_toward"] = (calibrate(toward, pixels(members), pixels(others[:500])), toward)[1]
-    except ValueError as error: print(f"no arm paper_toward: {error}", file=sys.stderr)
+    try:
+        guards["paper_toward"] = (calibrate(toward, pixels(members), pixels(others[:500])), toward)[
+            1
+        ]
+    except ValueError as error:
+        print(f"no arm paper_toward: {error}", file=sys.stderr)
     x = pixels(members)
     drawn = arms(folder, n, base, model, guards, schedule, x, seed)
-    rows = {arm: {"what": ARMS[arm]} | measured(images, x, real[:n], real[-n:]) | about for arm, (images, about) in drawn.items()}
-    rows["held_out"] = {"what": "real images that are no members"} | measured(real[-n:], x, real[:n], real[-n:])
+    rows = {
+        arm: {"what": ARMS[arm]} | measured(images, x, real[:n], real[-n:]) | about
+        for arm, (images, about) in drawn.items()
+    }
+    rows["held_out"] = {"what": "real images that are no members"} | measured(
+        real[-n:], x, real[:n], real[-n:]
+    )
     result = {"seed": seed, "n": n, "arms": rows, "calibration": own.report}
-    if name == "choosing": return result
-    return result | {"sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]), "training": compute(model, own, members)}
+    if name == "choosing":
+        return result
+    return result | {
+        "sampling_time": sampling_time(model, guards["guarded"], x.shape[1:]),
+        "training": compute(model, own, members),
+    }
 
 
 def ship(work, origin):
     "The weights of the reported experiment, into data/weights, each with how it was made."
-    for name, source in (("base", "base"), ("tuned", "reported/tuned"), ("guard", "reported/guarded"), ("guard_paper", "reported/paper")):
-        with atomic(DATA / "weights" / f"fashion_{name}.safetensors") as tmp: shutil.copyfile(work / f"{source}.safetensors", tmp)
-        save_json(DATA / "weights" / f"fashion_{name}.json", {"name": f"fashion_{name}", "command": "python tools/fashion.py reported", **origin, "precision": "float16",
-                  "seed": CONFIG.seed if name == "base" else SPLITS["reported"][1], "training": "data/results/fashion.json"})
+    for name, source in (
+        ("base", "base"),
+        ("tuned", "reported/tuned"),
+        ("guard", "reported/guarded"),
+        ("guard_paper", "reported/paper"),
+    ):
+        with atomic(DATA / "weights" / f"fashion_{name}.safetensors") as tmp:
+            shutil.copyfile(work / f"{source}.safetensors", tmp)
+        save_json(
+            DATA / "weights" / f"fashion_{name}.json",
+            {
+                "name": f"fashion_{name}",
+                "command": "python tools/fashion.py reported",
+                **origin,
+                "precision": "float16",
+                "seed": CONFIG.seed if name == "base" else SPLITS["reported"][1],
+                "training": "data/results/fashion.json",
+            },
+        )
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "fashion-experiment"
+    work = (
+        Path(words.pop(words.index("--work") + 1))
+        if "--work" in words
+        else CACHE / "fashion-experiment"
+    )
     n = int(words.pop(words.index("--n") + 1)) if "--n" in words else N
     path, origin = DATA / "results" / "fashion.json", provenance()
     for name in [w for w in words if w in SPLITS] or list(SPLITS):
         result = experiment(name, work, n)
         record = json.loads(path.read_text()) if path.exists() else {}
-        record |= {"name": "fashion", "command": "python tools/fashion.py", **origin, "feature_space": "fashion-conv-64",
-                   "settings": {"members": MEMBERS, "carlini": CARLINI, "cosine": COSINE, "strength": STRENGTH, "config": asdict(CONFIG), "tune_steps": TUNE.steps}, name: result}
+        record |= {
+            "name": "fashion",
+            "command": "python tools/fashion.py",
+            **origin,
+            "feature_space": "fashion-conv-64",
+            "settings": {
+                "members": MEMBERS,
+                "carlini": CARLINI,
+                "cosine": COSINE,
+                "strength": STRENGTH,
+                "config": asdict(CONFIG),
+                "tune_steps": TUNE.steps,
+            },
+            name: result,
+        }
         save_json(path, record)
-        if name == "reported": ship(work, origin)
+        if name == "reported":
+            ship(work, origin)

@@ -3,6 +3,7 @@
 Seeds 100 and 101 choose, seeds 0, 1 and 2 report. For each seed one denoiser is trained, then one guard per recipe, all for equally
 many steps; every (alpha, scale) is drawn from the same noise. Writes data/results/guards.json after each seed.
 """
+
 import itertools
 import time
 import warnings
@@ -38,18 +39,30 @@ def off_the_members(model, schedule, members, reference, seed):
     "What a guard can be told to stay undecided about: held-out images, the model's own images that are no copies, noise."
     generated = draw(model, schedule, members.shape[1:], 2000, 100, 1000 * seed + 500)
     noise = 2 * torch.rand(reference.shape, generator=torch.Generator().manual_seed(seed)) - 1
-    return {None: None, "held-out": reference, "noise": noise, "generated": generated[~copy_test(generated, members).copied]}
+    return {
+        None: None,
+        "held-out": reference,
+        "noise": noise,
+        "generated": generated[~copy_test(generated, members).copied],
+    }
 
 
 def settings_of(guard, members, held_out):
     "Every (setting's name, guard) to draw from: the grid, what calibration chooses with ½, 1 and 2 times its scale, and the paper's own."
     form = "toward" if guard.form == "away" else guard.form
-    yield from (((alpha, scale), replace(guard, alpha=alpha, scale=scale, form=form)) for alpha, scale in GRID)
-    if guard.form == "away": yield ("preset", guard)
+    yield from (
+        ((alpha, scale), replace(guard, alpha=alpha, scale=scale, form=form))
+        for alpha, scale in GRID
+    )
+    if guard.form == "away":
+        yield ("preset", guard)
     chosen, refused = replace(guard, form=form), None
-    try: calibrate(chosen, members, held_out)
-    except ValueError as error: refused = str(error)
-    for times in (0.5, 1.0, 2.0): yield (f"calibrated, {times:g} s", refused or replace(chosen, scale=times * chosen.scale))
+    try:
+        calibrate(chosen, members, held_out)
+    except ValueError as error:
+        refused = str(error)
+    for times in (0.5, 1.0, 2.0):
+        yield (f"calibrated, {times:g} s", refused or replace(chosen, scale=times * chosen.scale))
 
 
 def one_seed(seed):
@@ -58,21 +71,43 @@ def one_seed(seed):
     parts = split(x, {"members": 100, "reference": 697, "held_out": None}, seed)
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     model = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed)
-    def images(denoiser, seed=1000 * seed): return draw(denoiser, schedule, members.shape[1:], N, 100, seed)
+
+    def images(denoiser, seed=1000 * seed):
+        return draw(denoiser, schedule, members.shape[1:], N, 100, seed)
+
     noises = itertools.count(1000 * seed)
-    plain, rejected = images(model), reject_copies(lambda: images(model, next(noises)), members, N)[0]
-    found, copies = {("unguarded", "-"): measure(plain, members, held_out)}, plain[copy_test(plain, members).copied]
-    for kept in (0, 10, 20, 50, 100, 200, 400): found["rejection", kept] = measure(torch.cat([rejected[kept:], copies[:kept]]), members, held_out)
+    plain, rejected = (
+        images(model),
+        reject_copies(lambda: images(model, next(noises)), members, N)[0],
+    )
+    found, copies = (
+        {("unguarded", "-"): measure(plain, members, held_out)},
+        plain[copy_test(plain, members).copied],
+    )
+    for kept in (0, 10, 20, 50, 100, 200, 400):
+        found["rejection", kept] = measure(
+            torch.cat([rejected[kept:], copies[:kept]]), members, held_out
+        )
     off = off_the_members(model, schedule, members, reference, seed)
     for name, (rest, how) in tqdm(RECIPES.items(), desc=f"seed {seed}"):
         start = time.perf_counter()
-        guard = fit_guard(members, schedule, off[rest], steps=DEFAULTS["guard_steps"], seed=seed, **how)
+        guard = fit_guard(
+            members, schedule, off[rest], steps=DEFAULTS["guard_steps"], seed=seed, **how
+        )
         seconds = time.perf_counter() - start
         for setting, chosen in settings_of(guard, members, held_out):
-            if isinstance(chosen, str): found[name, setting] = {"refused": chosen}; continue
+            if isinstance(chosen, str):
+                found[name, setting] = {"refused": chosen}
+                continue
             protected = protect(model, chosen)
-            found[name, setting] = measure(images(protected), members, held_out) | {"certain": protected.certain / protected.rows,
-                "alpha": chosen.alpha, "scale": chosen.scale, "form": chosen.form, "t_max": chosen.t_max, "guard_seconds": seconds}
+            found[name, setting] = measure(images(protected), members, held_out) | {
+                "certain": protected.certain / protected.rows,
+                "alpha": chosen.alpha,
+                "scale": chosen.scale,
+                "form": chosen.form,
+                "t_max": chosen.t_max,
+                "guard_seconds": seconds,
+            }
     return found
 
 
@@ -82,18 +117,53 @@ def pooled(runs, seeds):
     for recipe, setting in runs[seeds[0]]:
         each = [runs[seed][recipe, setting] for seed in seeds]
         row = {"recipe": recipe, "setting": setting}
-        if any("refused" in r for r in each): rows.append(row | {"refused": [r.get("refused") for r in each]}); continue
-        rest = {k: [r[k] for r in each] for k in ("alpha", "scale", "t_max", "guard_seconds") if k in each[0]}
-        whole = pool([r | {"fd_held_out": 0.0, "seconds": 0.0, "certain": r.get("certain", 0.0)} for r in each])
-        rows.append(row | {k: v for k, v in whole.items() if k not in ("fd_held_out", "seconds", "settings")} | rest)
+        if any("refused" in r for r in each):
+            rows.append(row | {"refused": [r.get("refused") for r in each]})
+            continue
+        rest = {
+            k: [r[k] for r in each]
+            for k in ("alpha", "scale", "t_max", "guard_seconds")
+            if k in each[0]
+        }
+        whole = pool(
+            [
+                r | {"fd_held_out": 0.0, "seconds": 0.0, "certain": r.get("certain", 0.0)}
+                for r in each
+            ]
+        )
+        rows.append(
+            row
+            | {k: v for k, v in whole.items() if k not in ("fd_held_out", "seconds", "settings")}
+            | rest
+        )
     return rows
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "nobody has measured")   # the grid is drawn without calibrating every point of it
-    runs, origin, path = {}, provenance(), Path(__file__).resolve().parent.parent / "data" / "results" / "guards.json"
+    warnings.filterwarnings(
+        "ignore", "nobody has measured"
+    )  # the grid is drawn without calibrating every point of it
+    runs, origin, path = (
+        {},
+        provenance(),
+        Path(__file__).resolve().parent.parent / "data" / "results" / "guards.json",
+    )
     for seed in CHOOSING + REPORTED:
         runs[seed] = one_seed(seed)
-        parts = {name: {"seeds": done, "rows": pooled(runs, done)} for name, seeds in (("choosing", CHOOSING), ("reported", REPORTED)) if (done := [s for s in seeds if s in runs])}
+        parts = {
+            name: {"seeds": done, "rows": pooled(runs, done)}
+            for name, seeds in (("choosing", CHOOSING), ("reported", REPORTED))
+            if (done := [s for s in seeds if s in runs])
+        }
         settings = {"n": N, "steps": DEFAULTS["guard_steps"]} | GUARDS["default"]
-        save_json(path, {"name": "guards", "command": "python tools/guards.py", **origin, "seeds": list(REPORTED), "settings": settings, **parts})
+        save_json(
+            path,
+            {
+                "name": "guards",
+                "command": "python tools/guards.py",
+                **origin,
+                "seeds": list(REPORTED),
+                "settings": settings,
+                **parts,
+            },
+        )

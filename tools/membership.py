@@ -8,6 +8,7 @@ saw as often as the members and which neither fine-tuning nor the guard ever saw
 Arms: the unguarded model, the guard as it is sampled with in those experiments, the paper's as printed. The scores of every arm are kept in FOLDER
 (default: the cache), so that a run that was stopped goes on.
 """
+
 import json
 import sys
 import time
@@ -22,68 +23,167 @@ from safetensors.torch import load_file, save_file
 from cpsample.data import atomic, data_path, load_digits, pixels, save_json, split
 from cpsample.ddpm import draw
 from cpsample.demo import DEFAULTS, fit_denoiser, provenance
-from cpsample.membership import attacks, auc, guard_attacks, infer, loss_test, nearest_sample_attack, scores_of, verdicts
+from cpsample.membership import (
+    attacks,
+    auc,
+    guard_attacks,
+    infer,
+    loss_test,
+    nearest_sample_attack,
+    scores_of,
+    verdicts,
+)
 from cpsample.protect import calibrate, fit_guard, load_guard, protect
 from cpsample.schedule import make_schedule
 from cpsample.sources import CACHE, load_fashion
 from cpsample.training import load_model
 
 OTHERS, DRAWN, STEPS = 2000, 1000, {"digits": 100, "fashion": 50}
-PLAIN = ("loss, t=50", "loss, t=100", "loss, t=200", "loss, t=300", "SecMI", "PIA", "PIAN", "SimA", "PFAMI")
+PLAIN = (
+    "loss, t=50",
+    "loss, t=100",
+    "loss, t=200",
+    "loss, t=300",
+    "SecMI",
+    "PIA",
+    "PIAN",
+    "SimA",
+    "PFAMI",
+)
 
 
 def digits_arms(seed):
     "(members, others, {arm: model}, guard, split) of the demo's run with this seed."
     schedule, (x, _) = make_schedule(), load_digits()
-    parts = split(x, {"members": DEFAULTS["images"], "reference": DEFAULTS["reference"], "held_out": None}, seed)
+    parts = split(
+        x,
+        {"members": DEFAULTS["images"], "reference": DEFAULTS["reference"], "held_out": None},
+        seed,
+    )
     members, reference, held_out = (parts.of(x, name) for name in parts.indices)
     guard = fit_guard(members, schedule, reference, steps=DEFAULTS["guard_steps"], seed=seed)
     calibrate(guard, members, held_out[::2])
     paper = fit_guard(members, schedule, preset="paper", steps=DEFAULTS["guard_steps"], seed=seed)
     model = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed)
-    where = {"pool": "digits", "seed": seed, "data": parts.data, "members": parts.indices["members"], "others": parts.indices["held_out"][1::2]}
-    return members, held_out[1::2], {"unguarded": model, "guarded": protect(model, guard), "paper": protect(model, paper)}, guard, where
+    where = {
+        "pool": "digits",
+        "seed": seed,
+        "data": parts.data,
+        "members": parts.indices["members"],
+        "others": parts.indices["held_out"][1::2],
+    }
+    return (
+        members,
+        held_out[1::2],
+        {"unguarded": model, "guarded": protect(model, guard), "paper": protect(model, paper)},
+        guard,
+        where,
+    )
 
 
 def fashion_arms(seed):
     "The same of the shipped models."
-    def weights(name): return data_path(f"weights/fashion_{name}.safetensors")
+
+    def weights(name):
+        return data_path(f"weights/fashion_{name}.safetensors")
+
     def guard_of(name):
         guard = load_guard(str(weights(name)).removesuffix(".safetensors"))
         guard.classifier.to(memory_format=torch.channels_last)
         return guard
+
     images = load_fashion()[0]
     parts = split(images[:3000], {"members": 100, "others": None}, seed)
-    members, others = pixels(parts.of(images[:3000], "members")), pixels(images[3000 : 3000 + OTHERS])
-    base, model = (load_model(weights(name))[0].to(memory_format=torch.channels_last) for name in ("base", "tuned"))
-    guard, strength = guard_of("guard"), json.loads(data_path("results/fashion.json").read_text())["settings"]["strength"]
+    members, others = (
+        pixels(parts.of(images[:3000], "members")),
+        pixels(images[3000 : 3000 + OTHERS]),
+    )
+    base, model = (
+        load_model(weights(name))[0].to(memory_format=torch.channels_last)
+        for name in ("base", "tuned")
+    )
+    guard, strength = (
+        guard_of("guard"),
+        json.loads(data_path("results/fashion.json").read_text())["settings"]["strength"],
+    )
     guard = replace(guard, scale=strength * guard.scale)
-    where = {"pool": "fashion, training rows 0 to 5,999", "seed": seed, "data": parts.data, "members": parts.indices["members"], "others": f"rows 3,000 to {2999 + OTHERS:,}"}
-    return members, others, {"unguarded": model, "guarded": protect(model, guard), "paper": protect(model, guard_of("guard_paper")), "before": base}, guard, where
+    where = {
+        "pool": "fashion, training rows 0 to 5,999",
+        "seed": seed,
+        "data": parts.data,
+        "members": parts.indices["members"],
+        "others": f"rows 3,000 to {2999 + OTHERS:,}",
+    }
+    return (
+        members,
+        others,
+        {
+            "unguarded": model,
+            "guarded": protect(model, guard),
+            "paper": protect(model, guard_of("guard_paper")),
+            "before": base,
+        },
+        guard,
+        where,
+    )
 
 
 def kept(path, make):
     "A dict of tensors from `path`, or from make() and then kept there."
     if not path.exists():
-        with atomic(path) as tmp: save_file(make(), tmp)
+        with atomic(path) as tmp:
+            save_file(make(), tmp)
     return load_file(path)
 
 
 def measured(name, arm, model, guard, members, others, folder):
     "What each attack achieves on one arm, and the best of all that need nothing but the model; scores from `folder` or asked now."
     schedule, start = guard.schedule, time.perf_counter()
-    samples = kept(folder / f"{arm}-samples.safetensors", lambda: {"x": draw(model, schedule, members.shape[1:], DRAWN, STEPS[name], seed=7000, chunk=500, progress=True)})["x"]
-    collection = attacks(schedule) | guard_attacks(schedule, guard) | {"nearest sample": partial(nearest_sample_attack, samples=samples)}
+    samples = kept(
+        folder / f"{arm}-samples.safetensors",
+        lambda: {
+            "x": draw(
+                model,
+                schedule,
+                members.shape[1:],
+                DRAWN,
+                STEPS[name],
+                seed=7000,
+                chunk=500,
+                progress=True,
+            )
+        },
+    )["x"]
+    collection = (
+        attacks(schedule)
+        | guard_attacks(schedule, guard)
+        | {"nearest sample": partial(nearest_sample_attack, samples=samples)}
+    )
     scores = {}
     for attack, ask in collection.items():
         path = folder / f"{arm}-{attack.replace(', ', '-').replace(' ', '-')}.safetensors"
-        found = kept(path, lambda: {"members": scores_of(ask, model, members), "others": scores_of(ask, model, others)})
+        found = kept(
+            path,
+            lambda: {
+                "members": scores_of(ask, model, members),
+                "others": scores_of(ask, model, others),
+            },
+        )
         scores[attack] = found["members"], found["others"]
-        print(f"{name} {arm:10} {attack:15} {auc(*scores[attack], boots=1)[0]:.3f}   {time.perf_counter() - start:6.0f} s", flush=True)
+        print(
+            f"{name} {arm:10} {attack:15} {auc(*scores[attack], boots=1)[0]:.3f}   {time.perf_counter() - start:6.0f} s",
+            flush=True,
+        )
     statistic, p = loss_test(*scores["loss, t=100"])
-    best = {who: infer({a: scores[a] for a in names}) for who, names in {"best": PLAIN, "best_aware": (*PLAIN, "size", "jump")}.items()}
+    best = {
+        who: infer({a: scores[a] for a in names})
+        for who, names in {"best": PLAIN, "best_aware": (*PLAIN, "size", "jump")}.items()
+    }
     found = verdicts(scores)
-    return {"attacks": {a: found[a] for a in scores}, "loss_test": {"statistic": statistic, "p": p}} | best
+    return {
+        "attacks": {a: found[a] for a in scores},
+        "loss_test": {"statistic": statistic, "p": p},
+    } | best
 
 
 def run(name, seeds, work):
@@ -92,19 +192,53 @@ def run(name, seeds, work):
         folder = work / f"{name}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "nobody has measured")        # the paper's guard, as printed
-            members, others, arms, guard, where = {"digits": digits_arms, "fashion": fashion_arms}[name](seed)
-        runs.append({"seed": seed, "split": where, "n_members": len(members), "n_others": len(others),
-                     "arms": {arm: measured(name, arm, model, guard, members, others, folder) for arm, model in arms.items()}})
+            warnings.filterwarnings(
+                "ignore", "nobody has measured"
+            )  # the paper's guard, as printed
+            members, others, arms, guard, where = {"digits": digits_arms, "fashion": fashion_arms}[
+                name
+            ](seed)
+        runs.append(
+            {
+                "seed": seed,
+                "split": where,
+                "n_members": len(members),
+                "n_others": len(others),
+                "arms": {
+                    arm: measured(name, arm, model, guard, members, others, folder)
+                    for arm, model in arms.items()
+                },
+            }
+        )
     return {"runs": runs, "samples": DRAWN, "steps": STEPS[name]}
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "membership"
-    path, origin = Path(__file__).resolve().parent.parent / "data" / "results" / "membership.json", provenance()
+    path, origin = (
+        Path(__file__).resolve().parent.parent / "data" / "results" / "membership.json",
+        provenance(),
+    )
     for name, seeds in (("digits", (0, 1, 2)), ("fashion", (0,))):
-        if words and words[0] in ("digits", "fashion") and name not in words: continue
+        if words and words[0] in ("digits", "fashion") and name not in words:
+            continue
         start, result = time.perf_counter(), run(name, seeds, work)
-        parts = {k: v for k, v in json.loads(path.read_text()).items() if k != "name"} if path.exists() else {}     # each says where it comes from
-        save_json(path, {"name": "membership"} | parts | {name: {"command": f"python tools/membership.py {name}", **origin, "seconds": time.perf_counter() - start} | result})
+        parts = (
+            {k: v for k, v in json.loads(path.read_text()).items() if k != "name"}
+            if path.exists()
+            else {}
+        )  # each says where it comes from
+        save_json(
+            path,
+            {"name": "membership"}
+            | parts
+            | {
+                name: {
+                    "command": f"python tools/membership.py {name}",
+                    **origin,
+                    "seconds": time.perf_counter() - start,
+                }
+                | result
+            },
+        )

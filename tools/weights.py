@@ -1,6 +1,7 @@
 "Make what ships in data/ again: python tools/weights.py [digits_encoder] [fashion_encoder] [fashion]; without names, all of it."
-import lzma
+
 import json
+import lzma
 import sys
 import time
 from pathlib import Path
@@ -24,13 +25,30 @@ def digits_encoder(seed=0):
     start, (x, y) = time.perf_counter(), load_digits()
     encoder = fit_encoder(x, y, seed=seed)
     accuracy = (encoder(x).argmax(1) == y).float().mean().item()
-    ship("digits_encoder", encoder.state_dict(), {"name": "digits-mlp-64", "data": "all 1,797 digits of scikit-learn", "train_accuracy": accuracy}, seed, start)
+    ship(
+        "digits_encoder",
+        encoder.state_dict(),
+        {
+            "name": "digits-mlp-64",
+            "data": "all 1,797 digits of scikit-learn",
+            "train_accuracy": accuracy,
+        },
+        seed,
+        start,
+    )
 
 
 def moved(loss, most=2):
     "The loss on a batch that is moved by up to `most` pixels in both directions."
+
     def move(model, x, *targets, generator=None):
-        return loss(model, x.roll(torch.randint(-most, most + 1, (2,), generator=generator).tolist(), (-2, -1)), *targets, generator=generator)
+        return loss(
+            model,
+            x.roll(torch.randint(-most, most + 1, (2,), generator=generator).tolist(), (-2, -1)),
+            *targets,
+            generator=generator,
+        )
+
     return move
 
 
@@ -38,17 +56,46 @@ def fashion_encoder(seed=0, steps=4000):
     "The feature space `fashion-conv-64` of the distances on Fashion-MNIST, stored in float16."
     start, (x, y), (u, v) = time.perf_counter(), load_fashion(), load_fashion("test")
     encoder = seeded(seed, FashionEncoder)
-    run(train(encoder, moved(class_loss), (x, y), steps, batch_size=128, generator=torch.Generator().manual_seed(seed)), steps)
+    run(
+        train(
+            encoder,
+            moved(class_loss),
+            (x, y),
+            steps,
+            batch_size=128,
+            generator=torch.Generator().manual_seed(seed),
+        ),
+        steps,
+    )
     half = {k: w.half() for k, w in encoder.state_dict().items()}
     encoder.load_state_dict(half)
-    with torch.no_grad(): accuracy = (encoder.eval()(pixels(u)).argmax(1) == v).float().mean().item()
-    ship("fashion_encoder", half, {"name": "fashion-conv-64", "data": "Fashion-MNIST, 60,000 training images", "steps": steps, "test_accuracy": accuracy}, seed, start)
+    with torch.no_grad():
+        accuracy = (encoder.eval()(pixels(u)).argmax(1) == v).float().mean().item()
+    ship(
+        "fashion_encoder",
+        half,
+        {
+            "name": "fashion-conv-64",
+            "data": "Fashion-MNIST, 60,000 training images",
+            "steps": steps,
+            "test_accuracy": accuracy,
+        },
+        seed,
+        start,
+    )
 
 
 def ship(name, tensors, record, seed, start):
-    with atomic(DATA / "weights" / f"{name}.safetensors") as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
-    record = {"name": record.pop("name"), "command": f"python tools/weights.py {name}", **provenance(), "seed": seed, **record,
-              "wall_seconds": round(time.perf_counter() - start, 1)}
+    with atomic(DATA / "weights" / f"{name}.safetensors") as tmp:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
+    record = {
+        "name": record.pop("name"),
+        "command": f"python tools/weights.py {name}",
+        **provenance(),
+        "seed": seed,
+        **record,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+    }
     save_json(DATA / "weights" / f"{name}.json", record)
     print(json.dumps(record, indent=1))
 
@@ -64,8 +111,10 @@ def write_idx(path, values):
     "Images [N, 1, H, W] or classes [N] as bytes in the idx format, packed by xz, which takes a seventh less room than gzip."
     kept = (values.squeeze(1) if values.dim() > 1 else values).byte().numpy()
     header = bytes([0, 0, 8, kept.ndim]) + np.array(kept.shape, ">i4").tobytes()
-    with atomic(path) as tmp: tmp.write_bytes(lzma.compress(header + kept.tobytes(), preset=9 | lzma.PRESET_EXTREME))
+    with atomic(path) as tmp:
+        tmp.write_bytes(lzma.compress(header + kept.tobytes(), preset=9 | lzma.PRESET_EXTREME))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("digits_encoder", "fashion_encoder", "fashion"): globals()[name]()
+    for name in sys.argv[1:] or ("digits_encoder", "fashion_encoder", "fashion"):
+        globals()[name]()
