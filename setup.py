@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
@@ -33,8 +33,11 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     # data/ travels inside the package as cpsample/_files
-    packages=["cpsample", "cpsample._files"],
+    packages=[*find_packages(include=["cpsample", "cpsample.*"]), "cpsample._files"],
     package_dir={"cpsample._files": "data"},
-    package_data={"cpsample._files": ["**/*.json", "**/*.safetensors", "**/*.xz", "**/README.md"]},
+    package_data={
+        "cpsample": ["py.typed"],
+        "cpsample._files": ["**/*.json", "**/*.safetensors", "**/*.xz", "**/README.md"],
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
 )

@@ -19,28 +19,37 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from .audit import TESTS, audit, write_report
-from cpsample.data import (
+from .core.ddpm import generate, timesteps
+from .core.demo import DEFAULTS, check_demo, run_demo, show_arms, table
+from .core.images import pixels, show_grid, split
+from .core.schedule import make_schedule
+from .judgement.attacks import attacks, guard_attacks, scores_of
+from .judgement.copy_audit import TESTS, audit
+from .judgement.inference import attack_table, verdicts
+from .judgement.report import write_report
+from .practice.datasets import IMAGE_SETS, read_data
+from cpsample.practice.runs import (
+    CONFIGS,
+    Config,
+    fit_run_guard,
+    load_model,
+    load_protected_run,
+    members_of,
+    run_of,
+    train_denoiser,
+)
+from .production.experiments import EXPERIMENTS, plan_table, run_experiment
+from .production.pipelines import guard_pipeline
+from cpsample.workshop.files import (
     atomic,
     fingerprint,
-    need,
-    pixels,
+    import_optional,
     save_json,
     save_picture,
-    show_grid,
-    split,
     writable,
 )
-from .ddpm import draw, timesteps
-from .demo import DEFAULTS, check_demo, run_demo, show_arms, table
-from .experiments import EXPERIMENTS, plan_table, run_experiment
-from .membership import attack_table, attacks, guard_attacks, scores_of, verdicts
-from .memorization import SEARCH
-from .pipelines import guard_pipeline, served
-from .quality import SPACES
-from .schedule import make_schedule
-from .sources import IMAGE_SETS, members_of, read_data, run_of
-from .training import CONFIGS, Config, load_model, train_denoiser, train_guard
+from .workshop.neighbours import SEARCH
+from .workshop.registry import feature_spaces
 
 # %% ../nbs/cli.ipynb #875323e1
 @contextmanager
@@ -135,7 +144,7 @@ def on_device(device):
 def processes(device):
     "(an accelerator when `accelerate launch` started several processes, otherwise None; the device of this one)."
     accelerator = (
-        need("accelerate", "diffusers").Accelerator()
+        import_optional("accelerate", "diffusers").Accelerator()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1
         else None
     )
@@ -209,7 +218,7 @@ def train_command(
     accelerator, where = processes(device)
 
     def grid(step, slow):
-        x = draw(
+        x = generate(
             slow,
             make_schedule(config.schedule),
             members.shape[1:],
@@ -270,7 +279,7 @@ def guard_command(
         )
         accelerator, where = processes(device)
         writable(run)
-        guard = train_guard(
+        guard = fit_run_guard(
             config,
             members,
             others[: 4 * len(members) + 400],
@@ -307,10 +316,10 @@ def sample_command(
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Draw images from the model of a run, protected by its guard."
-    denoiser, schedule, shape, guard, where = served(run, unguarded, strength, device)
+    denoiser, schedule, shape, guard, where = load_protected_run(run, unguarded, strength, device)
     timesteps(schedule.T, steps := steps or run_of(run)["config"]["sample_steps"])
     writable(out.parent)
-    x = draw(denoiser, schedule, shape, n, steps, seed, 500, where, progress=True)
+    x = generate(denoiser, schedule, shape, n, steps, seed, 500, where, progress=True)
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with atomic(out.with_suffix(".npz")) as tmp:
         np.savez_compressed(tmp, images=as_bytes)
@@ -339,7 +348,7 @@ def audit_command(
     ),
     test: str = typer.Option("ratio", help=f"Which test that is about: {', '.join(TESTS)}."),
     space: str = typer.Option(
-        None, help=f"Feature space: {', '.join(SPACES)} or pca-64 (default: by the images)."
+        None, help=f"Feature space: {', '.join(feature_spaces)} or pca-64 (default: by the images)."
     ),
     flips: bool = typer.Option(True, help="Look for mirrored copies, too."),
     backend: str = typer.Option("torch", help=f"Of the search: {', '.join(SEARCH)}."),
@@ -366,8 +375,10 @@ def audit_command(
     writable(out.parent)
     if (Path(generated) / "run.json").exists():
         about, members, others = members_of(generated)
-        model, schedule, shape, _, where = served(generated, unguarded, strength, device)
-        x = draw(
+        model, schedule, shape, _, where = load_protected_run(
+            generated, unguarded, strength, device
+        )
+        x = generate(
             model,
             schedule,
             shape,
@@ -425,7 +436,7 @@ def attack_command(
     if json_file:
         writable(json_file.parent)
     about, members, rest = members_of(run)
-    model, schedule, _, guard, where = served(run, unguarded, strength, device)
+    model, schedule, _, guard, where = load_protected_run(run, unguarded, strength, device)
     strangers = (
         read_data(others, about["size"], about["channels"])
         if others

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cpsample.ddpm import MLPDenoiser, seeded
-from cpsample.schedule import make_schedule
+from cpsample.core.ddpm import MLPDenoiser, seeded
+from cpsample.core.schedule import make_schedule
 
 
 @pytest.fixture

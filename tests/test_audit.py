@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import cpsample.audit
 import numpy as np
 import pytest
 import torch
@@ -14,22 +15,14 @@ from PIL import Image
 from scipy.stats import mannwhitneyu, norm
 from typer.testing import CliRunner
 
-import cpsample.audit
-from cpsample.audit import (
-    CHANGES,
-    audit,
-    auth_pct,
-    c_t,
-    duplicate_groups,
-    feature_space,
-    near_pairs,
-    plant,
-    report_html,
-)
 from cpsample.cli import app
-from cpsample.data import pixels, plant_duplicates
-from cpsample.memorization import copy_test, nearest, nearest_groups, typical_distance
-from cpsample.sources import load_fashion
+from cpsample.core.copying import copy_test
+from cpsample.core.images import pixels, plant_duplicates
+from cpsample.judgement.copy_audit import CHANGES, audit, auth_pct, c_t, feature_space, plant
+from cpsample.judgement.repeats import duplicate_groups, near_pairs
+from cpsample.judgement.report import report_html
+from cpsample.practice.datasets import load_fashion
+from cpsample.workshop.neighbours import nearest, nearest_groups, typical_distance
 
 TRAIN, REAL = (pixels(load_fashion(part, small=True)[0]) for part in ("train", "test"))
 

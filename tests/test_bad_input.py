@@ -14,35 +14,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cpsample.classifier import MLPClassifier, label_loss, with_reference
-from cpsample.data import (
-    GaussianMixture,
-    atomic,
-    check_images,
-    data_path,
-    exact_denoiser,
-    load_digits,
-    plant_duplicates,
-    random_labels,
-    save_json,
-    split,
-    toy,
-)
-from cpsample.ddpm import MLPDenoiser, ddpm_loss, last, run, sample, timesteps, train
-from cpsample.demo import run_demo
-from cpsample.explorer import start_values
-from cpsample.memorization import (
-    carlini_test,
-    copy_test,
-    cosine_test,
-    frechet_distance,
-    reject,
-    reject_copies,
-)
-from cpsample.protect import Guard, calibrate, fit_guard, load_guard, protect, push, save_guard
-from cpsample.rejection import ideal_classifier, lipschitz_bound, log_acceptance, tilt
-from cpsample.schedule import make_schedule, noisify
-from cpsample.sources import load_images
+from cpsample.core.calibration import calibrate
+from cpsample.core.classifier import MLPClassifier, label_loss, random_labels, with_reference
+from cpsample.core.copying import copy_test, cosine_test, neighbourhood_test, reject, reject_copies
+from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, final_sample, run, sample, timesteps, train
+from cpsample.core.demo import run_demo
+from cpsample.core.densities import GaussianMixture, exact_denoiser, toy
+from cpsample.core.digit_features import frechet_distance
+from cpsample.core.guard import Guard, fit_guard, protect, push
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import check_images, load_digits, plant_duplicates, split
+from cpsample.core.rejection import ideal_classifier, lipschitz_bound, log_acceptance, tilt
+from cpsample.core.schedule import add_noise, make_schedule
+from cpsample.practice.datasets import load_images
+from cpsample.workshop.files import atomic, data_path, save_json
+from cpsample.workshop.views import start_values
 
 X = load_digits()[0][:40]
 S = make_schedule()
@@ -68,7 +54,7 @@ def drain(training):
 
 
 def draw(model):
-    return last(sample(model, S, (2, 1, 8, 8), 5))
+    return final_sample(sample(model, S, (2, 1, 8, 8), 5))
 
 
 def wide_sure(x, t):
@@ -134,7 +120,7 @@ PYTHON = {
     ),
     "NaN samples in a copy test": (lambda: copy_test(NAN, X), "row 3"),
     "NaN training images in a copy test": (
-        lambda: carlini_test(X, NAN),
+        lambda: neighbourhood_test(X, NAN),
         "training images hold NaN",
     ),
     "integer images": (
@@ -154,11 +140,11 @@ PYTHON = {
     "split of other data": (lambda: split(X, {"a": 3}).of(X.flip(0), "a"), "split again"),
     "duplicates of too many": (lambda: plant_duplicates(X, 41), "cannot duplicate 41 of 40"),
     "t of another length": (
-        lambda: noisify(X, torch.zeros(3, dtype=torch.int64), S),
+        lambda: add_noise(X, torch.zeros(3, dtype=torch.int64), S),
         "one entry per row",
     ),
     "noise of another shape": (
-        lambda: noisify(X, torch.zeros(40, dtype=torch.int64), S, X[:1]),
+        lambda: add_noise(X, torch.zeros(40, dtype=torch.int64), S, X[:1]),
         "must have the shape of x0",
     ),
     "steps 0": (lambda: timesteps(1000, 0), "between 2 and T=1000"),
@@ -209,7 +195,7 @@ PYTHON = {
         "one level or one per row",
     ),
     "eta above 1": (
-        lambda: last(sample(lambda x, t: x, S, (2, 2), 5, eta=2)),
+        lambda: final_sample(sample(lambda x, t: x, S, (2, 2), 5, eta=2)),
         "eta must lie between 0",
     ),
     "one sampling step": (lambda: timesteps(1000, 1), "between 2 and T=1000"),
@@ -394,7 +380,7 @@ def test_interrupt_leaves_nothing_half_written(tmp_path):
 
 WRITER = """
 import os, signal, sys
-from cpsample.data import atomic
+from cpsample.workshop.files import atomic
 with atomic(sys.argv[1]) as tmp:
     tmp.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

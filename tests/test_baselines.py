@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from cpsample.baselines import (
+from cpsample.core.copying import ideal_denoiser
+from cpsample.core.ddpm import MLPDenoiser, generate, seeded
+from cpsample.core.densities import GaussianMixture, exact_denoiser
+from cpsample.core.schedule import Schedule, eps_to_x0, make_schedule, signal_noise, x0_to_eps
+from cpsample.judgement.baselines import (
     ambient_denoiser,
     ambient_loss,
     epsilon_spent,
@@ -24,11 +28,8 @@ from cpsample.baselines import (
     spell,
     train_private,
 )
-from cpsample.data import GaussianMixture, exact_denoiser
-from cpsample.ddpm import MLPDenoiser, draw, seeded
-from cpsample.memorization import ideal_denoiser, nearest
-from cpsample.schedule import Schedule, eps_to_x0, make_schedule, signal_noise, x0_to_eps
-from cpsample.unet import UNet
+from cpsample.practice.unet import UNet
+from cpsample.workshop.neighbours import nearest
 
 SCHEDULE = make_schedule()
 CLEAN = Schedule("clean", torch.ones(2) - 1e-7)
@@ -323,16 +324,16 @@ def test_no_sample_lands_in_a_ball_and_the_distant_are_not_touched():
     model = exact_denoiser(
         GaussianMixture(points, torch.full((3,), 0.03), torch.ones(3) / 3), SCHEDULE
     )
-    assert nearest(draw(model, SCHEDULE, (2,), 200, 50), points)[0].min() < 0.02
+    assert nearest(generate(model, SCHEDULE, (2,), 200, 50), points)[0].min() < 0.02
     assert (
-        nearest(draw(spell(model, SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[
+        nearest(generate(spell(model, SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[
             0
         ].min()
         > 0.25 - 1e-3
     )
     assert (
         nearest(
-            draw(
+            generate(
                 spell(ideal_denoiser(points, SCHEDULE), SCHEDULE, points, 0.25),
                 SCHEDULE,
                 (2,),

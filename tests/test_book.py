@@ -11,8 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BOOK = sorted((ROOT / "nbs").glob("*.ipynb"))
-LESSONS = [p for p in BOOK if p.stem != "index"]
+sys.path.insert(0, str(ROOT / "tools"))
+import book  # noqa: E402
+
+BOOK = book.notebooks()
+LESSONS = [p for p in BOOK if p.stem != "index" and "5_workshop" not in p.parts]
+
+
+def below(path):
+    "A notebook's path below nbs/: what its identity is in tests, links and messages."
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+def imports_of(code):
+    "The import statements of cells, as source."
+    trees = [ast.parse(re.sub(r"^\s*%.*$", "pass", c, flags=re.M)) for c in code if "%pip" not in c]
+    statements = [
+        s for tree in trees for s in tree.body if isinstance(s, ast.Import | ast.ImportFrom)
+    ]
+    return "\n".join(map(ast.unparse, statements))
 
 
 def cells(path, kind):
@@ -23,21 +40,15 @@ def cells(path, kind):
     ]
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LESSONS, ids=below)
 def test_solutions_pass_their_checks(path):
     "Runs the import cells, the package's exports, the check cell and the folded solutions; every check must be used."
     code, prose = cells(path, "code"), "\n".join(cells(path, "markdown"))
-    imports = "\n".join(
-        line
-        for c in code
-        if "%pip" not in c
-        for line in c.splitlines()
-        if re.match(r"(import|from) ", line)
-    )
+    imports = imports_of(code)
     exports = [
         f"from cpsample.{m.group(1)} import *"
         for c in code
-        if (m := re.search(r"#\| default_exp (\w+)", c))
+        if (m := re.search(r"#\| default_exp ([\w.]+)", c))
     ]
     check = next(c for c in code if c.startswith("# check"))
     solutions = "\n".join(
@@ -54,19 +65,19 @@ def test_solutions_pass_their_checks(path):
     exec(solutions, space)
 
 
-@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BOOK, ids=below)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)]+)\)", "\n".join(cells(path, "markdown"))):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BOOK, ids=below)
 def test_first_code_cell_installs_and_badge_is_derived(path):
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     user, repo, branch = (ini["DEFAULT"][k] for k in ("user", "repo", "branch"))
-    assert f"github/{user}/{repo}/blob/{branch}/nbs/{path.name}" in "\n".join(
+    assert f"github/{user}/{repo}/blob/{branch}/nbs/{below(path)}" in "\n".join(
         cells(path, "markdown")
     )
     assert re.search(
@@ -75,7 +86,7 @@ def test_first_code_cell_installs_and_badge_is_derived(path):
     )
 
 
-@pytest.mark.parametrize("path", BOOK, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BOOK, ids=below)
 def test_outputs_name_no_folder_of_the_machine_that_ran_them(path):
     outputs = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
     assert not re.search(
@@ -90,9 +101,9 @@ def test_changing_the_owner_changes_every_link(monkeypatch):
 
     monkeypatch.setattr(book, "owner", lambda: ("someone", "fork", "dev"))
     for path in BOOK:
-        text = book.link("\n".join(cells(path, "markdown") + cells(path, "code")), path.name)
+        text = book.link("\n".join(cells(path, "markdown") + cells(path, "code")), below(path))
         assert (
-            f"github/someone/fork/blob/dev/nbs/{path.name}" in text
+            f"github/someone/fork/blob/dev/nbs/{below(path)}" in text
             and "git+https://github.com/someone/fork" in text
         )
 

@@ -7,21 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpsample.classifier import certainty, coverage, is_certain, log_odds
-from cpsample.data import load_digits, split
-from cpsample.protect import (
-    Guard,
-    calibrate,
-    certainties,
-    fit_guard,
-    load_guard,
-    propose_scale,
-    protect,
-    push,
-    save_guard,
-    show_calibration,
-)
-from cpsample.schedule import make_schedule, noisify
+from cpsample.core.calibration import calibrate, certainties, propose_scale, show_calibration
+from cpsample.core.classifier import certainty, coverage, is_certain, log_odds
+from cpsample.core.guard import Guard, fit_guard, protect, push
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import load_digits, split
+from cpsample.core.schedule import add_noise, make_schedule
 
 S = make_schedule()
 NEAR = 1e-3 * torch.arange(400.0).reshape(200, 2)  # two hundred different points near the origin
@@ -174,7 +165,7 @@ def test_proposed_scale_takes_a_linear_logit_back_to_the_gate():
     guard = Guard(lambda x, t: (20 + x @ w)[:, None], S, alpha=0.05)
     x = torch.randn(31, 3, generator=torch.Generator().manual_seed(0))
     s, rows = propose_scale(guard, x, t, seed=3), torch.full((31,), t)
-    x_t, _ = noisify(x, rows, S, generator=torch.Generator().manual_seed(3))
+    x_t, _ = add_noise(x, rows, S, generator=torch.Generator().manual_seed(3))
     moved = x_t + s * (1 - S.abar[t]) * push(guard.classifier, x_t, rows)
     assert (guard.classifier(moved, rows)[:, 0]).median().item() == pytest.approx(
         log_odds(0.05), abs=1e-3

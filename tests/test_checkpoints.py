@@ -8,30 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpsample.classifier import log_odds
-from cpsample.data import load_digits
-from cpsample.ddpm import MLPDenoiser
-from cpsample.protect import certainties
-from cpsample.schedule import make_schedule
-from cpsample.training import (
-    CONFIGS,
-    average,
-    fit,
-    half_precision,
-    load_model,
-    mirrored,
-    save_model,
-    train_denoiser,
-    train_guard,
-)
-from cpsample.unet import UNet
+from cpsample.core.calibration import certainties
+from cpsample.core.classifier import log_odds
+from cpsample.core.ddpm import MLPDenoiser
+from cpsample.core.images import load_digits
+from cpsample.core.schedule import make_schedule
+from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, save_model, train_denoiser
+from cpsample.practice.training import fit, half_precision, mirrored, update_ema
+from cpsample.practice.unet import UNet
 
 PROGRAM = """
 import os, sys, time, torch
 from dataclasses import replace
 import cpsample.data, cpsample.training
-from cpsample.sources import load_fashion
-from cpsample.training import CONFIGS, train_denoiser
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.runs import CONFIGS, train_denoiser
 folder, mode, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def hang(word):
     print(word, flush=True)
@@ -168,7 +159,7 @@ def test_average_follows_the_formula():
             beta * (slow.weight.detach() if expected is None else expected)
             + (1 - beta) * fast.weight.detach()
         )
-        average(slow, fast, n, 0.9)
+        update_ema(slow, fast, n, 0.9)
     torch.testing.assert_close(slow.weight.detach(), expected)
     assert beta == 0.9
 
@@ -193,7 +184,7 @@ def test_a_guard_for_a_model_that_saw_mirror_images_is_calibrated_with_them(
 ):
     x = load_digits()[0][:300]
     config = replace(CONFIGS["digits"], mirror=mirror, guard_steps=1500, guard_batch_size=64)
-    guard = train_guard(config, x[:10], x[10:], schedule, tmp_path / "guard", progress=False)
+    guard = fit_run_guard(config, x[:10], x[10:], schedule, tmp_path / "guard", progress=False)
     level = [guard.report["level"]]
     sure_of = {
         name: (certainties(guard, y, level, 20) > log_odds(guard.alpha)).float().mean()

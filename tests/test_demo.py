@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from cpsample import demo
-from cpsample.data import data_path, load_digits
-from cpsample.demo import DEFAULTS, readme_table, run_demo, show_arms, table
-from cpsample.memorization import CopyReport, reject_copies
+from cpsample.core.copying import CopyReport, reject_copies
+from cpsample.core.demo import DEFAULTS, readme_table, run_demo, show_arms, table
+from cpsample.core.images import load_digits
+from cpsample.workshop.files import data_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(images=30, reference=60, train_steps=150, guard_steps=500, samples=60, sample_steps=20)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpsample.ddpm import MLPDenoiser, seeded
-from cpsample.sources import load_fashion
-from cpsample.training import CONFIGS, Together, fit, train_denoiser
+from cpsample.core.ddpm import MLPDenoiser, seeded
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.runs import CONFIGS, train_denoiser
+from cpsample.practice.training import fit
+from cpsample.workshop.parallel import Together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over fork")
 STEPS = 50
@@ -21,11 +23,11 @@ CONFIG = replace(
 
 def both(folder, accelerator=None):
     "50 steps of denoiser and guard; each process writes its losses and what labels it saw."
-    from cpsample.classifier import member_labels
-    from cpsample.data import pixels
-    from cpsample.protect import fit_guard
-    from cpsample.schedule import make_schedule
-    from cpsample.unet import UNetClassifier
+    from cpsample.core.classifier import member_labels
+    from cpsample.core.guard import fit_guard
+    from cpsample.core.images import pixels
+    from cpsample.core.schedule import make_schedule
+    from cpsample.practice.unet import UNetClassifier
 
     torch.set_num_threads(1)
     x = load_fashion(small=True)[0][:40]

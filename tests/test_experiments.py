@@ -1,4 +1,4 @@
-"Chapters 15 and 16: a plan that is true and costs nothing, and runs that survive a disconnect, a full disk and a network that is away."
+"Chapters 4.3 and 16: a plan that is true and costs nothing, and runs that survive a disconnect, a full disk and a network that is away."
 
 import errno
 import json
@@ -18,21 +18,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpsample import experiments
-from cpsample.ddpm import build_network, draw
-from cpsample.experiments import (
+from cpsample.core.ddpm import generate
+from cpsample.core.schedule import make_schedule
+from cpsample.practice.runs import Config, fit_run_guard, train_denoiser
+from cpsample.production.experiments import (
     DATA,
     DDPM_32,
     EXPERIMENTS,
     DiffusersUNet,
-    count,
-    kept,
     plan,
     plan_table,
     public_denoiser,
     run_experiment,
 )
-from cpsample.schedule import make_schedule
-from cpsample.training import Config, train_denoiser, train_guard
+from cpsample.workshop.costs import count
+from cpsample.workshop.registry import build_network
+from cpsample.workshop.studies import load_or_create
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = EXPERIMENTS["celeba64"]["tiny"]  # and smaller still: 32×32, folded to 8×8
@@ -197,7 +198,9 @@ experiments.kept(experiments.pathlib.Path({str(tmp_path)!r}) / "x.safetensors", 
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert [p.stat().st_size for p in left] == [1000] and left[0].name.startswith(".")
-    assert kept(tmp_path / "x.safetensors", lambda: {"x": torch.zeros(2)})["x"].tolist() == [0, 0]
+    assert load_or_create(tmp_path / "x.safetensors", lambda: {"x": torch.zeros(2)})[
+        "x"
+    ].tolist() == [0, 0]
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypatch):
@@ -342,7 +345,7 @@ def test_the_plan_counts_what_is_really_computed(done, tmp_path):
     few = replace(TINY.config, guard_steps=TINY.all_steps)
     assert (
         counted(
-            lambda: train_guard(
+            lambda: fit_run_guard(
                 few, images, images[:8], schedule, tmp_path / "guard", "paper", progress=False
             )
         )
@@ -350,7 +353,7 @@ def test_the_plan_counts_what_is_really_computed(done, tmp_path):
     )
     model = build_network(TINY.config.network, {"shape": TINY.config.shape} | TINY.config.options)
     sampling = (
-        counted(lambda: draw(model, schedule, TINY.config.shape, 3, TINY.config.sample_steps))
+        counted(lambda: generate(model, schedule, TINY.config.shape, 3, TINY.config.sample_steps))
         * TINY.fid_samples
         // 3
     )

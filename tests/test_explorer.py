@@ -6,7 +6,7 @@ import sys
 import matplotlib.pyplot as plt
 import pytest
 
-from cpsample.explorer import as_bundle, as_png, start_values
+from cpsample.workshop.views import as_bundle, as_png, start_values
 
 CONTROLS = dict(a=(0.0, 1.0, 0.1, 0.5), n=(1, 9, 2, 3), kind=["x", "y"])
 

@@ -12,10 +12,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cpsample.classifier import MLPClassifier
-from cpsample.pipelines import from_pretrained, push_to_hub
-from cpsample.protect import Guard, save_guard
-from cpsample.schedule import make_schedule
+from cpsample.core.classifier import MLPClassifier
+from cpsample.core.guard import Guard
+from cpsample.core.guard_files import save_guard
+from cpsample.core.schedule import make_schedule
+from cpsample.production.hub import from_pretrained, push_to_hub
 
 
 @pytest.fixture

@@ -11,32 +11,29 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from cpsample.data import GaussianMixture, exact_denoiser, load_digits
-from cpsample.ddpm import MLPDenoiser, sample, seeded
-from cpsample.demo import fit_denoiser
-from cpsample.membership import (
+from cpsample.core.copying import ideal_denoiser
+from cpsample.core.ddpm import MLPDenoiser, sample, seeded
+from cpsample.core.demo import fit_denoiser
+from cpsample.core.densities import GaussianMixture, exact_denoiser
+from cpsample.core.guard import Guard
+from cpsample.core.images import load_digits
+from cpsample.core.schedule import make_schedule, signal_noise
+from cpsample.judgement.attacks import (
     _ddim,
-    attack_table,
     attacks,
-    auc,
     denoising_loss,
     guard_attacks,
-    infer,
     jump_attack,
     levels_of,
     loss_attack,
-    loss_test,
     nearest_sample_attack,
     oracle_attack,
     pia_attack,
     scores_of,
     sima_attack,
     size_attack,
-    verdicts,
 )
-from cpsample.memorization import ideal_denoiser
-from cpsample.protect import Guard
-from cpsample.schedule import make_schedule, signal_noise
+from cpsample.judgement.inference import attack_table, auc, infer, loss_test, verdicts
 
 SCHEDULE = make_schedule()
 

@@ -6,18 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from cpsample.data import GaussianMixture, exact_denoiser, load_digits, plant_duplicates
-from cpsample.ddpm import ddpm_loss, last, sample
-from cpsample.memorization import (
-    carlini_test,
+from cpsample.core.copying import (
     copy_test,
     cosine_test,
     describe_rate,
     ideal_denoiser,
-    nearest,
+    neighbourhood_test,
     proportion_ci,
     reject_copies,
 )
+from cpsample.core.ddpm import ddpm_loss, final_sample, sample
+from cpsample.core.densities import GaussianMixture, exact_denoiser
+from cpsample.core.images import load_digits, plant_duplicates
+from cpsample.workshop.neighbours import nearest
 
 DIGITS = load_digits()[0]
 MEMBERS, OTHERS = DIGITS[:100], DIGITS[500:1500]
@@ -46,7 +47,9 @@ def test_cosine_test_is_brute_force_over_many_tiles(generator):
 
 def test_neighbourhood_and_cosine_tests_find_exact_copies(generator):
     x = torch.cat([MEMBERS[:30], OTHERS[:30]])
-    assert carlini_test(x, MEMBERS, threshold=0.3).copied.tolist() == [True] * 30 + [False] * 30
+    assert (
+        neighbourhood_test(x, MEMBERS, threshold=0.3).copied.tolist() == [True] * 30 + [False] * 30
+    )
     features = torch.randn(100, 64, generator=generator)
     mixed = torch.cat(
         [3 * features[:10], torch.randn(10, 64, generator=generator)]
@@ -105,7 +108,8 @@ def test_ideal_denoiser_copies_and_minimises_the_loss(schedule, generator):
     ideal = ideal_denoiser(MEMBERS, schedule)
     assert (
         copy_test(
-            last(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator)), MEMBERS
+            final_sample(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator)),
+            MEMBERS,
         ).rate
         == 1
     )

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from cpsample.data import MIXTURES, GaussianMixture, noised
-from cpsample.ddpm import sample
-from cpsample.memorization import frechet_distance
-from cpsample.schedule import (
+from cpsample.core.ddpm import sample
+from cpsample.core.densities import MIXTURES, GaussianMixture, noised
+from cpsample.core.digit_features import frechet_distance
+from cpsample.core.schedule import (
     Schedule,
+    add_noise,
     eps_to_score,
     eps_to_v,
     eps_to_x0,
     make_schedule,
-    noisify,
     score_to_eps,
     signal_noise,
     v_to_eps,
@@ -45,7 +45,7 @@ def test_noisify_and_velocity_are_those_of_diffusers(name, generator):
         torch.randn(64, 3, 8, 8, generator=generator),
         torch.randint(1000, (64,), generator=generator),
     )
-    x_t, noise = noisify(x0, t, schedule, generator=generator)
+    x_t, noise = add_noise(x0, t, schedule, generator=generator)
     close(x_t, theirs.add_noise(x0, noise, t))
     mild = t < 700  # the velocity from x_t and eps divides by √ᾱ
     close(eps_to_v(x_t, t, noise, schedule)[mild], theirs.get_velocity(x0, noise, t)[mild], 1e-4)
@@ -75,7 +75,7 @@ def test_a_noised_mixture_has_the_variance_of_noised_samples(generator):
         GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0])),
         make_schedule(),
     )
-    x_t, _ = noisify(
+    x_t, _ = add_noise(
         mixture.sample(100_000, generator),
         torch.full((100_000,), 250),
         schedule,

@@ -16,14 +16,22 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cpsample import pipelines
-from cpsample.classifier import log_odds
 from cpsample.cli import app
-from cpsample.data import GaussianMixture, noised
-from cpsample.ddpm import last, sample
-from cpsample.memorization import copy_test
-from cpsample.pipelines import as_denoiser, encode, image_shape, protect_pipeline, schedule_of
-from cpsample.protect import Guard, Protected, calibrate, fit_guard, load_guard, protect
-from cpsample.schedule import abar_at
+from cpsample.core.calibration import calibrate
+from cpsample.core.classifier import log_odds
+from cpsample.core.copying import copy_test
+from cpsample.core.ddpm import final_sample, sample
+from cpsample.core.densities import GaussianMixture, noised
+from cpsample.core.guard import Guard, Protected, fit_guard, protect
+from cpsample.core.guard_files import load_guard
+from cpsample.core.schedule import abar_at
+from cpsample.production.pipelines import (
+    as_denoiser,
+    encode,
+    image_shape,
+    protect_pipeline,
+    schedule_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore{which}")
@@ -297,7 +305,7 @@ def test_own_sampler_and_diffusers_give_the_same_images(prediction):
     pipe.scheduler.set_timesteps(10)
 
     def ours(model):
-        return last(
+        return final_sample(
             sample(
                 model,
                 guard.schedule,

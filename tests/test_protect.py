@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cpsample.classifier import MLPClassifier, coverage, is_certain
-from cpsample.data import load_digits, plant_duplicates, random_labels
-from cpsample.ddpm import last, sample, seeded
-from cpsample.protect import FORMS, Guard, fit_guard, load_guard, protect, push, save_guard
-from cpsample.schedule import make_schedule
+from cpsample.core.classifier import MLPClassifier, coverage, is_certain, random_labels
+from cpsample.core.ddpm import final_sample, sample, seeded
+from cpsample.core.guard import FORMS, Guard, fit_guard, protect, push
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import load_digits, plant_duplicates
+from cpsample.core.schedule import make_schedule
 
 
 def classifier(K=3, shape=(1, 8, 8)):
@@ -27,7 +28,7 @@ def classifier(K=3, shape=(1, 8, 8)):
 
 
 def draw(model, schedule, **options):
-    return last(
+    return final_sample(
         sample(
             model,
             schedule,

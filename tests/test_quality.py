@@ -1,22 +1,16 @@
 "The measures against the libraries and against sets whose answer is known."
 
+import cpsample.quality
 import pytest
 import torch
 from torchmetrics.image import FrechetInceptionDistance
 
-import cpsample.quality
-from cpsample.data import load_digits, need, pixels
-from cpsample.memorization import frechet_distance
-from cpsample.quality import (
-    _Features,
-    features,
-    inception_features,
-    kid,
-    mifid,
-    precision_recall,
-    quality,
-)
-from cpsample.sources import load_fashion
+from cpsample.core.digit_features import frechet_distance
+from cpsample.core.images import load_digits, pixels
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.encoders import features, inception_features
+from cpsample.practice.quality_measures import _Features, kid, mifid, precision_recall, quality
+from cpsample.workshop.files import import_optional
 
 G = torch.Generator().manual_seed(0)
 A, B = torch.randn(700, 16, generator=G), torch.randn(500, 16, generator=G) * 1.3 + 0.4
@@ -147,7 +141,7 @@ def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
     with pytest.raises(
         ImportError, match=r"no_such_module is not installed: pip install 'cpsample\[metrics\]'"
     ):
-        need("no_such_module.part", "metrics")
+        import_optional("no_such_module.part", "metrics")
 
     class Extractor:
         def __init__(self, *args):
@@ -155,7 +149,7 @@ def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
 
     cpsample.quality.inception.cache_clear()
     monkeypatch.setattr(
-        need("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
+        import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
         "FeatureExtractorInceptionV3",
         Extractor,
     )
@@ -176,7 +170,7 @@ def test_inception_gets_bytes_in_three_channels(monkeypatch):
 
     cpsample.quality.inception.cache_clear()
     monkeypatch.setattr(
-        need("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
+        import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
         "FeatureExtractorInceptionV3",
         Extractor,
     )

@@ -13,10 +13,11 @@ from scipy.integrate import quad
 from scipy.stats import binomtest, ks_2samp
 from torch import nn
 
-from cpsample.data import GaussianMixture, data_path, exact_denoiser, noised, random_labels
-from cpsample.ddpm import last, sample
-from cpsample.protect import push
-from cpsample.rejection import (
+from cpsample.core.classifier import random_labels
+from cpsample.core.ddpm import final_sample, sample
+from cpsample.core.densities import GaussianMixture, exact_denoiser, noised
+from cpsample.core.guard import push
+from cpsample.core.rejection import (
     acceptance_rule,
     certified_distance,
     certified_distance_p,
@@ -33,7 +34,8 @@ from cpsample.rejection import (
     tilt,
     total_variation,
 )
-from cpsample.schedule import make_schedule, score_to_eps
+from cpsample.core.schedule import make_schedule, score_to_eps
+from cpsample.workshop.files import data_path
 
 S = make_schedule()
 LABELS = torch.tensor([[1.0], [0], [1], [1], [0], [0]])
@@ -169,7 +171,7 @@ def unnoised(model, log_A):
 @pytest.fixture(scope="module")
 def line_samples():
     base, log_A, n = exact_denoiser(LINE.law, S), LOG_A, 20_000
-    draw = lambda model, steps: last(
+    draw = lambda model, steps: final_sample(
         sample(model, S, (n, 1), steps, eta=0.0, generator=torch.Generator().manual_seed(0))
     )
     return (
@@ -199,7 +201,7 @@ def test_the_h_transform_in_the_plane():
     ring, n = ring_toy(), 1000
     eight = ideal_classifier(ring.spikes, random_labels(12, 8, 0), ring.broad, S, share=ring.share)
     log_A, base = acceptance_rule(eight, 0.45, 3.0), exact_denoiser(ring.law, S)
-    draw = lambda model: last(
+    draw = lambda model: final_sample(
         sample(model, S, (n, 2), 100, generator=torch.Generator().manual_seed(0))
     )
     kept = exact_rejection(ring.law, log_A, n, 1)[0]

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from cpsample import pipelines
 from cpsample.cli import app
-from cpsample.protect import load_guard, protect
-from cpsample.training import load_model
+from cpsample.core.guard import protect
+from cpsample.core.guard_files import load_guard
+from cpsample.practice.runs import load_model
 
 TRAIN = ["train", "fashion-small", "--images", "16", "--tiny"]
 

@@ -4,14 +4,14 @@ import gzip
 import lzma
 import warnings
 
+import cpsample.sources
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import cpsample.sources
-from cpsample.data import first_rows, pixels
-from cpsample.sources import (
+from cpsample.core.images import first_occurrence, pixels
+from cpsample.practice.datasets import (
     load_array,
     load_crops,
     load_fashion,
@@ -147,7 +147,7 @@ def test_the_shipped_part_of_fashion_is_sound():
     (x, y), (u, v) = load_fashion(small=True), load_fashion("test", small=True)
     assert x.shape == (3000, 1, 28, 28) and u.shape == (2000, 1, 28, 28) and x.dtype == torch.uint8
     assert (
-        (first_rows(torch.cat([x, u])) == torch.arange(5000)).all()
+        (first_occurrence(torch.cat([x, u])) == torch.arange(5000)).all()
         and y.bincount().min() > 250
         and v.bincount().min() > 150
     )

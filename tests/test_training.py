@@ -5,11 +5,21 @@ from functools import partial
 import pytest
 import torch
 
-from cpsample.classifier import member_labels, with_reference
-from cpsample.data import first_rows, load_digits, plant_duplicates, random_labels, split
-from cpsample.ddpm import MLPDenoiser, ddpm_loss, draw, last, run, sample, seeded, timesteps, train
-from cpsample.demo import fit_denoiser
-from cpsample.training import average
+from cpsample.core.classifier import member_labels, random_labels, with_reference
+from cpsample.core.ddpm import (
+    MLPDenoiser,
+    ddpm_loss,
+    final_sample,
+    generate,
+    run,
+    sample,
+    seeded,
+    timesteps,
+    train,
+)
+from cpsample.core.demo import fit_denoiser
+from cpsample.core.images import first_occurrence, load_digits, plant_duplicates, split
+from cpsample.practice.training import update_ema
 
 X = load_digits()[0][:50]
 
@@ -86,12 +96,12 @@ def test_draw_gives_so_many_images_in_portions_from_one_stream_of_noise(
     )
     expected = torch.cat(
         [
-            last(sample(model, schedule, (k, 1, 8, 8), 5, clip=1, generator=generator))
+            final_sample(sample(model, schedule, (k, 1, 8, 8), 5, clip=1, generator=generator))
             for k in portions
         ]
     )
     assert torch.equal(
-        draw(model, schedule, (1, 8, 8), 7, 5, seed=3, chunk=chunk, progress=True), expected
+        generate(model, schedule, (1, 8, 8), 7, 5, seed=3, chunk=chunk, progress=True), expected
     )
     assert f"{5 * len(portions)}/{5 * len(portions)}" in capsys.readouterr().err
 
@@ -101,7 +111,7 @@ def test_labels_follow_the_index_and_repeats_share_them():
     doubled, rows = plant_duplicates(X, 7, copies=2)
     labels = member_labels(doubled, 8, 3)
     assert (
-        torch.equal(first_rows(doubled)[50:57], rows)
+        torch.equal(first_occurrence(doubled)[50:57], rows)
         and torch.equal(labels[50:57], labels[rows])
         and torch.equal(labels[:50], random_labels(50, 8, 3))
     )
@@ -122,5 +132,5 @@ def test_the_average_warms_up_and_then_forgets_slowly():
     for n, share in ((0, 0.9), (1, 9 / 11), (90, 0.09), (10**6, 0.001)):
         slow, fast = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
         before = slow.weight.detach().clone()
-        average(slow, fast, n)
+        update_ema(slow, fast, n)
         torch.testing.assert_close(slow.weight, before + share * (fast.weight - before))

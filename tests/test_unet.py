@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cpsample.ddpm import build_network, seeded
-from cpsample.protect import push
-from cpsample.unet import SelfAttention, UNet, UNetClassifier
+from cpsample.core.ddpm import seeded
+from cpsample.core.guard import push
+from cpsample.practice.unet import SelfAttention, UNet, UNetClassifier
+from cpsample.workshop.registry import build_network
 
 
 def awake(module):

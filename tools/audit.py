@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from membership import DRAWN, STEPS, digits_arms, fashion_arms, kept
 
-from cpsample.audit import CHANGES, TESTS, audit, copy_reports, duplicate_groups, plant
-from cpsample.data import pixels, save_json
-from cpsample.ddpm import draw
-from cpsample.demo import provenance
-from cpsample.memorization import nearest, typical_distance
-from cpsample.quality import features
-from cpsample.sources import CACHE, load_fashion
+from cpsample.core.ddpm import generate
+from cpsample.core.images import pixels
+from cpsample.judgement.copy_audit import CHANGES, TESTS, audit, copy_reports, plant
+from cpsample.judgement.repeats import duplicate_groups
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.encoders import features
+from cpsample.workshop.files import CACHE, provenance, save_json
+from cpsample.workshop.neighbours import nearest, typical_distance
 
 SHARES, N = (0, 0.01, 0.05, 0.5), 5000
 
@@ -136,7 +137,7 @@ def models(work):
         folder.mkdir(parents=True, exist_ok=True)
         for arm, model in arms.items():
             make = partial(
-                draw,
+                generate,
                 model,
                 guard.schedule,
                 members.shape[1:],

@@ -22,13 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpsample.data import load_digits, pixels, save_json, split
-from cpsample.ddpm import MLPDenoiser, build_network, ddpm_loss, sample, seeded, timesteps, train
-from cpsample.demo import DEFAULTS, fit_denoiser, provenance
-from cpsample.protect import calibrate, fit_guard, protect
-from cpsample.schedule import make_schedule
-from cpsample.sources import load_fashion
-from cpsample.training import CONFIGS
+from cpsample.core.calibration import calibrate
+from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, sample, seeded, timesteps, train
+from cpsample.core.demo import DEFAULTS, fit_denoiser
+from cpsample.core.guard import fit_guard, protect
+from cpsample.core.images import load_digits, pixels, split
+from cpsample.core.schedule import make_schedule
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.runs import CONFIGS
+from cpsample.workshop.files import provenance, save_json
+from cpsample.workshop.registry import build_network
 
 N, STEPS, PAIRS = 1000, 100, 15
 BATCH, ROUNDS, IMAGES, DDIM = 64, 25, 128, 20

@@ -1,8 +1,11 @@
 """The book's housekeeping.
 
-python tools/book.py write   links from settings.ini into the notebooks, export to cpsample/, README.md from nbs/index.ipynb
-python tools/book.py check   fail unless `write` would change nothing and every notebook is fit to be published
-python tools/book.py run     run notebooks top to bottom and keep their outputs: all of nbs/, or those named
+python tools/book.py write   links from settings.ini into the notebooks, export to cpsample/,
+                             README.md from nbs/index.ipynb
+python tools/book.py check   fail unless `write` would change nothing and every notebook is fit
+                             to be published
+python tools/book.py run     run notebooks top to bottom and keep their outputs: all of nbs/,
+                             or those named (nbs/1_core/08_guard.ipynb, 1_core/08_guard, guard)
 """
 
 import json
@@ -15,10 +18,28 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE_BY_PROJECT = {"__init__.py", "_modidx.py"}
+BADGE = re.compile(
+    r"colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/nbs/[\w./-]+\.ipynb"
+)
+INSTALL = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+")
+NOT_COPIED = (".venv", ".git", "build", "dist", ".*cache", "*.egg-info", ".ipynb_checkpoints")
+
+
+def notebooks(root=ROOT):
+    "All notebooks of the book, in reading order: the parts, then the pages on top."
+    paths = (root / "nbs").rglob("*.ipynb")
+    paths = [path for path in paths if ".ipynb_checkpoints" not in path.parts]
+    return sorted(paths, key=lambda path: (path.parent == root / "nbs", path))
+
+
+def modules(root=ROOT):
+    "All modules that notebooks export, without the __init__.py of folders."
+    made_by_nbdev = {"__init__.py", "_modidx.py"}
+    return sorted(p for p in (root / "cpsample").rglob("*.py") if p.name not in made_by_nbdev)
 
 
 def owner():
+    "(user, repository, branch) from settings.ini: the one place where they stand."
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     return ini["DEFAULT"]["user"], ini["DEFAULT"]["repo"], ini["DEFAULT"]["branch"]
@@ -28,65 +49,63 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def save(path, nb):
-    path.write_text(
-        json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
-    )
+def save(path, notebook):
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def link(text, name):
-    "Point badge and install line of notebook `name` at the owner in settings.ini."
+    "Point badge and install line of the notebook `name` (below nbs/) at the owner."
     user, repo, branch = owner()
-    text = re.sub(
-        r"colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/nbs/[\w.-]+\.ipynb",
-        f"colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}",
-        text,
-    )
-    return re.sub(
-        r"git\+https://github\.com/[\w.-]+/[\w.-]+", f"git+https://github.com/{user}/{repo}", text
-    )
+    place = f"colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}"
+    text = BADGE.sub(place, text)
+    return INSTALL.sub(f"git+https://github.com/{user}/{repo}", text)
 
 
 def write_links(root):
-    for path in sorted((root / "nbs").glob("*.ipynb")):
-        nb = read(path)
-        for cell in nb["cells"]:
-            cell["source"] = link("".join(cell["source"]), path.name).splitlines(keepends=True)
-        save(path, nb)
+    "Bring the links of every notebook up to date."
+    for path in notebooks(root):
+        notebook, name = read(path), path.relative_to(root / "nbs").as_posix()
+        for cell in notebook["cells"]:
+            cell["source"] = link("".join(cell["source"]), name).splitlines(keepends=True)
+        save(path, notebook)
+
+
+def output_text(output):
+    "An output as Markdown for the README, or None where it has nothing to read."
+    data = output.get("data", {})
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
+    text = data.get("text/plain") or output.get("text")
+    return None if text is None else "```text\n" + "".join(text).rstrip() + "\n```"
 
 
 def write_readme(root):
-    "README.md: the prose, code and outputs of nbs/index.ipynb, without the cells marked `#| hide` or the code of `#| echo: false`."
-    parts = []
+    """README.md: the prose, code and outputs of nbs/index.ipynb.
+
+    Left out are cells marked `#| hide` and the code of those marked `#| echo: false`.
+    """
+    parts = ["<!-- Written from nbs/index.ipynb by tools/book.py: edit there. -->"]
     for cell in read(root / "nbs" / "index.ipynb")["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(source)
-        elif "#| hide" not in source:
-            if "#| echo: false" not in source:
-                parts.append(f"```python\n{source}\n```")
-            for out in cell["outputs"]:
-                data = out.get("data", {})
-                if "text/markdown" in data:
-                    parts.append("".join(data["text/markdown"]))
-                elif "text/plain" in data:
-                    parts.append("```text\n" + "".join(data["text/plain"]) + "\n```")
-                elif "text" in out:
-                    parts.append("```text\n" + "".join(out["text"]).rstrip() + "\n```")
-    text = (
-        "<!-- Written from nbs/index.ipynb by tools/book.py: edit there. -->\n\n"
-        + "\n\n".join(parts)
-        + "\n"
-    )
-    text = (
-        re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text)
-        .replace("](../", "](")
-        .replace('src="../', 'src="')
-    )
+            continue
+        if "#| hide" in source:
+            continue
+        if "#| echo: false" not in source:
+            parts.append(f"```python\n{source}\n```")
+        parts += [text for text in map(output_text, cell["outputs"]) if text is not None]
+
+    # What is a neighbour in nbs/ lies one folder down as seen from the README.
+    text = "\n\n".join(parts) + "\n"
+    text = re.sub(r"\]\(([\w/]+\.ipynb)\)", r"](nbs/\1)", text)
+    text = text.replace("](../", "](").replace('src="../', 'src="')
     (root / "README.md").write_text(text, encoding="utf-8")
 
 
 def write(root=ROOT):
+    "Links, package and README, from the notebooks."
     write_links(root)
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=root, check=True)
     write_readme(root)
@@ -94,80 +113,80 @@ def write(root=ROOT):
 
 def faults(path):
     "What is wrong with a notebook as published: a list of sentences."
-    nb, found = read(path), []
-    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    notebook, sentences = read(path), []
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    counts = [cell["execution_count"] for cell in code if "".join(cell["source"]).strip()]
+
     if path.stat().st_size > 1_000_000:
-        found.append(f"{path.stat().st_size / 1e6:.1f} MB, at most 1 MB")
-    if any(o["output_type"] == "error" for c in code for o in c["outputs"]):
-        found.append("holds an error output")
-    if not any(c["outputs"] for c in code):
-        found.append("has no outputs: make book")
-    counts = [c["execution_count"] for c in code if "".join(c["source"]).strip()]
+        sentences.append(f"{path.stat().st_size / 1e6:.1f} MB, at most 1 MB")
+    if any(output["output_type"] == "error" for output in outputs):
+        sentences.append("holds an error output")
+    if not outputs:
+        sentences.append("has no outputs: make book")
     if counts != list(range(1, len(counts) + 1)):
-        found.append("was not run top to bottom: make book")
-    return [f"{path.name} {f}" for f in found]
+        sentences.append("was not run top to bottom: make book")
+    return [f"{path.relative_to(ROOT).as_posix()} {sentence}" for sentence in sentences]
+
+
+def differences(old_root, new_root):
+    "Which notebooks, modules and README differ between two checkouts: a list of sentences."
+    sentences = []
+    pages = {p.relative_to(root) for root in (old_root, new_root) for p in notebooks(root)}
+    code = {p.relative_to(root) for root in (old_root, new_root) for p in modules(root)}
+    for name in sorted(pages | code | {Path("README.md")}):
+        old, new = old_root / name, new_root / name
+        if not new.exists():
+            sentences.append(f"{name.as_posix()} has no notebook that exports it")
+        elif not old.exists() or old.read_bytes() != new.read_bytes():
+            sentences.append(f"{name.as_posix()} is stale: make book")
+    return sentences
 
 
 def check():
-    found = [f for path in sorted((ROOT / "nbs").glob("*.ipynb")) for f in faults(path)]
-    with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp) / "copy"
-        shutil.copytree(
-            ROOT,
-            copy,
-            ignore=shutil.ignore_patterns(
-                ".venv", ".git", "build", "dist", ".*cache", "*.egg-info"
-            ),
-        )
-        for module in (copy / "cpsample").glob("*.py"):
-            if module.name not in MADE_BY_PROJECT:
-                module.unlink()
+    "Print what is stale or unfit to be published; True if anything is."
+    sentences = [sentence for path in notebooks() for sentence in faults(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        for module in modules(copy):
+            module.unlink()
         write(copy)
-        for folder in ("cpsample", "nbs"):
-            names = {
-                p.name
-                for side in (ROOT, copy)
-                for p in (side / folder).glob("*.*")
-                if p.suffix in (".py", ".ipynb")
-            }
-            for name in sorted(names):
-                old, new = ROOT / folder / name, copy / folder / name
-                if not new.exists():
-                    found.append(f"{folder}/{name} has no notebook that exports it")
-                elif not old.exists() or old.read_bytes() != new.read_bytes():
-                    found.append(f"{folder}/{name} is stale: make book")
-        if (ROOT / "README.md").read_bytes() != (copy / "README.md").read_bytes():
-            found.append("README.md is stale: make book")
-    print("\n".join(found) or "export, links and README are fresh")
-    return bool(found)
+        sentences += differences(ROOT, copy)
+    print("\n".join(sentences) or "export, links and README are fresh")
+    return bool(sentences)
+
+
+def named(name):
+    "The notebook that `name` means: a path, a path below nbs/, or a module's name."
+    for path in notebooks():
+        below = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        module = re.sub(r"^\d+_", "", path.stem)
+        if name in (below, path.stem, module) or Path(name).resolve() == path:
+            return path
+    sys.exit(f"there is no notebook {name} below nbs/")
 
 
 def run(names):
+    "Run notebooks in their own folders and keep what they show, without what machines add."
     import nbformat
     from nbclient import NotebookClient
 
-    for path in [ROOT / "nbs" / Path(n).name for n in names] or sorted(
-        (ROOT / "nbs").glob("*.ipynb")
-    ):
-        print(f"running {path.name}", flush=True)
-        nb = nbformat.read(path, 4)
-        NotebookClient(
-            nb,
-            timeout=600,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(ROOT / "nbs")}},
-        ).execute()
-        raw = json.loads(nbformat.writes(nb))
-        raw["metadata"] = {
-            "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
-        }
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    for path in [named(name) for name in names] or notebooks():
+        print(f"running {path.relative_to(ROOT).as_posix()}", flush=True)
+        notebook = nbformat.read(path, 4)
+        where = {"metadata": {"path": str(path.parent)}}
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+
+        raw = json.loads(nbformat.writes(notebook))
+        raw["metadata"] = {"kernelspec": kernel}
         for cell in raw["cells"]:
             cell["metadata"] = {}
-            for out in cell.get("outputs", []):
-                if "data" in out:
-                    out["data"].pop("application/vnd.jupyter.widget-view+json", None)
-                if "metadata" in out:
-                    out["metadata"] = {}
+            for output in cell.get("outputs", []):
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+                if "metadata" in output:
+                    output["metadata"] = {}
         save(path, raw)
 
 

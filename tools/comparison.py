@@ -21,9 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from cpsample.data import atomic, save_json
-from cpsample.demo import provenance
-from cpsample.sources import CACHE
+from cpsample.workshop.files import CACHE, atomic, provenance, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "data" / "results" / "comparison.json"
@@ -32,7 +30,7 @@ CHOOSING, REPORTED = 100, (0, 1, 2)
 
 @cache
 def chapter():
-    "The shared cells of chapter 13, as a dict of names."
+    "The shared cells of chapter 3.7, as a dict of names."
     space = {}
     for cell in json.loads((ROOT / "nbs" / "13_comparison.ipynb").read_text(encoding="utf-8"))[
         "cells"
@@ -190,13 +188,13 @@ def costs(work, pairs=5):
 GROW = """
 import json, re, sys, time
 import torch
-from cpsample.baselines import similarity_guidance, spell
-from cpsample.classifier import MLPClassifier
-from cpsample.ddpm import MLPDenoiser, draw, seeded
-from cpsample.memorization import copy_test
-from cpsample.protect import Guard, protect
-from cpsample.schedule import make_schedule
-from cpsample.unet import UNet, UNetClassifier
+from cpsample.judgement.baselines import similarity_guidance, spell
+from cpsample.core.classifier import MLPClassifier
+from cpsample.core.ddpm import MLPDenoiser, generate, seeded
+from cpsample.core.copying import copy_test
+from cpsample.core.guard import Guard, protect
+from cpsample.core.schedule import make_schedule
+from cpsample.practice.unet import UNet, UNetClassifier
 
 data, method, N = sys.argv[1], sys.argv[2], int(sys.argv[3])
 shape = {"digits": (1, 8, 8), "bags": (1, 28, 28)}[data]

@@ -25,15 +25,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpsample.classifier import label_loss
-from cpsample.data import atomic, pixels, save_json, split
-from cpsample.ddpm import ddpm_loss, draw, train
-from cpsample.demo import provenance
-from cpsample.memorization import carlini_test, copy_test, cosine_test, reject
-from cpsample.protect import calibrate, load_guard, protect, save_guard
-from cpsample.quality import features, quality
-from cpsample.sources import CACHE, load_fashion
-from cpsample.training import CONFIGS, load_model, save_model, train_denoiser, train_guard
+from cpsample.core.calibration import calibrate
+from cpsample.core.classifier import label_loss
+from cpsample.core.copying import copy_test, cosine_test, neighbourhood_test, reject
+from cpsample.core.ddpm import ddpm_loss, generate, train
+from cpsample.core.guard import protect
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import pixels, split
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.encoders import features
+from cpsample.practice.quality_measures import quality
+from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, save_model, train_denoiser
+from cpsample.workshop.files import CACHE, atomic, provenance, save_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 N, MEMBERS, CHUNK = 5000, 100, 500
@@ -83,7 +86,7 @@ def denoiser(path, config, images, start=None):
 def guard(path, config, members, others, schedule, preset):
     if not path.with_suffix(".safetensors").exists():
         raw = path.parent / f"{path.name}-raw"
-        trained = train_guard(config, members, others, schedule, raw, preset)
+        trained = fit_run_guard(config, members, others, schedule, raw, preset)
         save_guard(replace(trained, classifier=halved(trained.classifier)), path)
     found = load_guard(path)
     found.classifier.to(memory_format=torch.channels_last)
@@ -118,7 +121,7 @@ def arms(folder, n, base, model, guards, schedule, members, seed):
     "{arm: (images, about)}; all start from the same noise."
 
     def images(model, n, seed):
-        return draw(
+        return generate(
             model, schedule, members.shape[1:], n, CONFIG.sample_steps, seed, CHUNK, progress=True
         )
 
@@ -158,7 +161,7 @@ def measured(x, members, real, baseline):
     "Copies by three tests, and all measures of quality, of images x."
     tests = {
         "": copy_test(x, members),
-        "_carlini": carlini_test(x, members, factor=CARLINI),
+        "_carlini": neighbourhood_test(x, members, factor=CARLINI),
         "_cosine": cosine_test(features(x), features(members), COSINE),
     }
     counts = {}
@@ -228,7 +231,7 @@ def sampling_time(model, guard, shape, pairs=5, n=250):
 
     def seconds(model, seed):
         start = time.perf_counter()
-        draw(model, guard.schedule, shape, n, CONFIG.sample_steps, seed)
+        generate(model, guard.schedule, shape, n, CONFIG.sample_steps, seed)
         return time.perf_counter() - start
 
     seconds(model, 0)

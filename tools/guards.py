@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cpsample.data import load_digits, save_json, split
-from cpsample.ddpm import draw
-from cpsample.demo import DEFAULTS, fit_denoiser, measure, pool, provenance
-from cpsample.memorization import copy_test, reject_copies
-from cpsample.protect import GUARDS, calibrate, fit_guard, protect
-from cpsample.schedule import make_schedule
+from cpsample.core.calibration import calibrate
+from cpsample.core.copying import copy_test, reject_copies
+from cpsample.core.ddpm import generate
+from cpsample.core.demo import DEFAULTS, fit_denoiser, measure, pool
+from cpsample.core.guard import GUARDS, fit_guard, protect
+from cpsample.core.images import load_digits, split
+from cpsample.core.schedule import make_schedule
+from cpsample.workshop.files import provenance, save_json
 
 CHOOSING, REPORTED, N = (100, 101), (0, 1, 2), 1000
 GRID = list(itertools.product((0.05, 0.2), (20.0, 40.0, 80.0)))
@@ -37,7 +39,7 @@ RECIPES = {  # name: (what to take for the target ½, settings of fit_guard)
 
 def off_the_members(model, schedule, members, reference, seed):
     "What a guard can be told to stay undecided about: held-out images, the model's own images that are no copies, noise."
-    generated = draw(model, schedule, members.shape[1:], 2000, 100, 1000 * seed + 500)
+    generated = generate(model, schedule, members.shape[1:], 2000, 100, 1000 * seed + 500)
     noise = 2 * torch.rand(reference.shape, generator=torch.Generator().manual_seed(seed)) - 1
     return {
         None: None,
@@ -73,7 +75,7 @@ def one_seed(seed):
     model = fit_denoiser(members, schedule, DEFAULTS["train_steps"], seed=seed)
 
     def images(denoiser, seed=1000 * seed):
-        return draw(denoiser, schedule, members.shape[1:], N, 100, seed)
+        return generate(denoiser, schedule, members.shape[1:], N, 100, seed)
 
     noises = itertools.count(1000 * seed)
     plain, rejected = (

@@ -1,4 +1,4 @@
-"""Who was in the training set: every attack on the models of the demo and of chapter 10, into data/results/membership.json.
+"""Who was in the training set: every attack on the models of the demo and of chapter 2.7, into data/results/membership.json.
 
 python tools/membership.py [digits | fashion] [--work FOLDER]
 
@@ -20,23 +20,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpsample.data import atomic, data_path, load_digits, pixels, save_json, split
-from cpsample.ddpm import draw
-from cpsample.demo import DEFAULTS, fit_denoiser, provenance
-from cpsample.membership import (
-    attacks,
-    auc,
-    guard_attacks,
-    infer,
-    loss_test,
-    nearest_sample_attack,
-    scores_of,
-    verdicts,
-)
-from cpsample.protect import calibrate, fit_guard, load_guard, protect
-from cpsample.schedule import make_schedule
-from cpsample.sources import CACHE, load_fashion
-from cpsample.training import load_model
+from cpsample.core.calibration import calibrate
+from cpsample.core.ddpm import generate
+from cpsample.core.demo import DEFAULTS, fit_denoiser
+from cpsample.core.guard import fit_guard, protect
+from cpsample.core.guard_files import load_guard
+from cpsample.core.images import load_digits, pixels, split
+from cpsample.core.schedule import make_schedule
+from cpsample.judgement.attacks import attacks, guard_attacks, nearest_sample_attack, scores_of
+from cpsample.judgement.inference import auc, infer, loss_test, verdicts
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.runs import load_model
+from cpsample.workshop.files import CACHE, atomic, data_path, provenance, save_json
 
 OTHERS, DRAWN, STEPS = 2000, 1000, {"digits": 100, "fashion": 50}
 PLAIN = (
@@ -142,7 +137,7 @@ def measured(name, arm, model, guard, members, others, folder):
     samples = kept(
         folder / f"{arm}-samples.safetensors",
         lambda: {
-            "x": draw(
+            "x": generate(
                 model,
                 schedule,
                 members.shape[1:],

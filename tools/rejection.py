@@ -13,12 +13,12 @@ import torch
 from scipy.stats import ks_2samp
 from tqdm.auto import tqdm
 
-from cpsample.data import exact_denoiser, random_labels, save_json
-from cpsample.ddpm import last, sample
-from cpsample.demo import provenance
-from cpsample.memorization import proportion_ci
-from cpsample.protect import Guard, protect
-from cpsample.rejection import (
+from cpsample.core.classifier import random_labels
+from cpsample.core.copying import proportion_ci
+from cpsample.core.ddpm import final_sample, sample
+from cpsample.core.densities import exact_denoiser
+from cpsample.core.guard import Guard, protect
+from cpsample.core.rejection import (
     acceptance_rule,
     doob,
     exact_rejection,
@@ -31,14 +31,15 @@ from cpsample.rejection import (
     tilt,
     total_variation,
 )
-from cpsample.schedule import make_schedule, score_to_eps
+from cpsample.core.schedule import make_schedule, score_to_eps
+from cpsample.workshop.files import provenance, save_json
 
 SEEDS, TABLE_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 schedule = make_schedule()
 
 
 def draw(model, n, dim, steps, seed):
-    return last(
+    return final_sample(
         sample(model, schedule, (n, dim), steps, generator=torch.Generator().manual_seed(seed))
     )
 

@@ -1,4 +1,4 @@
-"""The small text-to-image pipeline of chapter 17 and its guard, into data/collapse, and its numbers, into data/results/stable_diffusion.json:
+"""The small text-to-image pipeline of chapter 4.6 and its guard, into data/collapse, and its numbers, into data/results/stable_diffusion.json:
 python tools/stable_diffusion.py [train] [guard] [measure] [--work FOLDER]
 
 The code is that of the cells of nbs/17_stable_diffusion.ipynb that begin with "# collapse". Trainings keep checkpoints in FOLDER (default: the cache) and go on from them.
@@ -15,10 +15,10 @@ import diffusers
 import torch
 from weights import write_idx
 
-from cpsample.data import pixels, save_json
-from cpsample.demo import provenance
-from cpsample.protect import load_guard, save_guard
-from cpsample.sources import CACHE, read_idx
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import pixels
+from cpsample.practice.datasets import read_idx
+from cpsample.workshop.files import CACHE, provenance, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "collapse"
@@ -55,7 +55,7 @@ SCHEDULERS = {
 
 
 def chapter():
-    "The shared cells of chapter 17, as a dict of names."
+    "The shared cells of chapter 4.6, as a dict of names."
     space = {}
     for cell in json.loads(
         (ROOT / "nbs" / "17_stable_diffusion.ipynb").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from cpsample.data import atomic, load_digits, pixels, save_json
-from cpsample.ddpm import run, seeded, train
-from cpsample.demo import provenance
-from cpsample.memorization import class_loss, fit_encoder
-from cpsample.quality import FashionEncoder
-from cpsample.sources import load_fashion
+from cpsample.core.ddpm import run, seeded, train
+from cpsample.core.digit_features import class_loss, fit_encoder
+from cpsample.core.images import load_digits, pixels
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.encoders import FashionEncoder
+from cpsample.workshop.files import atomic, provenance, save_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
