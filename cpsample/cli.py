@@ -326,7 +326,7 @@ def sample_command(
     save_picture(out.with_suffix(".png"), show_grid(x[:100]).figure)
     if guard:
         print(
-            f"The guard stepped in at {denoiser.certain / denoiser.rows:.1%} of all rows and steps."
+            f"The guard stepped in at {denoiser.rows_pushed / denoiser.rows_seen:.1%} of all rows and steps."
         )
     print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 
-import cpsample.audit
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,8 @@ from PIL import Image
 from scipy.stats import mannwhitneyu, norm
 from typer.testing import CliRunner
 
+import cpsample.judgement.copy_audit
+import cpsample.judgement.report
 from cpsample.cli import app
 from cpsample.core.copying import copy_test
 from cpsample.core.images import pixels, plant_duplicates
@@ -222,7 +223,7 @@ def test_spaces_for_other_images(monkeypatch):
     def missing(*_):
         raise OSError("no weights")
 
-    monkeypatch.setattr(cpsample.audit, "features", missing)
+    monkeypatch.setattr(cpsample.judgement.copy_audit, "features", missing)
     name, embed = feature_space(colour)
     assert name == "pca-64" and embed(colour).shape == (80, 64)
     assert (torch.pdist(embed(colour)) <= torch.pdist(colour.flatten(1)) + 1e-3).all()
@@ -235,7 +236,7 @@ def test_without_the_extra_the_rest_is_there(monkeypatch):
     def missing(*_, **__):
         raise ImportError("torchmetrics is not installed: pip install 'cpsample[metrics]'")
 
-    monkeypatch.setattr(cpsample.audit, "kid", missing)
+    monkeypatch.setattr(cpsample.judgement.copy_audit, "kid", missing)
     found = audit(REAL[:100], TRAIN[:100])
     assert "fd" in found.record["quality"] and "cpsample[metrics]" in report_html(found)
 
@@ -385,7 +386,7 @@ def test_the_report_opens_without_a_network(tmp_path):
     api = pytest.importorskip("playwright.sync_api")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    cpsample.audit.write_report(
+    cpsample.judgement.report.write_report(
         audit(torch.cat([TRAIN[:5], REAL[:45]]), TRAIN[:60], REAL[50:150]),
         tmp_path / "report",
         (True, "passed"),

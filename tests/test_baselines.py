@@ -157,7 +157,7 @@ def test_noise_has_the_size_that_the_accountant_is_told(monkeypatch):
 def test_batches_are_drawn_image_by_image(monkeypatch):
     "Poisson sampling, which the accountant assumes: sizes vary, empty batches included, and the divisor stays."
     pytest.importorskip("opacus")
-    import cpsample.baselines as baselines
+    import cpsample.judgement.baselines as baselines
 
     sizes, real = [], example_gradients
 

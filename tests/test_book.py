@@ -111,9 +111,9 @@ def test_changing_the_owner_changes_every_link(monkeypatch):
 def test_the_package_needs_none_of_the_extras():
     "Imported with every optional package blocked."
     blocked = "nbdev execnb fastcore diffusers transformers accelerate torchmetrics torch_fidelity faiss opacus jupyterlab ipywidgets pytest hypothesis".split()
-    modules = sorted(p.stem for p in (ROOT / "cpsample").glob("*.py") if not p.stem.startswith("_"))
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in book.modules()]
     program = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + "\n".join(
-        f"import cpsample.{m}" for m in modules
+        f"import {m}" for m in modules
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
@@ -137,8 +137,8 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     "name, first, tables",
     [
         ("index", "#| echo: false", 6),
-        ("13_comparison", "# results", 6),
-        ("17_stable_diffusion", "# results", 3),
+        ("3_judgement/07_comparison", "# results", 6),
+        ("4_production/06_stable_diffusion", "# results", 3),
     ],
 )
 def test_numbers_on_the_page_are_those_of_the_files(name, first, tables):

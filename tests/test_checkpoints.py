@@ -20,14 +20,15 @@ from cpsample.practice.unet import UNet
 PROGRAM = """
 import os, sys, time, torch
 from dataclasses import replace
-import cpsample.data, cpsample.training
+from cpsample.practice import runs, training
+from cpsample.workshop import files
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS, train_denoiser
 folder, mode, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def hang(word):
     print(word, flush=True)
     time.sleep(600)
-calls, save, rename = [], cpsample.training.save_file, os.replace
+calls, save, rename = [], files.save_file, os.replace
 def half_written(tensors, path, header):
     calls.append(path)
     save(tensors, path, header)
@@ -37,13 +38,13 @@ def half_written(tensors, path, header):
 def before_rename(a, b):
     if mode == "rename" and len(calls) == at: hang("here")
     rename(a, b)
-cpsample.training.save_file, cpsample.data.os.replace = half_written, before_rename
-loss, steps = cpsample.training.ddpm_loss, []
+files.save_file, files.os.replace = half_written, before_rename
+loss, steps = runs.ddpm_loss, []
 def counted(model, x0, **kw):
     steps.append(torch.rand(1))              # as dropout would draw from the global stream
     if mode == "step" and len(steps) == at: hang("here")
     return loss(model, x0, **kw)
-cpsample.training.ddpm_loss = counted
+runs.ddpm_loss = counted
 torch.manual_seed(7)
 if mode == "full":
     import resource

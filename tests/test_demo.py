@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpsample import demo
+from cpsample.core import demo
 from cpsample.core.copying import CopyReport, reject_copies
 from cpsample.core.demo import DEFAULTS, readme_table, run_demo, show_arms, table
 from cpsample.core.images import load_digits
@@ -123,7 +123,7 @@ def test_few_samples_and_a_model_that_copies_everything_lose_no_result(monkeypat
         model(torch.zeros(n, *shape), torch.zeros(n, dtype=torch.int64))
         return load_digits()[0][:1].repeat(n, 1, 1, 1)
 
-    monkeypatch.setattr(demo, "draw", copier)
+    monkeypatch.setattr(demo, "generate", copier)
     monkeypatch.setattr(
         demo,
         "copy_test",

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpsample import experiments
 from cpsample.core.ddpm import generate
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.runs import Config, fit_run_guard, train_denoiser
+from cpsample.production import experiments
 from cpsample.production.experiments import (
     DATA,
     DDPM_32,
@@ -31,6 +31,7 @@ from cpsample.production.experiments import (
     public_denoiser,
     run_experiment,
 )
+from cpsample.workshop import studies
 from cpsample.workshop.costs import count
 from cpsample.workshop.registry import build_network
 from cpsample.workshop.studies import load_or_create
@@ -95,7 +96,7 @@ def watched(monkeypatch, *names):
     return calls
 
 
-WORK = ("draw", "train_denoiser", "train_guard", "scores_of", "frechet_distance", "write_tensors")
+WORK = ("generate", "train_denoiser", "fit_run_guard", "scores_of", "frechet_distance")
 
 
 def test_a_second_run_makes_nothing(copied, done, monkeypatch):
@@ -114,7 +115,11 @@ def test_killed_between_stages(copied, done, monkeypatch):
     shutil.rmtree(copied / "subset_guarded")
     calls = watched(monkeypatch, *WORK)
     assert same(run_experiment(TINY, copied, progress=False), done[1])
-    assert calls.count("draw") == 2 and "train_denoiser" not in calls and "train_guard" not in calls
+    assert (
+        calls.count("generate") == 2
+        and "train_denoiser" not in calls
+        and "fit_run_guard" not in calls
+    )
 
 
 def test_killed_while_sampling(copied, done, monkeypatch):
@@ -126,8 +131,8 @@ def test_killed_while_sampling(copied, done, monkeypatch):
     calls = watched(monkeypatch, *WORK)
     assert same(run_experiment(TINY, copied, progress=False), done[1])
     assert (
-        calls.count("draw") == 1
-        and calls.count("train_guard") == 0
+        calls.count("generate") == 1
+        and calls.count("fit_run_guard") == 0
         and not half.exists()
         and whole.exists()
     )
@@ -188,12 +193,12 @@ def test_a_half_written_file_never_counts(tmp_path):
     "The process is really killed, with half of the bytes written."
     program = f"""
 import os, signal, torch
-from cpsample import experiments
+from cpsample.production import experiments
 def half(tensors, path, header):
     path.write_bytes(b"x" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)
-experiments.write_tensors = half
-experiments.kept(experiments.pathlib.Path({str(tmp_path)!r}) / "x.safetensors", lambda: {{"x": torch.ones(1000)}})
+studies.write_tensors = half
+studies.load_or_create(studies.Path({str(tmp_path)!r}) / "x.safetensors", lambda: {{"x": torch.ones(1000)}})
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
@@ -209,7 +214,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypa
         shutil.rmtree(copied / "subset_guarded"),
         (copied / "results.json").unlink(),
     )
-    real, written = experiments.write_tensors, []
+    real, written = studies.write_tensors, []
 
     def full(tensors, path, header):
         if written:
@@ -218,7 +223,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypa
         written.append(path)
         real(tensors, path, header)
 
-    monkeypatch.setattr(experiments, "write_tensors", full)
+    monkeypatch.setattr(studies, "write_tensors", full)
     with pytest.raises(
         OSError, match=r"^the disk that holds .*run is full: make room and run again"
     ) as told:
@@ -226,9 +231,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypa
     assert "\n" not in str(told.value) and [
         p.name for p in (copied / "subset_guarded").iterdir()
     ] == ["00000.safetensors"]
-    monkeypatch.setattr(experiments, "write_tensors", real)
-    calls = watched(monkeypatch, "draw")
-    assert same(run_experiment(TINY, copied, progress=False), done[1]) and calls == ["draw"]
+    monkeypatch.setattr(studies, "write_tensors", real)
+    calls = watched(monkeypatch, "generate")
+    assert same(run_experiment(TINY, copied, progress=False), done[1]) and calls == ["generate"]
 
 
 def test_a_full_disk_while_a_result_is_written(copied, done, monkeypatch):
@@ -477,7 +482,7 @@ def test_a_public_model_is_read_and_another_one_refused(tmp_path):
             public_denoiser(str(tmp_path / name), config)
 
 
-@pytest.mark.parametrize("name", ["15_cifar10", "16_celeba64"])
+@pytest.mark.parametrize("name", ["4_production/04_cifar10", "4_production/05_celeba64"])
 def test_the_results_cell_finds_all_it_reads(done, name):
     "In a record of tiny; and without a file it says how to get one."
     cells = [

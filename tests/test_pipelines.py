@@ -15,16 +15,16 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from typer.testing import CliRunner
 
-from cpsample import pipelines
 from cpsample.cli import app
 from cpsample.core.calibration import calibrate
 from cpsample.core.classifier import log_odds
 from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import final_sample, sample
 from cpsample.core.densities import GaussianMixture, noised
-from cpsample.core.guard import Guard, Protected, fit_guard, protect
+from cpsample.core.guard import Guard, Protected, UncalibratedGuardWarning, fit_guard, protect
 from cpsample.core.guard_files import load_guard
 from cpsample.core.schedule import abar_at
+from cpsample.production import pipelines
 from cpsample.production.pipelines import (
     as_denoiser,
     encode,
@@ -35,7 +35,11 @@ from cpsample.production.pipelines import (
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore{which}")
-    for which in (":nobody has measured", "::DeprecationWarning", "::FutureWarning")
+    for which in (
+        "::cpsample.core.guard.UncalibratedGuardWarning",
+        "::DeprecationWarning",
+        "::FutureWarning",
+    )
 ]
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULERS = {
@@ -212,14 +216,17 @@ def test_matrix(name, prediction, kind):
         plain = run(pipe, n, cfg, 5)
         with protect_pipeline(pipe, linear_guard(scheduler, bias=0.0)[0]) as never:
             assert same(run(pipe, n, cfg, 5), plain)
-        assert never.certain == 0 < never.rows and never.rows % n == 0
+        assert never.rows_pushed == 0 < never.rows_seen and never.rows_seen % n == 0
 
         guard, w = linear_guard(scheduler)
         calls, finish = watched(pipe)
         protection = protect_pipeline(pipe, guard)
         hooks = finish()
         guarded = run(pipe, n, cfg, 5)
-        assert protection.rows == n * len(calls) and protection.certain >= 0.4 * protection.rows
+        assert (
+            protection.rows_seen == n * len(calls)
+            and protection.rows_pushed >= 0.4 * protection.rows_seen
+        )
         for call in calls:
             x = call.x[:, :4]
             ratio = np.interp(
@@ -293,7 +300,14 @@ def test_unconditional_pipelines(kind, prediction):
             assert same(run(pipe, n), plain)
         with protect_pipeline(pipe, linear_guard(pipe.scheduler, (1, 8, 8))[0]) as always:
             assert not torch.allclose(run(pipe, n), plain, atol=1e-3)
-        assert never.certain == 0 < always.certain <= always.rows == never.rows == 4 * n
+        assert (
+            never.rows_pushed
+            == 0
+            < always.rows_pushed
+            <= always.rows_seen
+            == never.rows_seen
+            == 4 * n
+        )
         assert same(run(pipe, n), plain)
 
 
@@ -377,7 +391,7 @@ def test_lora(early):
         if not early:
             adapted(pipe)
         guarded = run(pipe)
-    assert protection.certain > 0
+    assert protection.rows_pushed > 0
     plain = run(pipe)
     pipe.unet.delete_adapters("default")
     assert not torch.allclose(run(pipe), plain, atol=1e-2) and not torch.allclose(
@@ -450,7 +464,7 @@ def test_compiled_networks(how):
         if "then the guard" not in how:
             compiled()
         torch.testing.assert_close(run(pipe), wanted, atol=1e-4, rtol=1e-4)
-    assert protection.certain > 0
+    assert protection.rows_pushed > 0
     torch.testing.assert_close(run(pipe), plain, atol=1e-4, rtol=1e-4)
 
 
@@ -503,7 +517,7 @@ def test_a_scheduler_that_is_exchanged_later_is_looked_at():
     with protect_pipeline(pipe, linear_guard(pipe.scheduler)[0]) as protection:
         pipe.scheduler = scheduler_of("Euler", "v_prediction")
         run(pipe)
-        assert protection.certain > 0
+        assert protection.rows_pushed > 0
         pipe.scheduler = scheduler_of("DDIM", beta_end=0.03)
         with pytest.raises(
             ValueError, match="another noise schedule than that of the pipeline's DDIMScheduler"
@@ -520,7 +534,7 @@ def test_a_protection_that_was_never_asked_says_so():
         pass
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="mine"):
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "nobody has measured")
+        warnings.filterwarnings("ignore", category=UncalibratedGuardWarning)
         with protect_pipeline(pipe, guard):
             raise RuntimeError("mine")  # and says nothing more
 
@@ -537,7 +551,7 @@ def test_what_else_is_refused():
         run(pipe)
     with pytest.raises(ValueError, match="neither a unet nor a transformer"):
         protect_pipeline(SimpleNamespace(scheduler=pipe.scheduler), guard)
-    with pytest.warns(UserWarning, match="nobody has measured"):
+    with pytest.warns(UncalibratedGuardWarning):
         protect_pipeline(pipe, guard)
 
 
@@ -681,7 +695,7 @@ def test_a_guard_from_the_shell_for_a_pipeline_in_a_folder(tmp_path):
     )
     with protect_pipeline(pipe, guard) as protection:
         run(pipe)
-    assert protection.rows == 4
+    assert protection.rows_seen == 4
     for words, says in (
         (complete[:4], "--reference"),
         (complete + [tmp_path], "and not both"),
@@ -708,7 +722,7 @@ def test_the_lines_of_the_readme(tmp_path, monkeypatch):
     save_noise("my_pictures", 6, 8), save_noise("other_pictures", 40, 8)
     exec(block.replace('"secret/guard")', '"secret/guard", steps=250, t_max=300)'), space := {})
     assert (
-        space["protection"].rows == 50
+        space["protection"].rows_seen == 50
         and space["guard"].calibrated
         and Path("secret/guard.safetensors").exists()
     )

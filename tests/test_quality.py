@@ -1,10 +1,10 @@
 "The measures against the libraries and against sets whose answer is known."
 
-import cpsample.quality
 import pytest
 import torch
 from torchmetrics.image import FrechetInceptionDistance
 
+import cpsample.practice.encoders
 from cpsample.core.digit_features import frechet_distance
 from cpsample.core.images import load_digits, pixels
 from cpsample.practice.datasets import load_fashion
@@ -147,7 +147,7 @@ def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
         def __init__(self, *args):
             raise OSError("no route to host")
 
-    cpsample.quality.inception.cache_clear()
+    cpsample.practice.encoders.inception.cache_clear()
     monkeypatch.setattr(
         import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
         "FeatureExtractorInceptionV3",
@@ -168,13 +168,13 @@ def test_inception_gets_bytes_in_three_channels(monkeypatch):
             seen.append(x)
             return (x.float().mean((1, 2, 3))[:, None],)
 
-    cpsample.quality.inception.cache_clear()
+    cpsample.practice.encoders.inception.cache_clear()
     monkeypatch.setattr(
         import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics"),
         "FeatureExtractorInceptionV3",
         Extractor,
     )
-    cpsample.quality.features(
+    cpsample.practice.encoders.features(
         torch.linspace(-1.2, 1.2, 5).view(5, 1, 1, 1).expand(5, 1, 4, 4), "inception-2048"
     )
     assert (

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cpsample import pipelines
 from cpsample.cli import app
-from cpsample.core.guard import protect
+from cpsample.core.guard import UncalibratedGuardWarning, protect
 from cpsample.core.guard_files import load_guard
+from cpsample.practice import runs
 from cpsample.practice.runs import load_model
 
 TRAIN = ["train", "fashion-small", "--images", "16", "--tiny"]
@@ -64,7 +64,7 @@ def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
 def test_strength_multiplies_the_scale_of_the_guard(run, tmp_path, monkeypatch):
     guards, own = [], load_guard(run / "guard").scale
     monkeypatch.setattr(
-        pipelines, "protect", lambda model, guard: guards.append(guard) or protect(model, guard)
+        runs, "protect", lambda model, guard: guards.append(guard) or protect(model, guard)
     )
     for strength in (1, 4):
         assert (
@@ -231,5 +231,5 @@ def test_sampling_without_a_guard_has_to_be_asked_for(tmp_path):
 def test_the_papers_guard_is_written_as_printed(tmp_path):
     assert call(*TRAIN, "--out", tmp_path).exit_code == 0
     assert "not calibrated" in call("guard", tmp_path, "--preset", "paper", "--steps", 5).stdout
-    with pytest.warns(UserWarning, match="nobody has measured"):
+    with pytest.warns(UncalibratedGuardWarning):
         assert call("sample", tmp_path, "-n", 4, "--out", tmp_path / "s").exit_code == 0

@@ -4,12 +4,12 @@ import gzip
 import lzma
 import warnings
 
-import cpsample.sources
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import cpsample.practice.datasets
 from cpsample.core.images import first_occurrence, pixels
 from cpsample.practice.datasets import (
     load_array,
@@ -169,7 +169,7 @@ def test_without_files_and_network_the_error_says_what_to_do(tmp_path, monkeypat
     def refuse(root, **kw):
         raise RuntimeError("no route to host\nand more")
 
-    monkeypatch.setattr(cpsample.sources, "CACHE", tmp_path)
+    monkeypatch.setattr(cpsample.practice.datasets, "CACHE", tmp_path)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
     with pytest.raises(OSError, match="CIFAR-10 is not in .* connect to the network") as caught:
         load_images("cifar10")

@@ -18,6 +18,7 @@ import torch
 from membership import DRAWN, STEPS, digits_arms, fashion_arms, kept
 
 from cpsample.core.ddpm import generate
+from cpsample.core.guard import UncalibratedGuardWarning
 from cpsample.core.images import pixels
 from cpsample.judgement.copy_audit import CHANGES, TESTS, audit, copy_reports, plant
 from cpsample.judgement.repeats import duplicate_groups
@@ -127,7 +128,7 @@ def models(work):
     rows = {}
     for name, seed, arms_of in (("digits", 0, digits_arms), ("fashion", 0, fashion_arms)):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "nobody has measured")
+            warnings.filterwarnings("ignore", category=UncalibratedGuardWarning)
             members, others, arms, guard, _ = arms_of(seed)
         if name == "digits":
             held_out = others

@@ -1,6 +1,6 @@
 """Every protection in one table, into data/results/comparison.json: python tools/comparison.py [digits] [bags] [costs] [growth] [--seed S] [--work FOLDER]
 
-digits, bags:   six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/13_comparison.ipynb that
+digits, bags:   six settings per method on seed 100, the chosen ones on seeds 0, 1 and 2. The code is that of the cells of nbs/3_judgement/07_comparison.ipynb that
                 begin with "# comparison". Every trial is kept in FOLDER with its samples (default: the cache), so that a run that was stopped goes on. With --seed only
                 the trials of that seed are done and no result is written: with 100 done first, the others can run side by side.
 costs:           what the chosen settings cost: training in FLOPs, sampling time beside the unguarded model's in interleaved pairs. Run it alone.
@@ -32,9 +32,9 @@ CHOOSING, REPORTED = 100, (0, 1, 2)
 def chapter():
     "The shared cells of chapter 3.7, as a dict of names."
     space = {}
-    for cell in json.loads((ROOT / "nbs" / "13_comparison.ipynb").read_text(encoding="utf-8"))[
-        "cells"
-    ]:
+    for cell in json.loads(
+        (ROOT / "nbs" / "3_judgement" / "07_comparison.ipynb").read_text(encoding="utf-8")
+    )["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and source.startswith("# comparison"):
             exec(source, space)
@@ -192,7 +192,7 @@ from cpsample.judgement.baselines import similarity_guidance, spell
 from cpsample.core.classifier import MLPClassifier
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
 from cpsample.core.copying import copy_test
-from cpsample.core.guard import Guard, protect
+from cpsample.core.guard import UncalibratedGuardWarning, Guard, protect
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.unet import UNet, UNetClassifier
 
@@ -207,7 +207,7 @@ if method == "guard":                                       # open at every leve
     guard = Guard(classifier, schedule, alpha=0.499, scale=1.0, form="toward", t_max=1000, made={}, report={"alpha": 0.499})
     protected = protect(model, guard)
     draw(protected, schedule, shape, 10, 20)
-    assert protected.certain == protected.rows
+    assert protected.rows_pushed == protected.rows_seen
 make = {"unguarded": lambda: model, "rejection": lambda: model, "guard": lambda: protect(model, guard), "SPELL": lambda: spell(model, schedule, x, 1.0),
         "similarity guidance": lambda: similarity_guidance(model, schedule, x, 10.0, 1.0)}[method]
 def once():
@@ -241,7 +241,7 @@ def growth(work):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "nobody has measured")
+    warnings.filterwarnings("ignore", category=UncalibratedGuardWarning)
     words = sys.argv[1:]
     work = Path(words.pop(words.index("--work") + 1)) if "--work" in words else CACHE / "comparison"
     only = int(words.pop(words.index("--seed") + 1)) if "--seed" in words else None

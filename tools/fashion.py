@@ -128,7 +128,7 @@ def arms(folder, n, base, model, guards, schedule, members, seed):
     def guarded(guard):
         protected = protect(model, guard)
         return images(protected, n, seed), {
-            "certain": protected.certain / protected.rows,
+            "certain": protected.rows_pushed / protected.rows_seen,
             "settings": {k: getattr(guard, k) for k in ("alpha", "scale", "form", "t_max")},
         }
 

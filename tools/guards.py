@@ -17,7 +17,7 @@ from cpsample.core.calibration import calibrate
 from cpsample.core.copying import copy_test, reject_copies
 from cpsample.core.ddpm import generate
 from cpsample.core.demo import DEFAULTS, fit_denoiser, measure, pool
-from cpsample.core.guard import GUARDS, fit_guard, protect
+from cpsample.core.guard import GUARDS, UncalibratedGuardWarning, fit_guard, protect
 from cpsample.core.images import load_digits, split
 from cpsample.core.schedule import make_schedule
 from cpsample.workshop.files import provenance, save_json
@@ -103,7 +103,7 @@ def one_seed(seed):
                 continue
             protected = protect(model, chosen)
             found[name, setting] = measure(images(protected), members, held_out) | {
-                "certain": protected.certain / protected.rows,
+                "certain": protected.rows_pushed / protected.rows_seen,
                 "alpha": chosen.alpha,
                 "scale": chosen.scale,
                 "form": chosen.form,
@@ -143,7 +143,7 @@ def pooled(runs, seeds):
 
 if __name__ == "__main__":
     warnings.filterwarnings(
-        "ignore", "nobody has measured"
+        "ignore", category=UncalibratedGuardWarning
     )  # the grid is drawn without calibrating every point of it
     runs, origin, path = (
         {},

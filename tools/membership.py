@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from cpsample.core.calibration import calibrate
 from cpsample.core.ddpm import generate
 from cpsample.core.demo import DEFAULTS, fit_denoiser
-from cpsample.core.guard import fit_guard, protect
+from cpsample.core.guard import UncalibratedGuardWarning, fit_guard, protect
 from cpsample.core.guard_files import load_guard
 from cpsample.core.images import load_digits, pixels, split
 from cpsample.core.schedule import make_schedule
@@ -188,7 +188,7 @@ def run(name, seeds, work):
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings(
-                "ignore", "nobody has measured"
+                "ignore", category=UncalibratedGuardWarning
             )  # the paper's guard, as printed
             members, others, arms, guard, where = {"digits": digits_arms, "fashion": fashion_arms}[
                 name

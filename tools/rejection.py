@@ -17,7 +17,7 @@ from cpsample.core.classifier import random_labels
 from cpsample.core.copying import proportion_ci
 from cpsample.core.ddpm import final_sample, sample
 from cpsample.core.densities import exact_denoiser
-from cpsample.core.guard import Guard, protect
+from cpsample.core.guard import Guard, UncalibratedGuardWarning, protect
 from cpsample.core.rejection import (
     acceptance_rule,
     doob,
@@ -170,7 +170,7 @@ def table(toy):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "nobody has measured")
+    warnings.filterwarnings("ignore", category=UncalibratedGuardWarning)
     origin, line, ring = provenance(), line_toy(), ring_toy()
     one = ideal_classifier(
         line.spikes,

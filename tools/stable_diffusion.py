@@ -1,7 +1,7 @@
 """The small text-to-image pipeline of chapter 4.6 and its guard, into data/collapse, and its numbers, into data/results/stable_diffusion.json:
 python tools/stable_diffusion.py [train] [guard] [measure] [--work FOLDER]
 
-The code is that of the cells of nbs/17_stable_diffusion.ipynb that begin with "# collapse". Trainings keep checkpoints in FOLDER (default: the cache) and go on from them.
+The code is that of the cells of nbs/4_production/06_stable_diffusion.ipynb that begin with "# collapse". Trainings keep checkpoints in FOLDER (default: the cache) and go on from them.
 """
 
 import json
@@ -58,7 +58,7 @@ def chapter():
     "The shared cells of chapter 4.6, as a dict of names."
     space = {}
     for cell in json.loads(
-        (ROOT / "nbs" / "17_stable_diffusion.ipynb").read_text(encoding="utf-8")
+        (ROOT / "nbs" / "4_production" / "06_stable_diffusion.ipynb").read_text(encoding="utf-8")
     )["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and source.startswith("# collapse"):

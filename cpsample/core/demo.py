@@ -79,7 +79,7 @@ def draw_arms(model, guard, members, n, steps, seed, progress=False):
             if name != "rejection":
                 raise
             warnings.warn(f"no arm of exact rejection: {error}", stacklevel=2)
-    return arms, guarded.certain / guarded.rows
+    return arms, guarded.rows_pushed / guarded.rows_seen
 
 # %% ../../nbs/1_core/12_demo.ipynb #6dad9f70
 def measure(x, members, held_out):

@@ -172,7 +172,7 @@ def train_denoiser(
     after=None,
     accelerator=None,
     device="cpu",
-    compile=False,
+    use_compile=False,
     progress=True,
 ):
     """Train the denoiser of `config` on images [N, C, H, W] and write it to folder/model.safetensors; returns (model, schedule, losses).
@@ -221,7 +221,7 @@ def train_denoiser(
         progress=progress,
         after=after,
         accelerator=accelerator,
-        compile=compile,
+        use_compile=use_compile,
         **how,
     )
     made = {

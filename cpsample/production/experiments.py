@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..core.copying import copy_test, cosine_test, neighbourhood_test, reject
 from ..core.ddpm import generate, timesteps
 from ..core.digit_features import frechet_distance
-from ..core.guard import GUARDS, protect
+from ..core.guard import GUARDS, UncalibratedGuardWarning, protect
 from ..core.guard_files import load_guard
 from ..core.images import pixels, split
 from ..core.schedule import make_schedule
@@ -371,7 +371,7 @@ def chunks(run, arm, model, schedule):
 
     def counts():
         return torch.tensor(
-            [time.perf_counter(), getattr(model, "rows", 0), getattr(model, "certain", 0)],
+            [time.perf_counter(), getattr(model, "rows_seen", 0), getattr(model, "rows_pushed", 0)],
             dtype=torch.float64,
         )
 
@@ -625,7 +625,7 @@ def run_experiment(experiment, folder, device="cpu", progress=True, command="run
             inception()  # now, and not after 50,000 images
         with warnings.catch_warnings():
             warnings.filterwarnings(
-                "ignore", "nobody has measured"
+                "ignore", category=UncalibratedGuardWarning
             )  # what the paper's guard covers
             found = reproduce(run)
         costs = {

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from ..core.guard import Protected
+from ..core.guard import Corrector
 from ..core.images import first_occurrence, pixels
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
@@ -93,16 +93,28 @@ def unrepeated(x):
     return x[: len(x) // times], times
 
 
-class PipelineGuard(Protected):
+class PipelineGuard:
     """What `protect_pipeline` returns: `rows` and `certain` count as in `Protected`, `remove()` takes the protection off, and so does the end of a `with` block."""
 
     def __init__(self, pipe, guard):
-        super().__init__(network_of(pipe), guard)
+        self.corrector = Corrector(guard)
         self.pipe, self.scheduler = pipe, None
-        self.look()
-        self.hook = self.model.register_forward_hook(self.after, with_kwargs=True)
+        self.check_schedule()
+        self.hook = network_of(pipe).register_forward_hook(self.post_forward, with_kwargs=True)
 
-    def look(self):
+    @property
+    def guard(self):
+        return self.corrector.guard
+
+    @property
+    def rows_seen(self):
+        return self.corrector.rows_seen
+
+    @property
+    def rows_pushed(self):
+        return self.corrector.rows_pushed
+
+    def check_schedule(self):
         "Is the pipeline's scheduler, which anybody may exchange, one that this guard was trained for? Raises ValueError if not."
         if self.pipe.scheduler is self.scheduler:
             return
@@ -118,9 +130,9 @@ class PipelineGuard(Protected):
         self.scheduler = self.pipe.scheduler
 
     @torch.compiler.disable
-    def after(self, network, args, kwargs, output):
+    def post_forward(self, network, args, kwargs, output):
         "Called by torch after the network: its output, changed where the guard is certain."
-        self.look()
+        self.check_schedule()
         x, t = (
             args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")),
             kwargs["timestep"] if "timestep" in kwargs else args[1],
@@ -129,9 +141,9 @@ class PipelineGuard(Protected):
         x, times = unrepeated(
             x[:, : out.shape[1]]
         )  # inpainting networks are also shown mask and picture
-        self.fits(x)
+        self.check_shape(x)
         t = torch.as_tensor(t, device=x.device).reshape(-1)[: len(x)]
-        if (found := self.change(x, t)) is None:
+        if (found := self.corrector.correction(x, t)) is None:
             return output
         rows, step = found
         one = TO_EPS[self.scheduler.config.get("prediction_type", "epsilon")](
@@ -153,7 +165,7 @@ class PipelineGuard(Protected):
         output[next(iter(output))] = new
         return output
 
-    def fits(self, x):
+    def check_shape(self, x):
         "Has the guard learned images of this shape? It follows them to their device. Raises ValueError if not."
         known = (getattr(self.guard.classifier, "config", None) or {}).get("shape", x.shape[1:])
         if tuple(known) != tuple(x.shape[1:]):
@@ -171,7 +183,7 @@ class PipelineGuard(Protected):
 
     def __exit__(self, kind, *error):
         self.remove()
-        if kind is None and self.rows == 0:
+        if kind is None and self.rows_seen == 0:
             warnings.warn(
                 "nothing was guarded: the network was not called, or was compiled before without looking for hooks",
                 stacklevel=2,
