@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from cpsample.core.guard import UncalibratedGuardWarning
 from cpsample.workshop.files import CACHE, atomic, provenance, save_json
 
 ROOT = Path(__file__).resolve().parent.parent

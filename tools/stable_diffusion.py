@@ -13,11 +13,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from weights import write_idx
 
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import pixels
-from cpsample.practice.datasets import read_idx
+from cpsample.practice.datasets import read_idx, write_idx
 from cpsample.workshop.files import CACHE, provenance, save_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,19 +1,17 @@
 "Make what ships in data/ again: python tools/weights.py [digits_encoder] [fashion_encoder] [fashion]; without names, all of it."
 
 import json
-import lzma
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from cpsample.core.ddpm import run, seeded, train
 from cpsample.core.digit_features import class_loss, fit_encoder
 from cpsample.core.images import load_digits, pixels
-from cpsample.practice.datasets import load_fashion
+from cpsample.practice.datasets import load_fashion, write_idx
 from cpsample.practice.encoders import FashionEncoder
 from cpsample.workshop.files import atomic, provenance, save_json
 
@@ -105,14 +103,6 @@ def fashion(train=3000, test=2000):
     for part, name, n in (("train", "train", train), ("test", "t10k", test)):
         for values, kind in zip(load_fashion(part), ("images-idx3", "labels-idx1")):
             write_idx(DATA / "fashion" / f"{name}-{kind}-ubyte.xz", values[:n])
-
-
-def write_idx(path, values):
-    "Images [N, 1, H, W] or classes [N] as bytes in the idx format, packed by xz, which takes a seventh less room than gzip."
-    kept = (values.squeeze(1) if values.dim() > 1 else values).byte().numpy()
-    header = bytes([0, 0, 8, kept.ndim]) + np.array(kept.shape, ">i4").tobytes()
-    with atomic(path) as tmp:
-        tmp.write_bytes(lzma.compress(header + kept.tobytes(), preset=9 | lzma.PRESET_EXTREME))
 
 
 if __name__ == "__main__":
