@@ -1,9 +1,17 @@
-# make demo · make test · make lab · make bench · make comparison: each makes .venv and installs what it needs the first time.
+# Each target makes .venv and installs what it needs the first time.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lab bench book weights results comparison clean
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test test-fast lint book bench weights results comparison clean
+
+help:  ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' \
+		$(firstword $(MAKEFILE_LIST))
+
+# The files that stand for what is installed.
 
 .venv/installed: settings.ini setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,33 +26,50 @@ ARGS ?=
 	$(BIN)/pip install --quiet --editable ".[notebook]"
 	@touch $@
 
-demo: .venv/installed  ## the main job: train, guard, sample, count
-	$(BIN)/cpsample demo $(ARGS)
-
-test: .venv/installed-dev  ## lint, freshness, unit tests, every notebook
-	$(BIN)/ruff check .
-	$(BIN)/python tools/book.py check
-	$(BIN)/python -m pytest -q
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-
-lab: .venv/installed-notebook  ## JupyterLab on the book
-	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
-
 .venv/installed-bench: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	@touch $@
 
-bench: .venv/installed-bench  ## timings as ratios beside other libraries, into data/results/bench.json
-	$(BIN)/python tools/bench.py
+# To use and to read.
 
-book: .venv/installed-dev  ## run every notebook, export the package, write the README
+demo: .venv/installed  ## the main job: train, guard, sample, count (about a minute of computing)
+	$(BIN)/cpsample demo $(ARGS)
+
+lab: .venv/installed-notebook  ## JupyterLab on the book
+	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+
+# To change and to check.
+
+test-fast: .venv/installed-dev  ## the unit tests that are not slow: under 3 minutes
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+lint: .venv/installed-dev  ## style, format, fresh exports, and how readable the code is
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check nbs tools tests
+	$(BIN)/python tools/book.py check
+	$(BIN)/python -m pytest -q tests/test_measures.py
+
+test: lint  ## everything that is asserted: lint, all unit tests, every notebook
+	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+
+# TODO(architecture): tools/architecture.py can also be called from `tools/book.py write`.
+book: .venv/installed-dev  ## run notebooks (all, or ARGS), export the package, write the README
 	$(BIN)/python tools/book.py run $(ARGS)
 	$(BIN)/python tools/book.py write
+	$(BIN)/python tools/architecture.py
 
-weights: .venv/installed-dev  ## train the shipped encoders again (make results: the models of chapter 10)
+# To measure again.
+
+bench: .venv/installed-bench  ## timings as ratios beside other libraries, into data/results
+	$(BIN)/python tools/bench.py
+
+weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py
 
-results: .venv/installed-dev  ## measure every number on file again: minutes for the demo, about six hours for the rest
+# TODO(reproduce): once every table has a name, this becomes
+#   for name in $(RESULTS); do $(BIN)/cpsample reproduce $$name --out data/results || exit 1; done
+results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
 	$(BIN)/python tools/rejection.py
 	$(BIN)/python tools/guards.py
@@ -54,8 +79,8 @@ results: .venv/installed-dev  ## measure every number on file again: minutes for
 	$(BIN)/python tools/audit.py
 	$(BIN)/python tools/stable_diffusion.py
 
-comparison: .venv/installed-dev  ## every protection in one table (resumable; two to three hours of one core), into data/results/comparison.json
+comparison: .venv/installed-dev  ## every protection in one table: two to three hours, resumable
 	$(BIN)/python tools/comparison.py $(ARGS)
 
-clean:
+clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -1,1 +1,36 @@
 __version__ = "0.2.0"
+
+from typing import TYPE_CHECKING
+
+from .front_door import PLACES, protect
+from .front_door import offered as __getattr__  # noqa: F401 (names are imported when asked for)
+
+if TYPE_CHECKING:
+    from .core.calibration import calibrate
+    from .core.copying import copy_test
+    from .core.ddpm import generate, sample
+    from .core.guard import Guard, fit_guard
+    from .core.guard_files import load_guard, save_guard
+    from .core.schedule import make_schedule
+    from .judgement.copy_audit import audit
+    from .production.pipelines import fit_pipeline_guard
+
+__all__ = [
+    "Guard",
+    "__version__",
+    "audit",
+    "calibrate",
+    "copy_test",
+    "fit_guard",
+    "fit_pipeline_guard",
+    "generate",
+    "load_guard",
+    "make_schedule",
+    "protect",
+    "sample",
+    "save_guard",
+]
+
+
+def __dir__():
+    return sorted([*globals(), *PLACES])

@@ -1,7 +1,7 @@
 """The book's housekeeping.
 
 python tools/book.py write   links from settings.ini into the notebooks, export to cpsample/,
-                             README.md from nbs/index.ipynb
+                             README.md from nbs/index.ipynb, the map in CONTRIBUTING.md
 python tools/book.py check   fail unless `write` would change nothing and every notebook is fit
                              to be published
 python tools/book.py run     run notebooks top to bottom and keep their outputs: all of nbs/,
@@ -22,6 +22,8 @@ BADGE = re.compile(
     r"colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/nbs/[\w./-]+\.ipynb"
 )
 INSTALL = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+")
+MAP = re.compile(r"(<!-- map[^>]*-->\n).*?(<!-- /map -->)", re.DOTALL)
+PICTURE = "data/architecture.png"
 NOT_COPIED = (".venv", ".git", "build", "dist", ".*cache", "*.egg-info", ".ipynb_checkpoints")
 
 
@@ -33,9 +35,9 @@ def notebooks(root=ROOT):
 
 
 def modules(root=ROOT):
-    "All modules that notebooks export, without the __init__.py of folders."
-    made_by_nbdev = {"__init__.py", "_modidx.py"}
-    return sorted(p for p in (root / "cpsample").rglob("*.py") if p.name not in made_by_nbdev)
+    "All modules that notebooks export."
+    made_otherwise = {"__init__.py", "__main__.py", "_modidx.py"}
+    return sorted(p for p in (root / "cpsample").rglob("*.py") if p.name not in made_otherwise)
 
 
 def owner():
@@ -104,11 +106,30 @@ def write_readme(root):
     (root / "README.md").write_text(text, encoding="utf-8")
 
 
+def with_map(text, root):
+    "CONTRIBUTING.md with the map of parts and modules as they are."
+    import architecture
+
+    words = architecture.as_markdown(architecture.read_modules(root), PICTURE)
+    return MAP.sub(lambda found: f"{found[1]}{words}\n{found[2]}", text)
+
+
+def write_map(root):
+    "The picture of parts and modules, and CONTRIBUTING.md with it."
+    import architecture
+
+    if not architecture.is_fresh(root, root / PICTURE):
+        architecture.draw(root, root / PICTURE)
+    path = root / "CONTRIBUTING.md"
+    path.write_text(with_map(path.read_text(encoding="utf-8"), root), encoding="utf-8")
+
+
 def write(root=ROOT):
-    "Links, package and README, from the notebooks."
+    "Links, package, README and map, from the notebooks."
     write_links(root)
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=root, check=True)
     write_readme(root)
+    write_map(root)
 
 
 def faults(path):
@@ -134,7 +155,7 @@ def differences(old_root, new_root):
     sentences = []
     pages = {p.relative_to(root) for root in (old_root, new_root) for p in notebooks(root)}
     code = {p.relative_to(root) for root in (old_root, new_root) for p in modules(root)}
-    for name in sorted(pages | code | {Path("README.md")}):
+    for name in sorted(pages | code | {Path("README.md"), Path("CONTRIBUTING.md")}):
         old, new = old_root / name, new_root / name
         if not new.exists():
             sentences.append(f"{name.as_posix()} has no notebook that exports it")

@@ -1,0 +1,4 @@
+"Runs the command line: python -m cpsample"
+from .cli import app
+
+app()
