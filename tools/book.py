@@ -22,6 +22,7 @@ BADGE = re.compile(
     r"colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/nbs/[\w./-]+\.ipynb"
 )
 INSTALL = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+")
+CHAPTER = re.compile(r"\[((?:[Cc]hapters? )?)(\d\.\d+)\]\(([\w./]+\.ipynb)\)")
 MAP = re.compile(r"(<!-- map[^>]*-->\n).*?(<!-- /map -->)", re.DOTALL)
 PICTURE = "data/architecture.png"
 NOT_COPIED = (".venv", ".git", "build", "dist", ".*cache", "*.egg-info", ".ipynb_checkpoints")
@@ -64,12 +65,31 @@ def link(text, name):
     return INSTALL.sub(f"git+https://github.com/{user}/{repo}", text)
 
 
+def chapter_number(path):
+    "`1.8` for nbs/1_core/08_guard.ipynb, or None for a page on top."
+    numbers = re.search(r"(\d)_\w+/(\d+)_\w+\.ipynb$", path.as_posix())
+    return f"{numbers[1]}.{int(numbers[2])}" if numbers else None
+
+
+def number_chapters(text, folder):
+    "Links that are called `chapter 1.8` get the number of the chapter that they lead to."
+
+    def renumber(found):
+        number = chapter_number((folder / found[3]).resolve())
+        return f"[{found[1]}{number or found[2]}]({found[3]})"
+
+    return CHAPTER.sub(renumber, text)
+
+
 def write_links(root):
     "Bring the links of every notebook up to date."
     for path in notebooks(root):
         notebook, name = read(path), path.relative_to(root / "nbs").as_posix()
         for cell in notebook["cells"]:
-            cell["source"] = link("".join(cell["source"]), name).splitlines(keepends=True)
+            source = link("".join(cell["source"]), name)
+            if cell["cell_type"] == "markdown":
+                source = number_chapters(source, path.parent)
+            cell["source"] = source.splitlines(keepends=True)
         save(path, notebook)
 
 
