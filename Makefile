@@ -67,20 +67,14 @@ bench: .venv/installed-bench  ## timings as ratios beside other libraries, into 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py
 
-# TODO(reproduce): once every table has a name, this becomes
-#   for name in $(RESULTS); do $(BIN)/cpsample reproduce $$name --out data/results || exit 1; done
+STUDIES = rejection guards fashion membership audit stable_diffusion
+
 results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
-	$(BIN)/python tools/rejection.py
-	$(BIN)/python tools/guards.py
-	$(BIN)/python tools/fashion.py choosing --n 1000
-	$(BIN)/python tools/fashion.py reported
-	$(BIN)/python tools/membership.py
-	$(BIN)/python tools/audit.py
-	$(BIN)/python tools/stable_diffusion.py
+	for name in $(STUDIES); do $(BIN)/cpsample reproduce $$name --out data/results || exit 1; done
 
 comparison: .venv/installed-dev  ## every protection in one table: two to three hours, resumable
-	$(BIN)/python tools/comparison.py $(ARGS)
+	$(BIN)/cpsample reproduce comparison --out data/results $(ARGS)
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info cpsample-demo

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'one_line_errors', 'OneLineErrors',
            'show_version', 'options_of_all', 'command_line', 'one_of', 'demo', 'on_device', 'processes', 'given',
-           'training_config', 'train_command', 'guard_of_run', 'guard_command', 'sample_command', 'images_of_run',
-           'audit_command', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'training_config', 'drawn_members', 'described_run', 'sample_sheet', 'train_command', 'guard_of_run',
+           'guard_command', 'sample_command', 'images_of_run', 'images_of_folders', 'end_with', 'print_audit',
+           'audit_command', 'attack_scores', 'attack_command', 'reproduce_experiment', 'reproduce_study',
+           'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import os
@@ -15,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,50 +97,50 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the numbers to this file.")
 ]
 
+# %% ../nbs/cli.ipynb #dea9ae88
+_DemoSeed = Annotated[
+    list[int], typer.Option(help="Random seed; give it several times to pool seeds.")
+]
+_DemoImages = Annotated[int, typer.Option(help="Number of training images (members).")]
+_DemoSamples = Annotated[int, typer.Option(help="Samples per arm and seed.")]
+_DemoTrainSteps = Annotated[int, typer.Option(help="Training steps of the denoiser.")]
+_DemoGuardSteps = Annotated[int, typer.Option(help="Training steps of the guard.")]
+_DemoSampleSteps = Annotated[int, typer.Option(help="Network calls per sample.")]
+_DemoAlpha = Annotated[
+    float | None,
+    typer.Option(
+        help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); "
+        "calibration chooses it if it is not given."
+    ),
+]
+_DemoScale = Annotated[
+    float | None,
+    typer.Option(
+        "--scale",
+        "-s",
+        help="Strength s of the push; calibration chooses it if it is not given.",
+    ),
+]
+_DemoLabels = Annotated[int, typer.Option("--labels", "-K", help="Random labels per image, K.")]
+_DemoData = Annotated[str, typer.Option(help="Data set: digits.")]
+_DemoSchedule = Annotated[str, typer.Option(help="Noise schedule: linear or cosine.")]
+_DemoOut = Annotated[Path, typer.Option(help="Folder for the picture.")]
+
 # %% ../nbs/cli.ipynb #bf9057fe
 @app.command()
 def demo(
-    seed: Annotated[
-        list[int], typer.Option(help="Random seed; give it several times to pool seeds.")
-    ] = choices.DEMO_SEEDS,
-    images: Annotated[
-        int, typer.Option(help="Number of training images (members).")
-    ] = choices.DEMO["images"],
-    samples: Annotated[int, typer.Option(help="Samples per arm and seed.")] = choices.DEMO[
-        "samples"
-    ],
-    train_steps: Annotated[
-        int, typer.Option(help="Training steps of the denoiser.")
-    ] = choices.DEMO["train_steps"],
-    guard_steps: Annotated[int, typer.Option(help="Training steps of the guard.")] = choices.DEMO[
-        "guard_steps"
-    ],
-    sample_steps: Annotated[int, typer.Option(help="Network calls per sample.")] = choices.DEMO[
-        "sample_steps"
-    ],
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); "
-            "calibration chooses it if it is not given."
-        ),
-    ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            "--scale",
-            "-s",
-            help="Strength s of the push; calibration chooses it if it is not given.",
-        ),
-    ] = None,
-    labels: Annotated[
-        int, typer.Option("--labels", "-K", help="Random labels per image, K.")
-    ] = choices.DEMO_LABELS,
-    data: Annotated[str, typer.Option(help="Data set: digits.")] = choices.DEMO["data"],
-    schedule: Annotated[str, typer.Option(help="Noise schedule: linear or cosine.")] = choices.DEMO[
-        "schedule"
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("cpsample-demo"),
+    seed: _DemoSeed = choices.DEMO_SEEDS,
+    images: _DemoImages = choices.DEMO["images"],
+    samples: _DemoSamples = choices.DEMO["samples"],
+    train_steps: _DemoTrainSteps = choices.DEMO["train_steps"],
+    guard_steps: _DemoGuardSteps = choices.DEMO["guard_steps"],
+    sample_steps: _DemoSampleSteps = choices.DEMO["sample_steps"],
+    alpha: _DemoAlpha = None,
+    scale: _DemoScale = None,
+    labels: _DemoLabels = choices.DEMO_LABELS,
+    data: _DemoData = choices.DEMO["data"],
+    schedule: _DemoSchedule = choices.DEMO["schedule"],
+    out: _DemoOut = Path("cpsample-demo"),
     json_file: JsonFile = None,
 ) -> None:
     "Train a model until it copies real digits, guard it, and count the copies, with and without."
@@ -190,6 +193,34 @@ def processes(device: str | None) -> tuple[Any, Any]:
     accelerator = import_optional("accelerate", "diffusers").Accelerator()
     return accelerator, accelerator.device
 
+# %% ../nbs/cli.ipynb #3f6f4e3e
+_TrainData = Annotated[
+    str, typer.Argument(help=f"A folder of images, or one of {one_of(choices.IMAGE_SETS)}.")
+]
+_TrainOut = Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on.")]
+_TrainImages = Annotated[
+    int | None,
+    typer.Option(help="Train on this many images, drawn by the seed (default: all)."),
+]
+_TrainStart = Annotated[
+    Path | None,
+    typer.Option("--from", help="Fine-tune this model (a model.safetensors)."),
+]
+_TrainSteps = Annotated[int | None, typer.Option(help="Training steps.")]
+_TrainBatchSize = Annotated[int | None, typer.Option(help="Images per step, over all processes.")]
+_TrainLr = Annotated[float | None, typer.Option(help="Highest learning rate.")]
+_TrainSize = Annotated[
+    int, typer.Option(help="Side of the squares that images of a folder are cut to.")
+]
+_TrainGrey = Annotated[bool, typer.Option(help="Read a folder's images as grey.")]
+_TrainMirror = Annotated[bool | None, typer.Option(help="Train on mirrored images too.")]
+_TrainTiny = Annotated[
+    bool, typer.Option(help="A narrow network and twenty steps, to see everything run.")
+]
+_TrainUseCompile = Annotated[
+    bool, typer.Option("--compile", help="Compile the network with torch.compile.")
+]
+
 # %% ../nbs/cli.ipynb #fc7b8067
 def given(**options: Any) -> dict[str, Any]:
     "The options that were given, without those that are None."
@@ -209,59 +240,71 @@ def training_config(data: str, tiny: bool, **options: Any) -> Any:
     return config
 
 
+def drawn_members(x: Any, images: int, seed: int) -> Any:
+    "So many of the images, drawn by the seed."
+    from cpsample.core.images import split
+
+    return split(x, {"members": images, "others": None}, seed).of(x, "members")
+
+
+def described_run(data: str, size: int, images: int | None, x: Any, **more: Any) -> dict:
+    "What a run says about itself, so that its training images can be found again."
+    from cpsample.workshop.files import fingerprint
+
+    return {
+        "data": data if data in choices.IMAGE_SETS else str(Path(data).resolve()),
+        "size": size,
+        "channels": x.shape[1],
+        "images": images,
+        "fingerprint": fingerprint(x),
+        **more,
+    }
+
+
+def sample_sheet(out: Path, config: Any, shape: tuple, device: Any, step: int, model: Any) -> None:
+    "Write twenty images, drawn by the model as it is after so many steps, as a picture."
+    from cpsample.core.ddpm import generate
+    from cpsample.core.images import show_grid
+    from cpsample.core.schedule import make_schedule
+    from cpsample.workshop.files import save_picture
+
+    schedule = make_schedule(config.schedule)
+    images = generate(model, schedule, shape, 20, steps=config.sample_steps, device=device)
+    save_picture(out / f"samples-{step:06d}.png", show_grid(images).figure)
+
+
 @app.command("train")
 def train_command(
-    data: Annotated[
-        str, typer.Argument(help=f"A folder of images, or one of {one_of(choices.IMAGE_SETS)}.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on.")],
-    images: Annotated[
-        int | None,
-        typer.Option(help="Train on this many images, drawn by the seed (default: all)."),
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option("--from", help="Fine-tune this model (a model.safetensors)."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per step, over all processes.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    data: _TrainData,
+    out: _TrainOut,
+    images: _TrainImages = None,
+    start: _TrainStart = None,
+    steps: _TrainSteps = None,
+    batch_size: _TrainBatchSize = None,
+    lr: _TrainLr = None,
     seed: Seed = 0,
-    size: Annotated[
-        int, typer.Option(help="Side of the squares that images of a folder are cut to.")
-    ] = 32,
-    grey: Annotated[bool, typer.Option(help="Read a folder's images as grey.")] = False,
+    size: _TrainSize = 32,
+    grey: _TrainGrey = False,
     strict: Strict = False,
-    mirror: Annotated[bool | None, typer.Option(help="Train on mirrored images too.")] = None,
-    tiny: Annotated[
-        bool, typer.Option(help="A narrow network and twenty steps, to see everything run.")
-    ] = False,
+    mirror: _TrainMirror = None,
+    tiny: _TrainTiny = False,
     device: Device = None,
-    use_compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the network with torch.compile.")
-    ] = False,
+    use_compile: _TrainUseCompile = False,
 ) -> None:
     """Train a denoiser on a named image set or on a folder of images.
 
     With accelerate launch, on several processes.
     """
-    from cpsample.core.ddpm import generate
-    from cpsample.core.images import show_grid, split
-    from cpsample.core.schedule import make_schedule
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import load_model, train_denoiser
-    from cpsample.workshop.files import fingerprint, save_json, save_picture, writable
+    from cpsample.workshop.files import save_json, writable
 
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "mirror": mirror}
     config = training_config(data, tiny, **options)
 
     # Which images, and which model to start from.
     x = read_data(data, size, 1 if grey else 3, strict=strict)
-    members = x
-    if images is not None:
-        members = split(x, {"members": images, "others": None}, seed).of(x, "members")
+    members = x if images is None else drawn_members(x, images, seed)
     base = None
     if start:
         base, base_schedule, _ = load_model(start)
@@ -269,28 +312,45 @@ def train_command(
 
     # What was trained on has to be known later: the run describes itself.
     writable(out)
-    description = {
-        "data": data if data in choices.IMAGE_SETS else str(Path(data).resolve()),
-        "size": size,
-        "channels": x.shape[1],
-        "images": images,
-        "fingerprint": fingerprint(x),
-        "from": str(start) if start else None,
-        "config": asdict(config),
-    }
-    save_json(out / "run.json", description)
+    origin = {"from": str(start) if start else None, "config": asdict(config)}
+    save_json(out / "run.json", described_run(data, size, images, x, **origin))
 
+    # Train, with a sheet of samples beside each checkpoint.
     accelerator, place = processes(device)
-    schedule = make_schedule(config.schedule)
-
-    def show_progress(step, ema_model):
-        "A sheet of samples, beside each checkpoint."
-        shape, steps = members.shape[1:], config.sample_steps
-        sheet = show_grid(generate(ema_model, schedule, shape, 20, steps=steps, device=place))
-        save_picture(out / f"samples-{step:06d}.png", sheet.figure)
-
-    train_denoiser(config, members, out, base, show_progress, accelerator, place, use_compile)
+    sheet = partial(sample_sheet, out, config, members.shape[1:], place)
+    train_denoiser(config, members, out, base, sheet, accelerator, place, use_compile)
     print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
+
+# %% ../nbs/cli.ipynb #be51354d
+_GuardRun = Annotated[
+    Path | None, typer.Argument(help="Folder of the run, made by cpsample train.")
+]
+_GuardReference = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of other images of the same kind "
+        "(default: the rest of the set, if the run took a part)."
+    ),
+]
+_GuardPreset = Annotated[str, typer.Option(help=f"{one_of(choices.PRESETS)}.")]
+_GuardPipeline = Annotated[
+    str | None,
+    typer.Option(help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."),
+]
+_GuardData = Annotated[
+    Path | None,
+    typer.Option(help="For a pipeline: the folder of images that it was fine-tuned on."),
+]
+_GuardOut = Annotated[
+    Path, typer.Option(help="For a pipeline: where to, OUT.safetensors and OUT.json.")
+]
+_GuardTMax = Annotated[
+    int | None,
+    typer.Option(
+        help="The noise level below which the guard acts (default: the preset's; "
+        "1000 where few images come again and again)."
+    ),
+]
 
 # %% ../nbs/cli.ipynb #6b7c12c5
 def guard_of_run(
@@ -306,6 +366,7 @@ def guard_of_run(
     from cpsample.practice.runs import Config, fit_run_guard, load_model, members_of
     from cpsample.workshop.files import writable
 
+    # Members, and others of the same kind that the guard should leave alone.
     description, members, non_members = members_of(run)
     _, schedule, _ = load_model(run / "model.safetensors")
     if reference:
@@ -316,6 +377,7 @@ def guard_of_run(
             "give --reference FOLDER with others of the same kind"
         )
 
+    # The run's own configuration says how its guard is trained.
     config = replace(Config(**description["config"]), **given(guard_steps=steps))
     accelerator, place = processes(device)
     writable(run)
@@ -335,36 +397,14 @@ def guard_of_run(
 
 @app.command("guard")
 def guard_command(
-    run: Annotated[
-        Path | None, typer.Argument(help="Folder of the run, made by cpsample train.")
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of other images of the same kind "
-            "(default: the rest of the set, if the run took a part)."
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    preset: Annotated[str, typer.Option(help=f"{one_of(choices.PRESETS)}.")] = "default",
-    pipeline: Annotated[
-        str | None,
-        typer.Option(help="Instead of a run: a diffusers pipeline, in a folder or on the Hub."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="For a pipeline: the folder of images that it was fine-tuned on."),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="For a pipeline: where to, OUT.safetensors and OUT.json.")
-    ] = Path("guard"),
-    t_max: Annotated[
-        int | None,
-        typer.Option(
-            help="The noise level below which the guard acts (default: the preset's; "
-            "1000 where few images come again and again)."
-        ),
-    ] = None,
+    run: _GuardRun = None,
+    reference: _GuardReference = None,
+    steps: _TrainSteps = None,
+    preset: _GuardPreset = "default",
+    pipeline: _GuardPipeline = None,
+    data: _GuardData = None,
+    out: _GuardOut = Path("guard"),
+    t_max: _GuardTMax = None,
     device: Device = None,
 ) -> None:
     """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
@@ -375,6 +415,7 @@ def guard_command(
         raise ValueError("give the folder of a run, or --pipeline, and not both")
     check_choice(preset, choices.PRESETS, "preset")
 
+    # A pipeline has its own space; a run has its own images.
     settings = given(t_max=t_max)
     if pipeline:
         from cpsample.production.pipelines import guard_pipeline
@@ -386,6 +427,7 @@ def guard_command(
         out = run / "guard"
         guard = guard_of_run(run, reference, steps, preset, device, **settings)
 
+    # What calibration measured, at the level where it was asked to cover the members.
     report = guard.report
     if report is None:
         print(f"As printed in the paper, and not calibrated: {out}.safetensors")
@@ -399,20 +441,23 @@ def guard_command(
         f"{out}.safetensors"
     )
 
+# %% ../nbs/cli.ipynb #a89fc172
+_SampleN = Annotated[int, typer.Option("--number", "-n", help="How many images.")]
+_SampleOut = Annotated[
+    Path,
+    typer.Option(help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred)."),
+]
+_SampleSteps = Annotated[int | None, typer.Option(help="Network calls per image.")]
+
 # %% ../nbs/cli.ipynb #smp00001
 @app.command("sample")
 def sample_command(
     run: Run,
-    n: Annotated[int, typer.Option("--number", "-n", help="How many images.")] = 64,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Where to: OUT.npz (uint8 [n, H, W, C]) and OUT.png (the first hundred)."
-        ),
-    ] = Path("samples"),
+    n: _SampleN = 64,
+    out: _SampleOut = Path("samples"),
     unguarded: Unguarded = False,
     strength: Strength = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Network calls per image.")] = None,
+    steps: _SampleSteps = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
@@ -424,6 +469,7 @@ def sample_command(
     from cpsample.practice.runs import load_protected_run, run_of
     from cpsample.workshop.files import atomic, save_picture, writable
 
+    # Everything that can be refused is refused before anything is drawn.
     protected = load_protected_run(run, unguarded, strength, device)
     model, schedule, shape, guard, place = protected
     steps = steps or run_of(run)["config"]["sample_steps"]
@@ -433,6 +479,7 @@ def sample_command(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
 
+    # Both files are there whole or not at all.
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with atomic(out.with_suffix(".npz")) as temporary:
         np.savez_compressed(temporary, images=as_bytes)
@@ -441,6 +488,44 @@ def sample_command(
         pushed = model.rows_pushed / model.rows_seen
         print(f"The guard stepped in at {pushed:.1%} of all rows and steps.")
     print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")
+
+# %% ../nbs/cli.ipynb #a144959e
+_AuditGenerated = Annotated[
+    str,
+    typer.Argument(help="Generated images: a folder, .npz or .npy; or a run, to draw from it."),
+]
+_AuditTraining = Annotated[
+    str | None,
+    typer.Argument(
+        help="Training images: a folder, .npz, .npy or a named set (for a run: its own)."
+    ),
+]
+_AuditHeldOut = Annotated[
+    str | None,
+    typer.Option(help="Real images that the model never saw, to know the false alarms."),
+]
+_AuditOut = Annotated[Path, typer.Option(help="Where to: OUT.html and OUT.json.")]
+_AuditMaxCopyRate = Annotated[
+    float | None,
+    typer.Option(help="Exit with status 1 when the upper bound of the copy rate is above this."),
+]
+_AuditTest = Annotated[
+    str, typer.Option(help=f"Which test that is about: {one_of(choices.COPY_TESTS)}.")
+]
+_AuditSpace = Annotated[
+    str | None,
+    typer.Option(help=f"Feature space: {one_of(choices.SPACES)} (default: by the images)."),
+]
+_AuditFlips = Annotated[bool, typer.Option(help="Look for mirrored copies, too.")]
+_AuditBackend = Annotated[str, typer.Option(help=f"Of the search: {one_of(choices.SEARCHES)}.")]
+_AuditSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the squares that images of folders are cut to "
+        "(default: as the first training image)."
+    ),
+]
+_AuditN = Annotated[int, typer.Option("--number", "-n", help="Images to draw from a run.")]
 
 # %% ../nbs/cli.ipynb #7bbf3684
 def images_of_run(
@@ -460,49 +545,51 @@ def images_of_run(
     return x, pixels(members), pixels(non_members) if len(non_members) else None
 
 
+def images_of_folders(
+    generated: str, training: str | None, size: int | None, strict: bool
+) -> tuple[Any, Any, None]:
+    "(generated images, training images, None), read and in [−1, 1]."
+    from cpsample.core.images import pixels
+    from cpsample.practice.datasets import read_data
+
+    if training is None:
+        raise ValueError(
+            f"{generated} is no run: give the training images too, "
+            "cpsample audit GENERATED TRAINING"
+        )
+    known = pixels(read_data(training, size, strict=strict))
+    x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict=strict))
+    return x, known, None
+
+
+def end_with(passed: bool, sentence: str) -> None:
+    "Say the verdict; a release can be stopped by the exit status 1."
+    print(sentence)
+    if not passed:
+        raise SystemExit(1)
+
+
+def print_audit(audited: Any, with_held_out: bool) -> None:
+    "The copies by each test, and, where there are held-out images, its false alarms."
+    for name, counted in audited.record["tests"].items():
+        alarms = f"; held-out images {counted['words_held_out']}" if with_held_out else ""
+        print(f"{name:14} {counted['words']}{alarms}")
+
+
 @app.command("audit")
 def audit_command(
-    generated: Annotated[
-        str,
-        typer.Argument(help="Generated images: a folder, .npz or .npy; or a run, to draw from it."),
-    ],
-    training: Annotated[
-        str | None,
-        typer.Argument(
-            help="Training images: a folder, .npz, .npy or a named set (for a run: its own)."
-        ),
-    ] = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(help="Real images that the model never saw, to know the false alarms."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where to: OUT.html and OUT.json.")] = Path("audit"),
-    max_copy_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Exit with status 1 when the upper bound of the copy rate is above this."
-        ),
-    ] = None,
-    test: Annotated[
-        str, typer.Option(help=f"Which test that is about: {one_of(choices.COPY_TESTS)}.")
-    ] = "ratio",
-    space: Annotated[
-        str | None,
-        typer.Option(help=f"Feature space: {one_of(choices.SPACES)} (default: by the images)."),
-    ] = None,
-    flips: Annotated[bool, typer.Option(help="Look for mirrored copies, too.")] = True,
-    backend: Annotated[
-        str, typer.Option(help=f"Of the search: {one_of(choices.SEARCHES)}.")
-    ] = "torch",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of the squares that images of folders are cut to "
-            "(default: as the first training image)."
-        ),
-    ] = None,
+    generated: _AuditGenerated,
+    training: _AuditTraining = None,
+    held_out: _AuditHeldOut = None,
+    out: _AuditOut = Path("audit"),
+    max_copy_rate: _AuditMaxCopyRate = None,
+    test: _AuditTest = "ratio",
+    space: _AuditSpace = None,
+    flips: _AuditFlips = True,
+    backend: _AuditBackend = "torch",
+    size: _AuditSize = None,
     strict: Strict = False,
-    n: Annotated[int, typer.Option("--number", "-n", help="Images to draw from a run.")] = 1000,
+    n: _AuditN = 1000,
     unguarded: Unguarded = False,
     strength: Strength = 1.0,
     seed: Seed = 0,
@@ -523,15 +610,8 @@ def audit_command(
     writable(out.parent)
     if (Path(generated) / "run.json").exists():
         x, known, unseen = images_of_run(Path(generated), n, unguarded, strength, seed, device)
-    elif training is None:
-        raise ValueError(
-            f"{generated} is no run: give the training images too, "
-            "cpsample audit GENERATED TRAINING"
-        )
     else:
-        known = pixels(read_data(training, size, strict=strict))
-        x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict=strict))
-        unseen = None
+        x, known, unseen = images_of_folders(generated, training, size, strict)
     if held_out:
         unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict=strict))
 
@@ -541,40 +621,50 @@ def audit_command(
     )
     verdict = None if max_copy_rate is None else audited.verdict(max_copy_rate, test)
     page, numbers = write_report(audited, out, verdict, command=command_line())
-    for name, counted in audited.record["tests"].items():
-        alarms = "" if unseen is None else f"; held-out images {counted['words_held_out']}"
-        print(f"{name:14} {counted['words']}{alarms}")
+    print_audit(audited, unseen is not None)
     print(f"Report: {page}, {numbers}")
 
     if verdict:
-        passed, sentence = verdict
-        print(sentence)
-        if not passed:
-            raise SystemExit(1)
+        end_with(*verdict)
+
+# %% ../nbs/cli.ipynb #ffd529ed
+_AttackOthers = Annotated[
+    str | None,
+    typer.Option(
+        help="Images that the model and its guard never saw: a folder, .npz, .npy or a named "
+        "set (default: from the rest of the run's set)."
+    ),
+]
+_AttackLimit = Annotated[int, typer.Option(help="At most so many members, and so many others.")]
 
 # %% ../nbs/cli.ipynb #atk00001
+def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) -> dict:
+    "{attack: (scores of members, scores of test images)}, on the CPU."
+    from tqdm.auto import tqdm
+
+    from cpsample.judgement.attacks import scores_of
+
+    scores = {}
+    for name, attack in tqdm(attacks.items(), desc="attacking"):
+        scores[name] = tuple(scores_of(attack, model, side).cpu() for side in (members, test))
+    return scores
+
+
 @app.command("attack")
 def attack_command(
     run: Run,
-    others: Annotated[
-        str | None,
-        typer.Option(
-            help="Images that the model and its guard never saw: a folder, .npz, .npy or a named "
-            "set (default: from the rest of the run's set)."
-        ),
-    ] = None,
+    others: _AttackOthers = None,
     unguarded: Unguarded = False,
     strength: Strength = 1.0,
     json_file: JsonFile = None,
-    limit: Annotated[int, typer.Option(help="At most so many members, and so many others.")] = 1000,
+    limit: _AttackLimit = 1000,
     device: Device = None,
 ) -> None:
     "Membership inference: how well are the training images of a run told apart from others?"
     import torch
-    from tqdm.auto import tqdm
 
     from cpsample.core.images import pixels
-    from cpsample.judgement.attacks import attacks, guard_attacks, scores_of
+    from cpsample.judgement.attacks import attacks, guard_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import load_protected_run, members_of
@@ -602,11 +692,10 @@ def attack_command(
 
     # Every attack asks both sides.
     members, test = drawn(members), drawn(test)
-    scores = {}
-    for name, attack in tqdm((attacks(schedule) | guard_attacks(schedule, guard)).items()):
-        scores[name] = tuple(scores_of(attack, model, side).cpu() for side in (members, test))
-    results = verdicts(scores)
+    collection = attacks(schedule) | guard_attacks(schedule, guard)
+    results = verdicts(attack_scores(model, collection, members, test))
 
+    # The numbers for a file, the table for a person.
     if json_file:
         record = {
             "name": "attack",
@@ -618,6 +707,37 @@ def attack_command(
         }
         save_json(json_file, record)
     print(attack_table(results))
+
+# %% ../nbs/cli.ipynb #ef772955
+_ReproduceName = Annotated[
+    str,
+    typer.Argument(
+        help=f"A study ({one_of(tuple(choices.studies))}), "
+        f"or an experiment for a GPU ({one_of(choices.EXPERIMENTS)})."
+    ),
+]
+_ReproduceParts = Annotated[
+    list[str] | None, typer.Argument(help="Parts of a study to measure (default: all).")
+]
+_ReproduceSize = Annotated[
+    str,
+    typer.Option(
+        help="Of an experiment: full (a large GPU), colab (an evening on a free one) "
+        "or tiny (a CPU, to see everything run)."
+    ),
+]
+_ReproduceOut = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the results; what was stopped goes on "
+        "(default: results, for experiments runs/NAME-SIZE)."
+    ),
+]
+_ReproduceWork = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a study's stages (default: NAME in the cache)."),
+]
+_ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment will do and cost.")]
 
 # %% ../nbs/cli.ipynb #413b4070
 def reproduce_experiment(name: str, size: str, out: Path | None, plan: bool, device: str | None):
@@ -646,37 +766,12 @@ def reproduce_study(name: str, parts: list[str], out: Path, work: Path | None, d
 
 @app.command("reproduce")
 def reproduce_command(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help=f"A study ({one_of(tuple(choices.studies))}), "
-            f"or an experiment for a GPU ({one_of(choices.EXPERIMENTS)})."
-        ),
-    ],
-    parts: Annotated[
-        list[str] | None, typer.Argument(help="Parts of a study to measure (default: all).")
-    ] = None,
-    size: Annotated[
-        str,
-        typer.Option(
-            help="Of an experiment: full (a large GPU), colab (an evening on a free one) "
-            "or tiny (a CPU, to see everything run)."
-        ),
-    ] = "full",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the results; what was stopped goes on "
-            "(default: results, for experiments runs/NAME-SIZE)."
-        ),
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a study's stages (default: NAME in the cache)."),
-    ] = None,
-    plan: Annotated[
-        bool, typer.Option(help="Only say what an experiment will do and cost.")
-    ] = False,
+    name: _ReproduceName,
+    parts: _ReproduceParts = None,
+    size: _ReproduceSize = "full",
+    out: _ReproduceOut = None,
+    work: _ReproduceWork = None,
+    plan: _ReproducePlan = False,
     device: Device = None,
 ) -> None:
     "Measure the numbers of a table again: stage by stage, and what was stopped goes on."
