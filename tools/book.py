@@ -156,9 +156,10 @@ def faults(path):
     "What is wrong with a notebook as published: a list of sentences."
     notebook, sentences = read(path), []
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    outputs = [output for cell in code for output in cell["outputs"]]
+    outputs = sum((cell["outputs"] for cell in code), [])
     counts = [cell["execution_count"] for cell in code if "".join(cell["source"]).strip()]
 
+    # What a reader could not open, would frown at, or could not trust.
     if path.stat().st_size > 1_000_000:
         sentences.append(f"{path.stat().st_size / 1e6:.1f} MB, at most 1 MB")
     if any(output["output_type"] == "error" for output in outputs):
@@ -172,10 +173,10 @@ def faults(path):
 
 def differences(old_root, new_root):
     "Which notebooks, modules and README differ between two checkouts: a list of sentences."
-    sentences = []
-    pages = {p.relative_to(root) for root in (old_root, new_root) for p in notebooks(root)}
-    code = {p.relative_to(root) for root in (old_root, new_root) for p in modules(root)}
-    for name in sorted(pages | code | {Path("README.md"), Path("CONTRIBUTING.md")}):
+    sentences, names = [], {Path("README.md"), Path("CONTRIBUTING.md")}
+    for root in (old_root, new_root):
+        names |= {path.relative_to(root) for path in [*notebooks(root), *modules(root)]}
+    for name in sorted(names):
         old, new = old_root / name, new_root / name
         if not new.exists():
             sentences.append(f"{name.as_posix()} has no notebook that exports it")
@@ -186,7 +187,7 @@ def differences(old_root, new_root):
 
 def check():
     "Print what is stale or unfit to be published; True if anything is."
-    sentences = [sentence for path in notebooks() for sentence in faults(path)]
+    sentences = sum(map(faults, notebooks()), [])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
@@ -220,6 +221,7 @@ def run(names):
         where = {"metadata": {"path": str(path.parent)}}
         NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
 
+        # Kept is what a reader sees; widgets and the machine's notes go.
         raw = json.loads(nbformat.writes(notebook))
         raw["metadata"] = {"kernelspec": kernel}
         for cell in raw["cells"]:
