@@ -123,6 +123,7 @@ def sampler_ratios() -> dict:
         seeded(0, lambda width=width: MLPDenoiser((1, 8, 8), width)).requires_grad_(False)
         for width in (256, 512)
     )
+    # DDIM draws nothing, DDPM a batch of normal numbers per step: that, too, is measured alone.
     calls, wide_calls = partial(calls_only, network), partial(calls_only, wide)
     return {
         "sampler_over_network": ratio(partial(steps_of_sampler, network, 0), calls),
@@ -280,6 +281,7 @@ def ddp_step(network: nn.Module, x0: Tensor) -> Job:
     diffusion, optimizer, loader = accelerator.prepare(diffusion, optimizer, loader)
     batches = endless(loader)
 
+    # One turn of its loop, without the parts that write files.
     def job():
         loss = diffusion(next(batches))
         accelerator.backward(loss)
@@ -361,6 +363,7 @@ def sampling_ratios() -> dict:
     network, shape = our_unet().requires_grad_(False).eval(), (IMAGES, 1, 28, 28)
     x = torch.randn(shape)
 
+    # The yardstick, and our sampler.
     @torch.no_grad()
     def calls():
         for t in timesteps(schedule.T, DDIM_STEPS):
@@ -398,6 +401,7 @@ def main() -> None:
         "sample_images": IMAGES,
         "sample_steps": DDIM_STEPS,
     }
+    # The file first, then the same for a person.
     origin = {"name": "bench", "command": "make bench", **provenance()}
     save_json(RESULTS, origin | {"settings": settings, "ratios": ratios})
     for name, row in ratios.items():
