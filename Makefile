@@ -47,17 +47,16 @@ lint: .venv/installed-dev  ## style, format, fresh exports, and how readable the
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check nbs tools tests
 	$(BIN)/python tools/book.py check
+	$(BIN)/mypy cpsample
 	$(BIN)/python -m pytest -q tests/test_measures.py
 
 test: lint  ## everything that is asserted: lint, all unit tests, every notebook
 	$(BIN)/python -m pytest -q
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 
-# TODO(architecture): tools/architecture.py can also be called from `tools/book.py write`.
-book: .venv/installed-dev  ## run notebooks (all, or ARGS), export the package, write the README
+book: .venv/installed-dev  ## run notebooks (all, or ARGS), export, README and map
 	$(BIN)/python tools/book.py run $(ARGS)
 	$(BIN)/python tools/book.py write
-	$(BIN)/python tools/architecture.py
 
 # To measure again.
 

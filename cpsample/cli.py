@@ -417,7 +417,7 @@ def guard_command(
 
     # A pipeline has its own space; a run has its own images.
     settings = given(t_max=t_max)
-    if pipeline:
+    if run is None:
         from cpsample.production.pipelines import guard_pipeline
 
         place = on_device(device)

@@ -7,6 +7,8 @@ __all__ = ['IMAGE_SETS', 'PRESETS', 'COPY_TESTS', 'SEARCHES', 'SPACES', 'EXPERIM
            'DEMO_SEEDS', 'studies', 'check_choice']
 
 # %% ../../nbs/5_workshop/08_choices.ipynb #1f73805b
+from typing import Any
+
 from .registry import Registry, feature_spaces
 
 # %% ../../nbs/5_workshop/08_choices.ipynb #44d6131d
@@ -19,7 +21,7 @@ SPACES = (*feature_spaces, "pca-64")  # of features
 EXPERIMENTS = ("celeba64", "cifar10")  # with a GPU, in one of
 SIZES = ("full", "colab", "tiny")
 
-DEMO = {
+DEMO: dict[str, Any] = {
     "data": "digits",
     "schedule": "linear",
     "images": 100,
