@@ -1,0 +1,96 @@
+"The same on a GPU, where there is one: everything follows its device, and nothing is drawn twice."
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpsample.core.calibration import calibrate
+from cpsample.core.copying import copy_test
+from cpsample.core.ddpm import MLPDenoiser, generate, seeded
+from cpsample.core.guard import fit_guard, protect
+from cpsample.core.guard_files import load_guard, save_guard
+from cpsample.core.images import load_digits
+from cpsample.core.schedule import make_schedule
+from cpsample.judgement.attacks import attacks, scores_of
+from cpsample.practice.datasets import load_fashion
+from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, train_denoiser
+from cpsample.workshop.neighbours import nearest
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+SCHEDULE = make_schedule()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()[0].cuda()
+
+
+@pytest.fixture(scope="module")
+def guard(digits):
+    "A calibrated guard of thirty digits, trained on the GPU."
+    guard = fit_guard(digits[:30], SCHEDULE, digits[100:300], steps=800)
+    calibrate(guard, digits[:30], digits[300:600])
+    return guard
+
+
+def device_of(network):
+    return next(network.parameters()).device.type
+
+
+def test_a_guard_is_trained_calibrated_kept_and_read(guard, digits, tmp_path):
+    assert device_of(guard.classifier) == "cuda" and guard.calibrated
+    save_guard(guard, tmp_path / "guard")
+    again = load_guard(tmp_path / "guard")
+    t = torch.full((5,), 10)
+    logits = again.classifier(digits[:5].cpu(), t)
+    torch.testing.assert_close(
+        logits, guard.classifier(digits[:5], t.cuda()).cpu(), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_the_guard_follows_the_model_and_nothing_changes_at_scale_zero(guard, tmp_path):
+    save_guard(guard, tmp_path / "guard")
+    model = seeded(0, lambda: MLPDenoiser((1, 8, 8))).eval()
+    torch.nn.init.normal_(model.out.weight, std=0.1)
+    silent = protect(model, replace(load_guard(tmp_path / "guard"), scale=0.0))
+    assert device_of(silent.guard.classifier) == "cpu"
+
+    silent = silent.cuda()
+    assert device_of(silent.guard.classifier) == device_of(silent) == "cuda"
+    draw = {"steps": 20, "seed": 3, "device": "cuda"}
+    plain = generate(model, SCHEDULE, (1, 8, 8), 16, **draw)
+    assert torch.equal(generate(silent, SCHEDULE, (1, 8, 8), 16, **draw), plain)
+
+
+def test_neighbours_and_copies_are_those_of_the_cpu(digits):
+    x = (
+        digits[:200]
+        + 0.3 * torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).cuda()
+    )
+    distances, rows = nearest(x, digits, k=3, flips=True)
+    expected, expected_rows = nearest(x.cpu(), digits.cpu(), k=3, flips=True)
+    torch.testing.assert_close(distances.cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert (rows.cpu() == expected_rows).float().mean() > 0.99
+    assert copy_test(x, digits).copies == copy_test(x.cpu(), digits.cpu()).copies
+
+
+def test_attacks_answer_on_the_gpu(digits):
+    model = seeded(0, lambda: MLPDenoiser((1, 8, 8))).cuda().eval()
+    for name, attack in attacks(SCHEDULE).items():
+        scores = scores_of(attack, model, digits[:20])
+        assert scores.device.type == "cuda" and torch.isfinite(scores).all(), name
+
+
+def test_a_run_is_trained_and_its_guard_with_it(tmp_path):
+    images = load_fashion(small=True)[0]
+    config = replace(CONFIGS["fashion"].tiny(), guard_steps=800)
+    options = {"device": "cuda", "progress": False}
+    train_denoiser(config, images[:8], tmp_path, **options)
+    model, schedule, _ = load_model(tmp_path / "model.safetensors")
+    guard = fit_run_guard(
+        config, images[:8], images[100:200], schedule, tmp_path / "guard", **options
+    )
+    guarded = protect(model, guard).cuda()
+    x = generate(guarded, schedule, (1, 28, 28), 8, steps=10, device="cuda")
+    assert x.shape == (8, 1, 28, 28) and torch.isfinite(x).all() and guarded.rows_seen == 80
