@@ -31,6 +31,7 @@ from .practice.datasets import IMAGE_SETS, read_data
 from cpsample.practice.runs import (
     CONFIGS,
     Config,
+    divide_non_members,
     fit_run_guard,
     load_model,
     load_protected_run,
@@ -282,7 +283,7 @@ def guard_command(
         guard = fit_run_guard(
             config,
             members,
-            others[: 4 * len(members) + 400],
+            divide_non_members(members, others).for_guard,
             schedule,
             out,
             preset,
@@ -440,7 +441,7 @@ def attack_command(
     strangers = (
         read_data(others, about["size"], about["channels"])
         if others
-        else rest[4 * len(members) + 400 :]
+        else divide_non_members(members, rest).test
     )  # those before may have taught the guard
     if len(strangers) < 20:
         raise ValueError(
