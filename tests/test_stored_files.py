@@ -1,4 +1,4 @@
-"Files that version 0.1 wrote are still read: guards, models, a run that goes on, an experiment, results."
+"What version 0.1 wrote is still read: guards, models, a run that goes on, stages, results."
 
 import hashlib
 import json
