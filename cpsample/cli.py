@@ -318,7 +318,16 @@ def train_command(
     # Train, with a sheet of samples beside each checkpoint.
     accelerator, place = processes(device)
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
-    train_denoiser(config, members, out, base, sheet, accelerator, place, use_compile)
+    train_denoiser(
+        config,
+        members,
+        out,
+        start=base,
+        after_checkpoint=sheet,
+        accelerator=accelerator,
+        device=place,
+        use_compile=use_compile,
+    )
     print(f"Trained on {len(members)} images: {out / 'model.safetensors'}")
 
 # %% ../nbs/cli.ipynb #be51354d
@@ -363,7 +372,13 @@ def guard_of_run(
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
     from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import Config, fit_run_guard, load_model, members_of
+    from cpsample.practice.runs import (
+        Config,
+        divide_non_members,
+        fit_run_guard,
+        load_model,
+        members_of,
+    )
     from cpsample.workshop.files import writable
 
     # Members, and others of the same kind that the guard should leave alone.
@@ -381,11 +396,11 @@ def guard_of_run(
     config = replace(Config(**description["config"]), **given(guard_steps=steps))
     accelerator, place = processes(device)
     writable(run)
-    teaching = non_members[: 4 * len(members) + 400]
+    for_guard = divide_non_members(members, non_members).for_guard
     return fit_run_guard(
         config,
         members,
-        teaching,
+        for_guard,
         schedule,
         run / "guard",
         preset=preset,
@@ -667,7 +682,7 @@ def attack_command(
     from cpsample.judgement.attacks import attacks, guard_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import load_protected_run, members_of
+    from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
     from cpsample.workshop.files import save_json, writable
 
     # Members, and others that neither the model nor its guard has seen.
@@ -678,7 +693,7 @@ def attack_command(
     if others:
         test = read_data(others, description["size"], description["channels"])
     else:
-        test = non_members[4 * len(members) + 400 :]
+        test = divide_non_members(members, non_members).test
     if len(test) < 20:
         raise ValueError(
             "there are not enough images that neither the model nor its guard has seen: "

@@ -1,4 +1,7 @@
-"Two real processes, with the same global batch, give the losses of one: denoiser and guard. Labels follow the image, not the process."
+"""Two real processes, with the same global batch, give the losses of one: denoiser and guard.
+
+Labels follow the image, not the process.
+"""
 
 import json
 import sys
@@ -8,10 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpsample.core.classifier import member_labels
 from cpsample.core.ddpm import MLPDenoiser, seeded
+from cpsample.core.guard import fit_guard
+from cpsample.core.images import pixels
+from cpsample.core.schedule import make_schedule
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS, train_denoiser
 from cpsample.practice.training import fit
+from cpsample.practice.unet import UNetClassifier
 from cpsample.workshop.parallel import Together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over fork")
@@ -21,50 +29,50 @@ CONFIG = replace(
 )
 
 
-def both(folder, accelerator=None):
-    "50 steps of denoiser and guard; each process writes its losses and what labels it saw."
-    from cpsample.core.classifier import member_labels
-    from cpsample.core.guard import fit_guard
-    from cpsample.core.images import pixels
-    from cpsample.core.schedule import make_schedule
-    from cpsample.practice.unet import UNetClassifier
+def guard_losses(images, folder, accelerator):
+    "The losses of a guard's training."
+    losses = []
 
-    torch.set_num_threads(1)
-    x = load_fashion(small=True)[0][:40]
-    _, schedule, losses = train_denoiser(CONFIG, x, folder, accelerator=accelerator, progress=False)
-    torch.manual_seed(0)
-    classifier, found = UNetClassifier((1, 28, 28), 8, width=8), []
-
-    def drive(model, loss, data, steps, **how):
-        found.extend(
-            fit(
-                model,
-                loss,
-                data,
-                steps,
-                folder / "guard.safetensors",
-                accelerator=accelerator,
-                progress=False,
-                **how,
-            )[1]
+    def drive(model, loss, data, steps, **training_options):
+        _, losses[:] = fit(
+            model,
+            loss,
+            data,
+            steps=steps,
+            path=folder / "guard.safetensors",
+            accelerator=accelerator,
+            progress=False,
+            **training_options,
         )
 
-    fit_guard(
-        pixels(x), make_schedule(), steps=STEPS, batch_size=16, classifier=classifier, drive=drive
-    )
+    torch.manual_seed(0)
+    classifier = UNetClassifier((1, 28, 28), 8, width=8)
+    options = dict(steps=STEPS, batch_size=16, classifier=classifier, drive=drive)
+    fit_guard(pixels(images), make_schedule(), **options)
+    return losses
+
+
+def gradients(images, accelerator):
+    "The gradients of one backward pass: Adam hides a wrong factor on all of them, so we look."
     plain = seeded(0, lambda: MLPDenoiser((1, 28, 28), 8))
-    net = Together(accelerator.prepare(plain)) if accelerator else plain
-    (
-        net(pixels(x[:16]), torch.arange(16)) - 1
-    ).square().mean().backward()  # Adam hides a wrong factor on all gradients, so look at them
-    save_file(
-        {name: p.grad.clone() for name, p in plain.named_parameters()},
-        folder / f"gradient-{accelerator.process_index if accelerator else 0}.safetensors",
-    )
+    network = Together(accelerator.prepare(plain)) if accelerator else plain
+    (network(pixels(images[:16]), torch.arange(16)) - 1).square().mean().backward()
+    return {name: weight.grad.clone() for name, weight in plain.named_parameters()}
+
+
+def measure(folder, accelerator=None):
+    "50 steps of denoiser and guard; each process writes its losses and what labels it saw."
+    torch.set_num_threads(1)
+    images = load_fashion(small=True)[0][:40]
+    trained = train_denoiser(CONFIG, images, folder, accelerator=accelerator, progress=False)
+    record = {
+        "denoiser": trained.losses,
+        "guard": guard_losses(images, folder, accelerator),
+        "labels": member_labels(images, 8, 0).tolist(),
+    }
     rank = accelerator.process_index if accelerator else 0
-    (folder / f"{rank}.json").write_text(
-        json.dumps({"denoiser": losses, "guard": found, "labels": member_labels(x, 8, 0).tolist()})
-    )
+    save_file(gradients(images, accelerator), folder / f"gradient-{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
 def worker(folder):
@@ -72,37 +80,38 @@ def worker(folder):
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    both(folder, accelerator)
+    measure(folder, accelerator)
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path):
+def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     launcher = pytest.importorskip("accelerate").debug_launcher
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone, together = tmp_path / "alone", tmp_path / "together"
-    alone.mkdir(), together.mkdir()
-    both(alone)
+    alone.mkdir()
+    together.mkdir()
+    measure(alone)
     launcher(worker, args=(together,), num_processes=2)
-    one, *two = (
-        json.loads(p.read_text())
-        for p in (alone / "0.json", together / "0.json", together / "1.json")
-    )
-    wanted = load_file(alone / "gradient-0.safetensors")
-    for k in (0, 1):
-        torch.testing.assert_close(
-            load_file(together / f"gradient-{k}.safetensors"), wanted, atol=1e-6, rtol=1e-4
-        )
-    assert max(g.abs().max() for g in wanted.values()) > 1e-3
+
+    # Each process found the gradients of one, and no other factor.
+    expected = load_file(alone / "gradient-0.safetensors")
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+    for rank in (0, 1):
+        shared = load_file(together / f"gradient-{rank}.safetensors")
+        torch.testing.assert_close(shared, expected, atol=1e-6, rtol=1e-4)
+
+    # The same losses in each step, the same labels.
+    one = json.loads((alone / "0.json").read_text())
+    for rank in (0, 1):
+        record = json.loads((together / f"{rank}.json").read_text())
+        assert record["labels"] == one["labels"]
+        for part in ("denoiser", "guard"):
+            torch.testing.assert_close(record[part], one[part], atol=1e-4, rtol=0)
     for part in ("denoiser", "guard"):
-        for other in two:
-            torch.testing.assert_close(
-                torch.tensor(other[part]), torch.tensor(one[part]), atol=1e-4, rtol=0
-            )
         assert len(one[part]) == STEPS and one[part][-1] < one[part][0]
-    assert one["labels"] == two[0]["labels"] == two[1]["labels"]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    network = Together(MLPDenoiser((1, 8, 8), 8))
     with pytest.raises(ValueError, match="make it a multiple of 2"):
-        Together(MLPDenoiser((1, 8, 8), 8))(
-            torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long)
-        )
+        network(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))

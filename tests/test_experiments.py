@@ -172,7 +172,7 @@ def test_killed_while_training(copied, done, monkeypatch):
         def stop(step, slow):
             raise KeyboardInterrupt
 
-        return real(replace(config, every=3), *args, **how, after=stop)
+        return real(replace(config, every=3), *args, **how, after_checkpoint=stop)
 
     monkeypatch.setattr(experiments, "train_denoiser", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -183,7 +183,7 @@ def test_killed_while_training(copied, done, monkeypatch):
     monkeypatch.setattr(
         experiments,
         "train_denoiser",
-        lambda *a, **k: real(*a, **k, after=lambda step, slow: steps.append(step)),
+        lambda *a, **k: real(*a, **k, after_checkpoint=lambda step, _: steps.append(step)),
     )
     run_experiment(TINY, copied, progress=False)
     assert steps == [5] and (copied / "tuned" / "model.safetensors").read_bytes() == weights

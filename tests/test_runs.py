@@ -1,27 +1,47 @@
 "cpsample train, guard and sample: a run from the shell, and the mistakes people make with it."
 
 import json
+import re
 import warnings
+from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from cpsample.cli import app
 from cpsample.core.guard import UncalibratedGuardWarning, protect
 from cpsample.core.guard_files import load_guard
+from cpsample.core.images import first_occurrence
 from cpsample.practice import runs
-from cpsample.practice.runs import load_model
+from cpsample.practice.runs import (
+    CONFIGS,
+    Config,
+    divide_non_members,
+    load_model,
+    load_protected_run,
+    members_of,
+)
 
 TRAIN = ["train", "fashion-small", "--images", "16", "--tiny"]
 
 
 def call(*words):
-    result = CliRunner().invoke(app, [str(w) for w in words])
+    result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def succeeds(*words):
+    "What a command says that ends well."
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def refused(says, *words):
@@ -34,177 +54,169 @@ def refused(says, *words):
 def run(tmp_path_factory):
     "A tiny model with a tiny guard."
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert call(*TRAIN, "--out", folder).exit_code == 0
-    done = call("guard", folder, "--steps", "800")
-    assert done.exit_code == 0 and "Certain of" in done.stdout, done.output
+    succeeds(*TRAIN, "--out", folder)
+    assert "Certain of" in succeeds("guard", folder, "--steps", "800")
     return folder
 
 
 def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
-    said = call("sample", run, "-n", 12, "--out", tmp_path / "a", "--seed", 3).stdout
+    def sample(name, *options):
+        "What the command says, and the images that it writes."
+        said = succeeds("sample", run, "-n", 12, "--out", tmp_path / name, "--seed", 3, *options)
+        return said, np.load(tmp_path / f"{name}.npz")["images"]
+
+    said, images = sample("guarded")
     assert "The guard stepped in" in said
-    assert (
-        "The guard"
-        not in call(
-            "sample", run, "-n", 12, "--out", tmp_path / "b", "--seed", 3, "--unguarded"
-        ).stdout
-    )
-    assert call("sample", run, "-n", 12, "--out", tmp_path / "c", "--seed", 3).exit_code == 0
-    a, b, c = (np.load(tmp_path / f"{k}.npz")["images"] for k in "abc")
-    assert (
-        a.shape == (12, 28, 28, 1)
-        and a.dtype == np.uint8
-        and np.array_equal(a, c)
-        and a.std() > 1
-        and b.std() > 1
-    )
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert images.shape == (12, 28, 28, 1) and images.dtype == np.uint8 and images.std() > 1
+    assert (tmp_path / "guarded.png").stat().st_size > 1000
+
+    said, unguarded = sample("unguarded", "--unguarded")
+    assert "The guard" not in said and unguarded.std() > 1
+    _, again = sample("again")
+    assert np.array_equal(images, again)
 
 
 def test_strength_multiplies_the_scale_of_the_guard(run, tmp_path, monkeypatch):
-    guards, own = [], load_guard(run / "guard").scale
-    monkeypatch.setattr(
-        runs, "protect", lambda model, guard: guards.append(guard) or protect(model, guard)
-    )
+    guards, own_scale = [], load_guard(run / "guard").scale
+
+    def watched(model, guard):
+        guards.append(guard)
+        return protect(model, guard)
+
+    monkeypatch.setattr(runs, "protect", watched)
     for strength in (1, 4):
-        assert (
-            call(
-                "sample",
-                run,
-                "-n",
-                2,
-                "--out",
-                tmp_path / "s",
-                "--steps",
-                2,
-                "--strength",
-                strength,
-            ).exit_code
-            == 0
-        )
-    assert [g.scale for g in guards] == [own, 4 * own] and all(g.calibrated for g in guards)
+        out = "--out", tmp_path / "s"
+        succeeds("sample", run, "-n", 2, *out, "--steps", 2, "--strength", strength)
+    assert [guard.scale for guard in guards] == [own_scale, 4 * own_scale]
+    assert all(guard.calibrated for guard in guards)
+
+
+def test_a_run_is_loaded_with_all_that_sampling_needs(run):
+    protected = load_protected_run(run, device="cpu")
+    assert protected._fields == ("model", "schedule", "shape", "guard", "device")
+    assert protected.shape == [1, 28, 28] and protected.device == "cpu"
+    assert protected.guard.calibrated and protected.schedule.T == 1000
+
+    bare = load_protected_run(run, unguarded=True, device="cpu")
+    assert bare.guard is None
+    x_t, t = torch.randn(2, 1, 28, 28), torch.tensor([999, 999])
+    torch.testing.assert_close(protected.model(x_t, t), bare.model(x_t, t))
 
 
 def test_the_guard_is_private_and_the_run_says_what_it_is(run):
     assert (run / "guard.safetensors").stat().st_mode & 0o777 == 0o600
-    about = json.loads((run / "run.json").read_text())
-    assert (
-        about["data"] == "fashion-small"
-        and about["images"] == 16
-        and about["config"]["steps"] == 20
-    )
+    description = json.loads((run / "run.json").read_text())
+    assert list(description) == "data size channels images fingerprint from config".split()
+    assert description["data"] == "fashion-small" and description["images"] == 16
+    assert description["config"]["steps"] == 20
 
 
 def test_a_stopped_run_goes_on_and_a_finished_one_stays(run):
     before = (run / "model.safetensors").read_bytes()
-    assert (
-        call(*TRAIN, "--out", run).exit_code == 0
-        and (run / "model.safetensors").read_bytes() == before
-    )
+    succeeds(*TRAIN, "--out", run)
+    assert (run / "model.safetensors").read_bytes() == before
     refused("belongs to another run", *TRAIN, "--out", run, "--steps", 30)
 
 
 def test_fine_tuning_from_a_model(run, tmp_path):
-    assert (
-        call(
-            "train",
-            "fashion-small",
-            "--images",
-            5,
-            "--tiny",
-            "--seed",
-            4,
-            "--from",
-            run / "model.safetensors",
-            "--out",
-            tmp_path / "tuned",
-        ).exit_code
-        == 0
-    )
-    assert (
-        load_model(tmp_path / "tuned" / "model.safetensors")[0].config
-        == load_model(run / "model.safetensors")[0].config
-    )
+    options = "--images", 5, "--tiny", "--seed", 4, "--from", run / "model.safetensors"
+    succeeds("train", "fashion-small", *options, "--out", tmp_path / "tuned")
+    tuned = load_model(tmp_path / "tuned" / "model.safetensors")
+    assert tuned.model.config == load_model(run / "model.safetensors").model.config
+
+
+# Who may see which images.
+
+
+@given(n_members=st.integers(1, 60), n_non_members=st.integers(0, 1500))
+def test_what_teaches_a_guard_never_judges_it(n_members, n_non_members):
+    "The two parts are disjoint and complete, and the same for everybody who asks."
+    members = torch.zeros(n_members, 1)
+    non_members = torch.arange(float(n_non_members))[:, None]
+    for_guard, test = divide_non_members(members, non_members)
+    assert torch.equal(torch.cat([for_guard, test]), non_members)
+    assert not set(for_guard.flatten().tolist()) & set(test.flatten().tolist())
+    assert len(for_guard) == min(n_non_members, 4 * n_members + 400)
+
+    again = divide_non_members(torch.ones(n_members, 1), non_members.clone())
+    assert torch.equal(again.for_guard, for_guard) and torch.equal(again.test, test)
+
+
+def test_members_and_non_members_of_a_run_are_all_images_and_disjoint(run):
+    images, again = members_of(run), members_of(run)
+    assert len(images.members) == 16 and images.description["images"] == 16
+    assert torch.equal(images.members, again.members)
+    assert torch.equal(images.non_members, again.non_members)
+
+    everything = torch.cat([images.members, images.non_members])
+    first = first_occurrence(everything)
+    assert len(everything) == 3000 and (first[16:] >= 16).all()
+
+
+def test_every_field_of_a_configuration_is_explained_and_none_can_be_changed():
+    for field in fields(Config):
+        assert re.search(rf"^    {field.name}\b[^:]*: \S", Config.__doc__, re.MULTILINE), field.name
+    with pytest.raises(FrozenInstanceError):
+        CONFIGS["digits"].steps = 5
+
+
+# Mistakes.
 
 
 def pictures(folder, n, broken=False, first=0):
+    "A folder of n random pictures, and perhaps half a file."
     folder.mkdir()
     for i in range(n):
-        Image.fromarray(
-            np.random.default_rng(first + i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        ).save(folder / f"{i}.jpg")
+        random = np.random.default_rng(first + i)
+        image = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.jpg")
     if broken:
         (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])
     return folder
 
 
 def test_a_folder_of_three_images(tmp_path):
-    mine = pictures(tmp_path / "mine", 3)
-    assert call("train", mine, "--size", 16, "--tiny", "--out", tmp_path / "run").exit_code == 0
-    refused("--reference FOLDER", "guard", tmp_path / "run")
-    refused(
-        "at least 8",
-        "guard",
-        tmp_path / "run",
-        "--reference",
-        pictures(tmp_path / "few", 2, first=100),
-    )
-    refused(
-        "certain of",
-        "guard",
-        tmp_path / "run",
-        "--reference",
-        pictures(tmp_path / "others", 12, first=100),
-        "--steps",
-        1,
-    )
-    (mine / "1.jpg").unlink()
-    refused("not those that", "guard", tmp_path / "run")
+    few, others = pictures(tmp_path / "few", 2, first=100), tmp_path / "others"
+    images, run = pictures(tmp_path / "images", 3), tmp_path / "run"
+    pictures(others, 12, first=100)
+    succeeds("train", images, "--size", 16, "--tiny", "--out", run)
+    refused("--reference FOLDER", "guard", run)
+    refused("at least 8", "guard", run, "--reference", few)
+    refused("certain of", "guard", run, "--reference", others, "--steps", 1)
+    assert not list(run.glob("guard*"))
+
+    (images / "1.jpg").unlink()
+    refused("not those that", "guard", run)
 
 
 def test_broken_files(tmp_path):
-    mine = pictures(tmp_path / "mine", 4, broken=True)
+    images = pictures(tmp_path / "images", 4, broken=True)
+    train = "train", images, "--size", 16, "--tiny", "--out"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert call("train", mine, "--size", 16, "--tiny", "--out", tmp_path / "run").exit_code == 0
-    assert any("bad.jpg" in str(w.message) for w in said)
-    refused(
-        "bad.jpg", "train", mine, "--size", 16, "--tiny", "--strict", "--out", tmp_path / "strict"
-    )
+        succeeds(*train, tmp_path / "run")
+    assert any("bad.jpg" in str(warning.message) for warning in said)
+    refused("bad.jpg", *train, tmp_path / "strict", "--strict")
 
 
-def test_mistakes(tmp_path, run):
+def test_mistakes_in_training(tmp_path, run):
+    out = "--out", tmp_path / "r"
     (tmp_path / "empty").mkdir()
-    refused("no images in", "train", tmp_path / "empty", "--out", tmp_path / "r")
-    refused(
-        "neither a folder, nor a .npy or .npz file, nor a known data set",
-        "train",
-        "cats",
-        "--out",
-        tmp_path / "r",
-    )
-    refused("cannot split", "train", "fashion-small", "--images", 9999, "--out", tmp_path / "r")
-    refused("at least 1", "train", "fashion-small", "--steps", 0, "--out", tmp_path / "r")
-    refused(
-        "cannot be divided by",
-        "train",
-        pictures(tmp_path / "odd", 3),
-        "--size",
-        30,
-        "--tiny",
-        "--out",
-        tmp_path / "r2",
-    )
-    refused(
-        "no model at",
-        "train",
-        "fashion-small",
-        "--from",
-        tmp_path / "none",
-        "--out",
-        tmp_path / "r",
-    )
+    refused("no images in", "train", tmp_path / "empty", *out)
+    unknown = "neither a folder, nor a .npy or .npz file, nor a known data set"
+    refused(unknown, "train", "cats", *out)
+    refused("cannot split", "train", "fashion-small", "--images", 9999, *out)
+    refused("at least 1", "train", "fashion-small", "--steps", 0, *out)
+    refused("no model at", "train", "fashion-small", "--from", tmp_path / "none", *out)
     refused("/dev/null", *TRAIN, "--out", "/dev/null/r")
+    assert not (tmp_path / "r").exists()
+
+    odd = pictures(tmp_path / "odd", 3)
+    out = "--out", tmp_path / "r2"
+    refused("cannot be divided by", "train", odd, "--size", 30, "--tiny", *out)
+
+
+def test_mistakes_afterwards(tmp_path, run):
     refused("holds no run", "guard", tmp_path)
     refused("holds no run", "sample", tmp_path)
     refused("at least 1, got 0", "sample", run, "-n", 0)
@@ -213,23 +225,17 @@ def test_mistakes(tmp_path, run):
     refused("between 2 and T=1000", "sample", run, "--steps", 1)
     refused("scale must be finite and at least 0", "sample", run, "--strength", -1)
     refused("unknown preset", "guard", run, "--preset", "best")
-    assert not (tmp_path / "r").exists()
 
 
 def test_sampling_without_a_guard_has_to_be_asked_for(tmp_path):
-    assert (
-        call("train", "fashion-small", "--images", 4, "--tiny", "--out", tmp_path / "run").exit_code
-        == 0
-    )
-    refused("--unguarded", "sample", tmp_path / "run", "--out", tmp_path / "s")
-    assert (
-        call("sample", tmp_path / "run", "--unguarded", "--out", tmp_path / "s", "-n", 3).exit_code
-        == 0
-    )
+    succeeds("train", "fashion-small", "--images", 4, "--tiny", "--out", tmp_path / "run")
+    sample = "sample", tmp_path / "run", "--out", tmp_path / "s"
+    refused("--unguarded", *sample)
+    succeeds(*sample, "--unguarded", "-n", 3)
 
 
 def test_the_papers_guard_is_written_as_printed(tmp_path):
-    assert call(*TRAIN, "--out", tmp_path).exit_code == 0
-    assert "not calibrated" in call("guard", tmp_path, "--preset", "paper", "--steps", 5).stdout
+    succeeds(*TRAIN, "--out", tmp_path)
+    assert "not calibrated" in succeeds("guard", tmp_path, "--preset", "paper", "--steps", 5)
     with pytest.warns(UncalibratedGuardWarning):
-        assert call("sample", tmp_path, "-n", 4, "--out", tmp_path / "s").exit_code == 0
+        succeeds("sample", tmp_path, "-n", 4, "--out", tmp_path / "s")

@@ -6,37 +6,47 @@
 __all__ = ['Together']
 
 # %% ../../nbs/5_workshop/05_parallel.ipynb #ee419b1f
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../../nbs/5_workshop/05_parallel.ipynb #ed037b15
-class _Join(torch.autograd.Function):
-    "All processes' rows in order. Backward: one's own rows, times the number of processes, since DDP takes the mean."
+class _JoinRows(torch.autograd.Function):
+    "All processes' rows, in order. Backward: one's own rows, times the number of processes."
 
     @staticmethod
-    def forward(ctx, mine):
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine)
-        return torch.cat(parts)
+    def forward(ctx: Any, own_rows: Tensor) -> Tensor:
+        rows_of = [torch.empty_like(own_rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows_of, own_rows)
+        return torch.cat(rows_of)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        n_processes = dist.get_world_size()
+        own_rows = gradient.chunk(n_processes)[dist.get_rank()]
+        return own_rows * n_processes  # DDP takes the mean over processes, the sum is wanted
 
 
 class Together(nn.Module):
-    "The model, its rows shared out among the processes of torch.distributed. Raises ValueError if the batch cannot be shared equally."
+    """The model, its rows shared out among the processes of torch.distributed.
 
-    def __init__(self, model):
+    model: model(x, t) → a tensor with a row for each row of x; rows must not depend on each other.
+    Raises ValueError when it is called with a batch that cannot be shared equally.
+    """
+
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x, t):
-        if len(x) % (n := dist.get_world_size()):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        n_processes = dist.get_world_size()
+        if len(x) % n_processes:
             raise ValueError(
-                f"a batch of {len(x)} cannot be shared equally by {n} processes: make it a multiple of {n}"
+                f"a batch of {len(x)} cannot be shared equally by {n_processes} processes: "
+                f"make it a multiple of {n_processes}"
             )
-        return _Join.apply(
-            self.model(x.chunk(n)[dist.get_rank()], t.chunk(n)[dist.get_rank()]).contiguous()
-        )
+        rank = dist.get_rank()
+        own_rows = self.model(x.chunk(n_processes)[rank], t.chunk(n_processes)[rank])
+        return _JoinRows.apply(own_rows.contiguous())
