@@ -237,7 +237,7 @@ def reject(
         "the rule rejects too much for this model"
     )
 
-# %% ../../nbs/1_core/06_copying.ipynb #newrej
+# %% ../../nbs/1_core/06_copying.ipynb #9bbd188a
 def reject_copies(
     draw: Callable[[], Tensor],
     x_train: Tensor,

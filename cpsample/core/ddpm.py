@@ -258,7 +258,7 @@ class SampleStep(NamedTuple):
     x_t: Tensor
     x0_pred: Tensor
 
-# %% ../../nbs/1_core/04_ddpm.ipynb #newshares
+# %% ../../nbs/1_core/04_ddpm.ipynb #3aa466db
 def _noise_shares(abar, abar_next, eta):
     "The factors of the predicted noise and of fresh noise at the next level, for one step."
     sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))

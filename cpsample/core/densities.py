@@ -98,7 +98,7 @@ def mix(a: GaussianMixture, b: GaussianMixture, share: float) -> GaussianMixture
         weights=torch.cat([share * a.weights, (1 - share) * b.weights]),
     )
 
-# %% ../../nbs/1_core/02_densities.ipynb #new1mix
+# %% ../../nbs/1_core/02_densities.ipynb #05344def
 def _two_gaussians():
     return round_mixture([(-1.0, 0.0), (1.0, 0.0)], 0.3)
 

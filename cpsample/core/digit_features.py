@@ -63,7 +63,7 @@ def fit_encoder(x: Tensor, y: Tensor, steps: int = 2000, *, seed: int = 0) -> Di
     run(training, steps, progress=False)
     return encoder
 
-# %% ../../nbs/1_core/05_digit_features.ipynb #newship2
+# %% ../../nbs/1_core/05_digit_features.ipynb #8cb7703f
 @torch.no_grad()
 def digit_features(x: Tensor) -> Tensor:
     "Features [B, 64] of digits x [B, 1, 8, 8] in the space that ships, `digits-mlp-64`."

@@ -140,7 +140,7 @@ def plant_duplicates(x: Tensor, k: int, copies: int = 1, *, seed: int = 0) -> tu
     repeats = x[rows].repeat(copies, *[1] * (x.dim() - 1))
     return torch.cat([x, repeats]), rows
 
-# %% ../../nbs/1_core/03_images.ipynb #new1first
+# %% ../../nbs/1_core/03_images.ipynb #09879c34
 def first_occurrence(x: Tensor) -> Tensor:
     "For each row of x the number of the first row that equals it exactly: int64 [N]."
     row_of_hash, first = {}, []

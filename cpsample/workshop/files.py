@@ -89,7 +89,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path | str, header: dict[str
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
-# %% ../../nbs/5_workshop/01_files.ipynb #newwritable2
+# %% ../../nbs/5_workshop/01_files.ipynb #f343d387
 def writable(folder: Path | str) -> Path:
     "Make `folder` and prove that it can be written, before any work is done. Raises OSError."
     folder = Path(folder)
@@ -122,7 +122,7 @@ def data_path(name: str) -> Path:
 # %% ../../nbs/5_workshop/01_files.ipynb #4c55ef6e
 CACHE = Path(os.environ.get("CPSAMPLE_CACHE", Path.home() / ".cache" / "cpsample"))
 
-# %% ../../nbs/5_workshop/01_files.ipynb #newoptional2
+# %% ../../nbs/5_workshop/01_files.ipynb #01da023f
 def import_optional(module: str, extra: str) -> ModuleType:
     """An optional module, imported.
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .files import import_optional
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newdist
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #849721ed
 def distance(a: Tensor, b: Tensor, flips: bool = False) -> Tensor:
     """The ℓ₂ distance of each row of a to the same row of b, computed directly: [n].
 
@@ -27,7 +27,7 @@ def distance(a: Tensor, b: Tensor, flips: bool = False) -> Tensor:
     mirrored = (a - b.flip(-1)).flatten(1).norm(dim=1)
     return torch.minimum(straight, mirrored)
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newtorch2
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #acc3eb7f
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [n, ...] → distances, rows [n, k]
 
 
@@ -64,7 +64,7 @@ def _search_torch(refs: Tensor, k: int, flips: bool, chunk: int) -> Search:
 
     return search
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newfaiss2
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #52783238
 def _search_faiss(refs: Tensor, k: int, flips: bool, chunk: int) -> Search:
     "A search for k candidates among refs (with flips 2k), by an exact index of faiss."
     index = import_optional("faiss", "audit").IndexFlatL2(refs[0].numel())
@@ -91,7 +91,7 @@ def _search_faiss(refs: Tensor, k: int, flips: bool, chunk: int) -> Search:
 
 SEARCH = {"torch": _search_torch, "faiss": _search_faiss}
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newnear2
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #16cd9f68
 def nearest(
     x: Tensor,
     refs: Tensor,
@@ -136,7 +136,7 @@ def nearest(
         rows.append(part_rows.gather(1, order)[:, :k])
     return torch.cat(distances), torch.cat(rows)
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newgroups2
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #ffe1779f
 def nearest_groups(
     x: Tensor,
     refs: Tensor,
@@ -176,7 +176,7 @@ def nearest_groups(
     rows = torch.where(is_nearer, other_row, rows)
     return distances, rows.gather(1, order)
 
-# %% ../../nbs/5_workshop/03_neighbours.ipynb #newtypical2
+# %% ../../nbs/5_workshop/03_neighbours.ipynb #22266c6c
 def typical_distance(
     x: Tensor, k: int = 10, flips: bool = True, *, sample: int = 100, seed: int = 0
 ) -> float:
