@@ -1,4 +1,4 @@
-"Schedules, noising and sampling agree with diffusers; densities and distances with closed forms and other libraries."
+"Schedules, noise and sampling agree with diffusers; densities and distances with closed forms."
 
 import numpy as np
 import pytest
@@ -39,12 +39,10 @@ def test_schedules_are_those_of_diffusers(name, T):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_noisify_and_velocity_are_those_of_diffusers(name, generator):
+def test_noise_and_velocity_are_those_of_diffusers(name, generator):
     theirs, schedule = DDPMScheduler(1000, beta_schedule=NAMES[name]), make_schedule(name)
-    x0, t = (
-        torch.randn(64, 3, 8, 8, generator=generator),
-        torch.randint(1000, (64,), generator=generator),
-    )
+    x0 = torch.randn(64, 3, 8, 8, generator=generator)
+    t = torch.randint(1000, (64,), generator=generator)
     x_t, noise = add_noise(x0, t, schedule, generator=generator)
     close(x_t, theirs.add_noise(x0, noise, t))
     mild = t < 700  # the velocity from x_t and eps divides by √ᾱ
@@ -56,8 +54,9 @@ def test_conversions_return(name, generator):
     schedule = make_schedule(name)
     x_t, eps = torch.randn(2, 64, 5, generator=generator, dtype=torch.float64)
     t = torch.randint(900, (64,), generator=generator)
-    for there, back in ((eps_to_x0, x0_to_eps), (eps_to_v, v_to_eps), (eps_to_score, score_to_eps)):
-        close(back(x_t, t, there(x_t, t, eps, schedule), schedule), eps)
+    round_trips = [(eps_to_x0, x0_to_eps), (eps_to_v, v_to_eps), (eps_to_score, score_to_eps)]
+    for from_eps, to_eps in round_trips:
+        close(to_eps(x_t, t, from_eps(x_t, t, eps, schedule), schedule), eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -65,30 +64,22 @@ def test_the_noise_of_the_lowest_levels_survives_half_precision(dtype):
     schedule, t = make_schedule(), torch.arange(1000)
     signal, sigma = signal_noise(schedule, t, torch.zeros(1000, 1, dtype=dtype))
     assert signal.dtype == sigma.dtype == dtype
-    torch.testing.assert_close(
-        sigma[:, 0].double(), (1 - schedule.abar.double()).sqrt(), atol=0, rtol=5e-3
-    )
+    exact = (1 - schedule.abar.double()).sqrt()
+    torch.testing.assert_close(sigma[:, 0].double(), exact, atol=0, rtol=5e-3)
 
 
 def test_a_noised_mixture_has_the_variance_of_noised_samples(generator):
-    mixture, schedule = (
-        GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0])),
-        make_schedule(),
-    )
-    x_t, _ = add_noise(
-        mixture.sample(100_000, generator),
-        torch.full((100_000,), 250),
-        schedule,
-        generator=generator,
-    )
-    formula = noised(mixture, schedule.abar[250].item())
-    assert x_t.mean().item() == pytest.approx(
-        formula.means.item(), abs=0.05
-    ) and x_t.std().item() == pytest.approx(formula.stds.item(), rel=0.02)
+    schedule, n = make_schedule(), 100_000
+    one = GaussianMixture(torch.tensor([[2.0]]), torch.tensor([3.0]), torch.tensor([1.0]))
+    x0, t = one.sample(n, generator), torch.full((n,), 250)
+    x_t, _ = add_noise(x0, t, schedule, generator=generator)
+    formula = noised(one, schedule.abar[250].item())
+    assert x_t.mean().item() == pytest.approx(formula.means.item(), abs=0.05)
+    assert x_t.std().item() == pytest.approx(formula.stds.item(), rel=0.02)
 
 
 def diffusers_path(scheduler, network, steps, seed, dtype, **options):
-    "x_t before each step and the final sample, drawn by a diffusers scheduler from the same noise as ours."
+    "x_t before each step and the final sample of a diffusers scheduler, from the same noise."
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
@@ -106,38 +97,30 @@ def diffusers_path(scheduler, network, steps, seed, dtype, **options):
 
 
 def our_path(network, schedule, levels, seed, **options):
-    steps = list(
-        sample(
-            network,
-            schedule,
-            (4, 1, 8, 8),
-            levels,
-            generator=torch.Generator().manual_seed(seed),
-            **options,
-        )
-    )
+    options |= {"steps": levels, "generator": torch.Generator().manual_seed(seed)}
+    steps = list(sample(network, schedule, (4, 1, 8, 8), **options))
     return [s.x_t for s in steps] + [steps[-1].x0_pred]
 
 
-# Long or unclipped paths reach values of hundreds, where float32 rounding alone exceeds 1e-5: those are compared in
-# float64, with the scheduler's own ᾱ. Short clipped ones are compared as they are used, in float32 with our ᾱ.
+# Long or unclipped paths reach values of hundreds, where float32 rounding alone exceeds 1e-5:
+# those are compared in float64, with the scheduler's own ᾱ. Short clipped ones are compared as
+# they are used, in float32 with our ᾱ.
 STEPS = pytest.mark.parametrize("steps", [20, 50, 250, 1000])
 
 
 def compare(scheduler, network, steps, eta, clip, theirs_options=None):
     "Both paths, from the same noise, through the same network."
     dtype = torch.float32 if clip and steps <= 50 else torch.float64
-    schedule = (
-        make_schedule() if dtype == torch.float32 else Schedule("theirs", scheduler.alphas_cumprod)
-    )
+    schedule = Schedule("theirs", scheduler.alphas_cumprod)
+    if dtype == torch.float32:
+        schedule = make_schedule()
     network = network.to(dtype)
-    expected = diffusers_path(scheduler, network, steps, 3, dtype, **theirs_options or {})
-    found = our_path(
-        network, schedule, scheduler.timesteps.tolist(), 3, eta=eta, clip=clip, dtype=dtype
-    )
-    assert len(found) == len(expected) == steps + 1
-    for a, b in zip(found, expected):
-        close(a, b)
+    theirs = diffusers_path(scheduler, network, steps, 3, dtype, **theirs_options or {})
+    levels = scheduler.timesteps.tolist()
+    ours = our_path(network, schedule, levels, 3, eta=eta, clip=clip, dtype=dtype)
+    assert len(ours) == len(theirs) == steps + 1
+    for x, same_x in zip(ours, theirs):
+        close(x, same_x)
 
 
 @STEPS
@@ -151,29 +134,22 @@ def test_ddim_paths_are_those_of_diffusers(network, steps, clip, eta):
         clip_sample=clip is not None,
         timestep_spacing="leading",
     )
-    compare(
-        theirs,
-        network,
-        steps,
-        eta,
-        clip,
-        theirs_options={"use_clipped_model_output": True, "eta": eta},
-    )
+    options = {"use_clipped_model_output": True, "eta": eta}
+    compare(theirs, network, steps, eta=eta, clip=clip, theirs_options=options)
 
 
 class GivenNoise(DDPMScheduler):
     "DDPM whose `step` takes the noise as an argument, as DDIM's does."
 
     def step(self, eps, t, x, variance_noise):
-        mean = super().step(eps, t, x, generator=torch.Generator().manual_seed(0))
-        own = (
-            torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-            if t > 0
-            else torch.zeros_like(x)
-        )
-        std = self._get_variance(t).sqrt() if t > 0 else 0.0
-        mean.prev_sample = mean.prev_sample - std * own + std * variance_noise
-        return mean
+        output = super().step(eps, t, x, generator=torch.Generator().manual_seed(0))
+        if t > 0:
+            own_noise = torch.randn(
+                x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype
+            )
+            std = self._get_variance(t).sqrt()
+            output.prev_sample += std * (variance_noise - own_noise)
+        return output
 
 
 @STEPS
@@ -187,7 +163,7 @@ def test_eta_one_is_ddpm(network, steps, clip):
         variance_type="fixed_small",
         timestep_spacing="leading",
     )
-    compare(theirs, network, steps, 1.0, clip)
+    compare(theirs, network, steps, eta=1.0, clip=clip)
 
 
 mixtures = st.integers(0, 10_000).map(
@@ -196,7 +172,8 @@ mixtures = st.integers(0, 10_000).map(
 
 
 def random_mixture(g):
-    M, D = int(torch.randint(1, 6, (1,), generator=g)), int(torch.randint(1, 4, (1,), generator=g))
+    M = int(torch.randint(1, 6, (1,), generator=g))
+    D = int(torch.randint(1, 4, (1,), generator=g))
     return GaussianMixture(
         2 * torch.randn(M, D, generator=g, dtype=torch.float64),
         0.1 + torch.rand(M, generator=g, dtype=torch.float64),
@@ -208,15 +185,9 @@ def random_mixture(g):
 @settings(max_examples=60, deadline=None)
 def test_mixture_scores_are_the_gradient_of_the_log_density(mixture, abar):
     q = noised(mixture, abar)
-    x = (
-        3
-        * torch.randn(
-            20,
-            mixture.means.shape[1],
-            dtype=torch.float64,
-            generator=torch.Generator().manual_seed(1),
-        )
-    ).requires_grad_()
+    shape, generator = (20, mixture.means.shape[1]), torch.Generator().manual_seed(1)
+    x = 3 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    x.requires_grad_()
     (gradient,) = torch.autograd.grad(q.log_prob(x).sum(), x)
     close(q.score(x.detach()), gradient, 1e-9)
 
@@ -224,25 +195,22 @@ def test_mixture_scores_are_the_gradient_of_the_log_density(mixture, abar):
 def test_mixture_log_density_is_that_of_torch():
     from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-    m = MIXTURES["eight_gaussians"]()
-    theirs = MixtureSameFamily(
-        Categorical(m.weights), Independent(Normal(m.means, m.stds[:, None].expand(-1, 2)), 1)
-    )
+    ours = MIXTURES["eight_gaussians"]()
+    components = Independent(Normal(ours.means, ours.stds[:, None].expand(-1, 2)), 1)
+    theirs = MixtureSameFamily(Categorical(ours.weights), components)
     x = 2 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-    close(m.log_prob(x), theirs.log_prob(x), 1e-4)
+    close(ours.log_prob(x), theirs.log_prob(x), 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frechet_distance_is_that_of_torch_fidelity(seed):
     g = torch.Generator().manual_seed(seed)
-    a, b = (
-        torch.randn(500, 16, generator=g) @ torch.randn(16, 16, generator=g)
-        + torch.randn(16, generator=g)
-        for _ in range(2)
-    )
-    stats = [
-        {"mu": f.double().mean(0).numpy(), "sigma": np.cov(f.double().numpy(), rowvar=False)}
-        for f in (a, b)
-    ]
-    theirs = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
-    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)
+    sets, statistics = [], []
+    for _ in range(2):
+        features = torch.randn(500, 16, generator=g) @ torch.randn(16, 16, generator=g)
+        features = features + torch.randn(16, generator=g)
+        sets.append(features)
+        exact = features.double().numpy()
+        statistics.append({"mu": exact.mean(0), "sigma": np.cov(exact, rowvar=False)})
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*sets) == pytest.approx(theirs, rel=1e-6)

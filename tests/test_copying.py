@@ -29,9 +29,8 @@ MEMBERS, OTHERS = DIGITS[:100], DIGITS[500:1500]
 @pytest.mark.parametrize("duplicates", [0, 100])
 def test_planted_copies_are_read(share, noise, duplicates, generator):
     copies = MEMBERS[torch.randint(100, (share,), generator=generator)]
-    x = torch.cat(
-        [copies + noise * torch.randn(copies.shape, generator=generator), OTHERS[: 1000 - share]]
-    )
+    copies = copies + noise * torch.randn(copies.shape, generator=generator)
+    x = torch.cat([copies, OTHERS[: 1000 - share]])
     train = plant_duplicates(MEMBERS, duplicates)[0] if duplicates else MEMBERS
     report = copy_test(x, train)
     assert report.copied[:share].all() and report.ci[0] <= share / 1000 <= report.ci[1]
@@ -47,13 +46,12 @@ def test_cosine_test_is_brute_force_over_many_tiles(generator):
 
 def test_neighbourhood_and_cosine_tests_find_exact_copies(generator):
     x = torch.cat([MEMBERS[:30], OTHERS[:30]])
-    assert (
-        neighbourhood_test(x, MEMBERS, threshold=0.3).copied.tolist() == [True] * 30 + [False] * 30
-    )
+    copied = neighbourhood_test(x, MEMBERS, threshold=0.3).copied
+    assert copied.tolist() == [True] * 30 + [False] * 30
+
+    # The cosine ignores length.
     features = torch.randn(100, 64, generator=generator)
-    mixed = torch.cat(
-        [3 * features[:10], torch.randn(10, 64, generator=generator)]
-    )  # cosine ignores length
+    mixed = torch.cat([3 * features[:10], torch.randn(10, 64, generator=generator)])
     assert cosine_test(mixed, features).copied.tolist() == [True] * 10 + [False] * 10
 
 
@@ -71,10 +69,8 @@ def test_zero_is_never_bare():
 
 
 def test_rates_read_as_numbers():
-    assert (
-        describe_rate(100, 100) == "100 of 100 = 100 % [96, 100]"
-        and describe_rate(1, 1000) == "1 of 1000 = 0.1 % [0.0025, 0.56]"
-    )
+    assert describe_rate(100, 100) == "100 of 100 = 100 % [96, 100]"
+    assert describe_rate(1, 1000) == "1 of 1000 = 0.1 % [0.0025, 0.56]"
 
 
 def test_nearest_is_exact_for_near_copies():
@@ -85,7 +81,7 @@ def test_nearest_is_exact_for_near_copies():
 
 
 def test_nearest_is_ordered_where_the_fast_distances_are_not():
-    "Far from the origin the matrix-product distances lose their order; the recomputed ones must not."
+    "Far from the origin the matrix-product distances lose their order; ours must not."
     g = torch.Generator().manual_seed(0)
     refs = 300 + torch.randn(200, 64, generator=g)
     d, rows = nearest(refs + 0.5 * torch.randn(200, 64, generator=g), refs, 20)
@@ -96,49 +92,38 @@ def test_ideal_denoiser_is_the_narrow_limit_of_a_mixture(schedule, generator):
     x = torch.randn(6, 2, generator=generator)
     narrow = GaussianMixture(x, torch.full((6,), 1e-4), torch.full((6,), 1 / 6))
     x_t, t = torch.randn(50, 2, generator=generator), torch.full((50,), 300)
-    torch.testing.assert_close(
-        ideal_denoiser(x, schedule)(x_t, t),
-        exact_denoiser(narrow, schedule)(x_t, t),
-        atol=1e-3,
-        rtol=1e-3,
-    )
+    ideal, exact = ideal_denoiser(x, schedule), exact_denoiser(narrow, schedule)
+    torch.testing.assert_close(ideal(x_t, t), exact(x_t, t), atol=1e-3, rtol=1e-3)
 
 
 def test_ideal_denoiser_copies_and_minimises_the_loss(schedule, generator):
     ideal = ideal_denoiser(MEMBERS, schedule)
-    assert (
-        copy_test(
-            final_sample(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator)),
-            MEMBERS,
-        ).rate
-        == 1
-    )
+    drawn = final_sample(sample(ideal, schedule, (50, 1, 8, 8), clip=1, generator=generator))
+    assert copy_test(drawn, MEMBERS).rate == 1
 
-    def loss(model):
-        return ddpm_loss(
-            model, MEMBERS.repeat(20, 1, 1, 1), schedule, torch.Generator().manual_seed(1)
-        ).item()
+    def loss(factor):
+        same_noise = torch.Generator().manual_seed(1)
+        x0 = MEMBERS.repeat(20, 1, 1, 1)
+        return ddpm_loss(lambda x, t: factor * ideal(x, t), x0, schedule, generator=same_noise)
 
-    assert loss(ideal) < min(
-        loss(lambda x, t: 0.97 * ideal(x, t)), loss(lambda x, t: 1.03 * ideal(x, t))
-    )
+    assert loss(1) < loss(0.97) and loss(1) < loss(1.03)
 
 
 def test_stopping_above_zero_hides_copies(schedule, generator):
     "The trap that `timesteps` closes: the same copies, with the noise of level 39 left on them."
     ideal = ideal_denoiser(MEMBERS, schedule)
-    stopped = {
-        s.t: s.x_t
-        for s in sample(
-            ideal, schedule, (100, 1, 8, 8), [*range(999, 0, -40), 0], clip=1, generator=generator
-        )
-    }
-    assert copy_test(stopped[0], MEMBERS).rate == 1 and copy_test(stopped[39], MEMBERS).rate < 0.7
+    levels = [*range(999, 0, -40), 0]
+    options = {"steps": levels, "clip": 1, "generator": generator}
+    stopped = {step.t: step.x_t for step in sample(ideal, schedule, (100, 1, 8, 8), **options)}
+    assert copy_test(stopped[0], MEMBERS).rate == 1
+    assert copy_test(stopped[39], MEMBERS).rate < 0.7
 
 
 def test_rejection_returns_only_what_is_no_copy(generator):
     pool = torch.cat([MEMBERS[:50], OTHERS[:50]])
-    x, accepted = reject_copies(
-        lambda: pool[torch.randperm(100, generator=generator)], MEMBERS, 120
-    )
+
+    def draw():
+        return pool[torch.randperm(100, generator=generator)]
+
+    x, accepted = reject_copies(draw, MEMBERS, 120)
     assert len(x) == 120 and copy_test(x, MEMBERS).copies == 0 and accepted == 0.5
