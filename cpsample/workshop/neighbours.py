@@ -92,6 +92,16 @@ def _search_faiss(refs: Tensor, k: int, flips: bool, chunk: int) -> Search:
 SEARCH = {"torch": _search_torch, "faiss": _search_faiss}
 
 # %% ../../nbs/5_workshop/03_neighbours.ipynb #16cd9f68
+def _check_search(x, refs, backend):
+    if x.shape[1:] != refs.shape[1:]:
+        raise ValueError(
+            f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} "
+            "differ in shape"
+        )
+    if backend not in SEARCH:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
+
+
 def nearest(
     x: Tensor,
     refs: Tensor,
@@ -113,13 +123,7 @@ def nearest(
     backend: a key of `SEARCH`.
     Raises ValueError for other shapes or an unknown backend, ImportError without faiss.
     """
-    if x.shape[1:] != refs.shape[1:]:
-        raise ValueError(
-            f"images {tuple(x.shape[1:])} and training images {tuple(refs.shape[1:])} "
-            "differ in shape"
-        )
-    if backend not in SEARCH:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
+    _check_search(x, refs, backend)
 
     # The table of closeness has 2²⁵ numbers at most (with flips there are two of half the size).
     k = min(k, len(refs))
