@@ -59,6 +59,7 @@ def choose_alpha(
     certain_of_others: Tensor,
     wanted: float,
     allowed: float,
+    *,
     loosest: float = 0.4,
 ) -> float:
     """The gate: the tightest that covers, or a wider one where hardly any other image passes.
@@ -102,7 +103,7 @@ def propose_scale(
     excess = (strength.mean(1) - gate).clamp(min=0)
 
     # How far one push of s = 1 brings it down.
-    direction = push(guard.classifier, x_t, t, guard.form).flatten(1)
+    direction = push(guard.classifier, x_t, t, form=guard.form).flatten(1)
     slope = direction.square().sum(1).clamp(min=1e-12)
     return (excess / ((1 - guard.schedule.abar[level]) * slope)).median().item()
 
@@ -253,7 +254,7 @@ def calibrate(
     return report
 
 # %% ../../nbs/1_core/09_calibration.ipynb #c30ab26f
-def show_calibration(report: dict[str, Any], ax=None):
+def show_calibration(report: dict[str, Any], ax: Any = None) -> Any:
     """Plot a report of `calibrate`: coverage and false alarms against the noise level.
 
     report: what `calibrate` returned.
