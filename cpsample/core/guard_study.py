@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'STUDY', 'Recipe', 'GuardSettings', 'measure_guards']
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #a2fac60f
+# %% ../../nbs/1_core/14_guard_study.ipynb #965a1932
 import itertools
 import re
 import time
@@ -25,7 +25,7 @@ from .guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
 from .schedule import make_schedule
 from ..workshop.studies import Study, Workspace, cached_stage, load_or_create
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #580258bf
+# %% ../../nbs/1_core/14_guard_study.ipynb #30880920
 class Recipe(NamedTuple):
     """A way to train a guard.
 
@@ -53,7 +53,7 @@ RECIPES = {
     "K=1, members only, all t (paper)": Recipe(None, {"preset": "paper"}),
 }
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #82372ca1
+# %% ../../nbs/1_core/14_guard_study.ipynb #9f64c7bc
 @dataclass(frozen=True)
 class GuardSettings:
     """How large the study is; the defaults are those of the file on record.
@@ -61,7 +61,7 @@ class GuardSettings:
     choosing, reported: the seeds to choose by, and those that are shown.
     recipes: keys of `RECIPES`.
     alphas, scales: the grid of gates and strengths.
-    n: samples of each setting.
+    n: samples of each setting; twice as many are generated for a guard to see.
     sample_steps: denoiser calls per sample.
     train_steps, guard_steps: of the training of the model and of each guard.
     copies: how many copies are put back among the samples of exact rejection.
@@ -78,7 +78,7 @@ class GuardSettings:
     guard_steps: int = DEFAULTS["guard_steps"]
     copies: tuple[int, ...] = (0, 10, 20, 50, 100, 200, 400)
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #073348e2
+# %% ../../nbs/1_core/14_guard_study.ipynb #b675e35f
 _SCHEDULE = make_schedule()
 
 
@@ -119,7 +119,7 @@ def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subje
     model.load_state_dict(load_or_create(workspace.folder / f"model-{seed}.safetensors", weights))
     return _Subject(seed, digits, model.eval().requires_grad_(False), settings)
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #05bbb412
+# %% ../../nbs/1_core/14_guard_study.ipynb #e10484c8
 def _base_rows(subject: _Subject) -> dict:
     "The `rows` without any guard: unguarded, and exact rejection with some copies put back."
     members, settings = subject.digits.members, subject.settings
@@ -140,7 +140,7 @@ def _base_rows(subject: _Subject) -> dict:
         rows.append(row | subject.measured(x) | common)
     return {"rows": rows}
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #49e3bc91
+# %% ../../nbs/1_core/14_guard_study.ipynb #69f46194
 def _undecided_images(subject: _Subject, undecided: str | None) -> Tensor | None:
     "The images with the target ½ (see `Recipe`)."
     digits, seed = subject.digits, subject.seed
@@ -148,12 +148,13 @@ def _undecided_images(subject: _Subject, undecided: str | None) -> Tensor | None
         generator = torch.Generator().manual_seed(seed)
         return 2 * torch.rand(digits.reference.shape, generator=generator) - 1
     if undecided == "generated":
-        options = dict(steps=100, seed=1000 * seed + 500)
-        x = generate(subject.model, _SCHEDULE, (1, 8, 8), 2000, **options)
+        number, steps = 2 * subject.settings.n, subject.settings.sample_steps
+        options = dict(steps=steps, seed=1000 * seed + 500)
+        x = generate(subject.model, _SCHEDULE, (1, 8, 8), number, **options)
         return x[~copy_test(x, digits.members).copied]
     return digits.reference if undecided == "reference" else None
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #e404e1e5
+# %% ../../nbs/1_core/14_guard_study.ipynb #2ffc9fe3
 class _Variant(NamedTuple):
     """A guard with one of its settings.
 
@@ -190,7 +191,7 @@ def _variants(guard: Guard, subject: _Subject) -> list[_Variant]:
         variants.append(_Variant(f"calibrated, {factor:g} s", chosen, refused))
     return variants
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #bb5e496b
+# %% ../../nbs/1_core/14_guard_study.ipynb #e6c4cd0b
 def _guarded_row(subject: _Subject, guard: Guard) -> dict:
     "The numbers of one guard with one setting."
     # The grid is drawn without calibrating every point of it.
@@ -226,7 +227,7 @@ def _recipe_rows(subject: _Subject, name: str) -> dict:
             rows.append(row | numbers | {"guard_seconds": guard_seconds})
     return {"rows": rows}
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #10ce42bc
+# %% ../../nbs/1_core/14_guard_study.ipynb #517f583e
 def _seed_rows(seed: int, workspace: Workspace, settings: GuardSettings) -> list[dict]:
     "All rows of a seed, a stage per recipe."
     subject = _subject(seed, workspace, settings)
@@ -251,7 +252,7 @@ def _pooled(rows: tuple[dict, ...]) -> dict:
             pooled[name] = [row[name] for row in rows]
     return pooled
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #9bcf1500
+# %% ../../nbs/1_core/14_guard_study.ipynb #242ef14d
 def measure_guards(workspace: Workspace, settings: GuardSettings = GuardSettings()) -> dict:
     "The numbers of guards.json: every recipe and setting, on both sets of seeds."
 
