@@ -1,0 +1,165 @@
+"The studies of the core part: resumable, of the shape that is on file, honest about refusals."
+
+import json
+from functools import partial
+
+import pytest
+
+from cpsample.core import guard_study, rejection_study
+from cpsample.core.guard_study import RECIPES, GuardSettings, measure_guards
+from cpsample.core.rejection_study import RejectionSettings, measure_rejection
+from cpsample.workshop.files import data_path
+from cpsample.workshop.studies import Study, Workspace, run_study
+
+TINY_REJECTION = RejectionSettings(
+    equality_seeds=(0,),
+    line_n=300,
+    ring_n=60,
+    steps=20,
+    wrong_steps=10,
+    permutations=19,
+    table_seeds=(0, 1),
+    n=60,
+    table_steps=10,
+    labels=(1,),
+    training=(5,),
+)
+TINY_GUARDS = GuardSettings(
+    choosing=(100,),
+    reported=(0, 1),
+    recipes=("K=8, ½ on generated", "K=1, members only, all t (paper)"),
+    alphas=(0.05,),
+    scales=(20.0,),
+    n=20,
+    sample_steps=5,
+    train_steps=20,
+    guard_steps=20,
+    copies=(0,),
+)
+STUDIES = {
+    "rejection": partial(measure_rejection, settings=TINY_REJECTION),
+    "guards": partial(measure_guards, settings=TINY_GUARDS),
+}
+
+
+def without_times(record):
+    "A record without seconds, which no two runs share."
+    record = json.loads(json.dumps(record))
+    for part in ("choosing", "reported"):
+        for row in record.get(part, {}).get("rows", []):
+            row.pop("guard_seconds", None)
+    return record
+
+
+def measured(name, folder):
+    return STUDIES[name](Workspace(folder, progress=False))
+
+
+def counted(monkeypatch, module, function, limit=10**9):
+    "Count the calls of a function; the one after `limit` is interrupted."
+    work, calls = getattr(module, function), []
+
+    def counting(*args, **options):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return work(*args, **options)
+
+    monkeypatch.setattr(module, function, counting)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "Both studies, not interrupted."
+    return {name: measured(name, tmp_path_factory.mktemp(name)) for name in STUDIES}
+
+
+@pytest.mark.parametrize(
+    "name, module, function, limit, left",
+    [
+        ("rejection", rejection_study, "cell", 8, 14),  # of 20 cells one line of 6 was finished
+        ("guards", guard_study, "fit_guard", 3, 3),  # of 6 guards
+    ],
+)
+def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
+    name, module, function, limit, left, whole, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        counted(patch, module, function, limit=limit)
+        with pytest.raises(KeyboardInterrupt):
+            measured(name, tmp_path)
+
+    calls = counted(monkeypatch, module, function)
+    assert without_times(measured(name, tmp_path)) == without_times(whole[name])
+    assert len(calls) == left
+
+    # What is finished is not measured again.
+    measured(name, tmp_path)
+    assert len(calls) == left
+
+
+@pytest.mark.parametrize("study", [rejection_study.STUDY, guard_study.STUDY], ids=lambda s: s.name)
+def test_the_record_has_the_shape_of_the_file(study, whole, tmp_path):
+    record = json.loads(data_path(f"results/{study.name}.json").read_text())
+    numbers = whole[study.name]
+    run = run_study(Study(study.name, lambda workspace: numbers), tmp_path, Workspace(tmp_path))
+    assert run.keys() - {"seconds"} == record.keys()
+    assert list(numbers) == [name for name in record if name in numbers]
+
+
+def shapes(rows):
+    "The keys of rows, in their order."
+    return {tuple(row) for row in rows}
+
+
+def test_rows_have_the_keys_of_the_file(whole):
+    record = json.loads(data_path("results/rejection.json").read_text())
+    for name in ("line", "ring"):
+        assert list(whole["rejection"][name]) == list(record[name])
+        assert shapes(whole["rejection"][name]["rows"]) == shapes(record[name]["rows"])
+    assert shapes(whole["rejection"]["table"]) == shapes(record["table"])
+
+    record = json.loads(data_path("results/guards.json").read_text())
+    rows = [row for row in whole["guards"]["reported"]["rows"] if "refused" not in row]
+    assert shapes(rows) == shapes(record["reported"]["rows"])
+    recipes = dict.fromkeys(row["recipe"] for row in record["reported"]["rows"])
+    assert list(recipes) == ["unguarded", "rejection", *RECIPES]
+
+
+def test_the_defaults_are_the_sizes_on_file():
+    record = json.loads(data_path("results/rejection.json").read_text())
+    default = RejectionSettings()
+    assert tuple(record["seeds"]) == default.table_seeds
+    assert tuple(record["equality_seeds"]) == default.equality_seeds
+    assert (record["line"]["n"], record["ring"]["n"]) == (default.line_n, default.ring_n)
+    assert record["table"][0]["n"] == default.n * len(default.table_seeds)
+    assert len(record["table"]) == 60
+
+    record = json.loads(data_path("results/guards.json").read_text())
+    default = GuardSettings()
+    assert record["settings"]["n"] == default.n
+    assert record["settings"]["steps"] == default.guard_steps
+    for part, seeds in (("choosing", default.choosing), ("reported", default.reported)):
+        assert tuple(record[part]["seeds"]) == seeds
+
+
+def test_counts_of_seeds_add_up_and_a_refusal_stands_in_the_table(whole):
+    rows = whole["guards"]["reported"]["rows"]
+    counted_rows = [row for row in rows if "refused" not in row]
+    assert all(row["n"] == 40 and len(row["fd_seeds"]) == 2 for row in counted_rows)
+    assert all(row["copies"] == sum(row["copies_seeds"]) for row in counted_rows)
+
+    # So little training covers nothing: calibration refuses, and says why for each seed.
+    refused = [row for row in rows if "refused" in row]
+    assert {row["setting"] for row in refused} == {f"calibrated, {s} s" for s in ("0.5", "1", "2")}
+    assert all(len(row["refused"]) == 2 and "is certain of" in row["refused"][0] for row in refused)
+
+
+def test_the_papers_guard_is_drawn_as_printed_too(whole):
+    settings = [
+        row["setting"]
+        for row in whole["guards"]["reported"]["rows"]
+        if row["recipe"] == "K=1, members only, all t (paper)"
+    ]
+    assert settings[:2] == [[0.05, 20.0], "preset"]
