@@ -47,7 +47,7 @@ lint: .venv/installed-dev  ## style, format, fresh exports, and how readable the
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check nbs tools tests
 	$(BIN)/python tools/book.py check
-	$(BIN)/mypy cpsample
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_measures.py
 
 test: lint  ## everything that is asserted: lint, all unit tests, every notebook

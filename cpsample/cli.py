@@ -755,7 +755,9 @@ _ReproduceWork = Annotated[
 _ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment will do and cost.")]
 
 # %% ../nbs/cli.ipynb #413b4070
-def reproduce_experiment(name: str, size: str, out: Path | None, plan: bool, device: str | None):
+def reproduce_experiment(
+    name: str, size: str, out: Path | None, plan: bool, device: str | None
+) -> None:
     "An experiment for a GPU: its plan, and, unless only that was asked for, its run."
     check_choice(size, choices.SIZES, "size")
     from cpsample.production.experiments import EXPERIMENTS, plan_table, run_experiment
@@ -769,7 +771,9 @@ def reproduce_experiment(name: str, size: str, out: Path | None, plan: bool, dev
     print(f"All results: {folder / 'results.json'}")
 
 
-def reproduce_study(name: str, parts: list[str], out: Path, work: Path | None, device: str | None):
+def reproduce_study(
+    name: str, parts: list[str], out: Path, work: Path | None, device: str | None
+) -> None:
     "A study behind a table of this book, or some of its parts, into OUT/NAME.json."
     from cpsample.workshop.files import CACHE, writable
     from cpsample.workshop.studies import Workspace, run_study

@@ -85,3 +85,29 @@ def test_the_map_in_contributing_is_fresh():
     assert architecture.is_fresh(ROOT, ROOT / "data" / "architecture.png"), "make book"
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert book.with_map(text, ROOT) == text, "make book"
+
+
+def exported_functions(tree):
+    "The public functions of a module, and the public methods of its public classes."
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                    yield f"{node.name}.{method.name}", method
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node
+
+
+@pytest.mark.parametrize("path", book.modules(), ids=lambda path: path.stem)
+def test_the_public_boundary_is_annotated(path):
+    "Every parameter and result of what a module exports, `forward` of networks apart."
+    missing = []
+    for name, function in exported_functions(ast.parse(path.read_text())):
+        if name.endswith(".forward"):
+            continue
+        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        bare = [p.arg for p in parameters if p.annotation is None and p.arg not in ("self", "cls")]
+        is_property = any(ast.unparse(d) == "property" for d in function.decorator_list)
+        if bare or (function.returns is None and not is_property and name.count(".") == 0):
+            missing.append(f"{name}({', '.join(bare)})")
+    assert not missing, missing
