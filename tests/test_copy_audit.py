@@ -88,11 +88,11 @@ def test_auth_pct_and_c_t_on_planted_copies():
 
 def test_c_t_in_one_cell_is_scipys_rank_test():
     g = seed(3)
-    train, real, made = (torch.randn(k, 3, generator=g) for k in (80, 60, 50))
-    d, d_real = (nearest(f, train, 1)[0][:, 0].numpy() for f in (made, real))
+    train, real, generated = (torch.randn(k, 3, generator=g) for k in (80, 60, 50))
+    d, d_real = (nearest(f, train, 1)[0][:, 0].numpy() for f in (generated, real))
     options = {"method": "asymptotic", "use_continuity": False, "alternative": "less"}
     p = mannwhitneyu(d, d_real, **options).pvalue
-    assert c_t(made, real, train, cells=1) == pytest.approx(norm.ppf(p), abs=1e-4)
+    assert c_t(generated, real, train, cells=1) == pytest.approx(norm.ppf(p), abs=1e-4)
 
 
 def test_verdict_asks_for_the_upper_bound():
