@@ -137,7 +137,7 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     "name, first, tables",
     [
         ("index", "#| echo: false", 6),
-        ("3_judgement/07_comparison", "# results", 6),
+        ("3_judgement/09_comparison", "# results", 7),
         ("4_production/06_stable_diffusion", "# results", 3),
     ],
 )

@@ -1,46 +1,84 @@
-"The comparison's command: what is kept, what is done again, what is counted."
+"The comparison: what a trial is, what is kept, what is made again, what is counted."
 
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import comparison  # noqa: E402
+from cpsample.judgement import comparison_study
+from cpsample.judgement.comparison import (
+    BAGS,
+    DIGITS,
+    METHODS,
+    Method,
+    World,
+    choose,
+    grid,
+    new_denoiser,
+    trial,
+    world_images,
+)
+from cpsample.judgement.comparison_study import (
+    SITUATIONS,
+    STUDY,
+    compare,
+    flops_per_image,
+    growth_point,
+    run_seed,
+    training_flops,
+)
+from cpsample.workshop.files import data_path
+from cpsample.workshop.studies import Workspace, run_study
+
+SMALL = replace(DIGITS, drawn=20)
+FEW = {
+    "first": Method(make=None, settings=[{"x": 1}, {"x": 2}]),
+    "second": Method(make=None, settings=[{"x": 3}]),
+}
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
-    "The book's cells with two methods, two settings and next to no work."
-    book = dict(comparison.chapter())
-    book["DIGITS"] = SimpleNamespace(**vars(book["DIGITS"]) | {"drawn": 20})
-    book["GRIDS"] = {"digits": {"first": [{"x": 1}, {"x": 2}], "second": [{"x": 3}]}}
+def calls(monkeypatch):
+    "Trials that do nothing but note that they were called: (method, x, seed, attacked)."
     calls = []
+    names = {id(method): name for name, method in FEW.items()}
 
-    def trial(method, setting, w, attack):
-        calls.append((method, setting["x"], w, attack))
-        return {
-            "setting": setting,
-            "n": 20,
-            "copies": 5 * (setting["x"] == 1),
-            "fd": 10.0 - setting["x"],
-        }, torch.full((20, 3), 1.0 if w else -1.0)
+    def noted(method, setting, seed, *, attack):
+        calls.append((names[id(method)], setting["x"], seed, attack))
+        copies = 5 if setting["x"] == 1 else 0
+        record = {"setting": setting, "n": 20, "copies": copies, "fd": 10.0 - setting["x"]}
+        return record, torch.full((20, 3), 1.0 if seed else -1.0)
 
-    book |= {"trial": trial, "world_of": lambda seed, size, folder: seed}
-    monkeypatch.setattr(comparison, "chapter", lambda: book)
-    monkeypatch.setattr(comparison, "REPORTED", (0, 1))
-    monkeypatch.setattr(comparison, "RESULT", tmp_path / "result.json")
-    comparison.world.cache_clear()
+    monkeypatch.setattr(comparison_study, "trial", noted)
+    monkeypatch.setattr(comparison_study, "world_of", lambda situation, seed, folder: seed)
+    monkeypatch.setitem(SITUATIONS, "digits", SMALL)
+    monkeypatch.setitem(METHODS, "digits", FEW)
     return calls
 
 
-def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(small, tmp_path):
-    found = comparison.compare("digits", tmp_path)
-    assert small == [
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path, progress=False)
+
+
+def two_seeds(workspace):
+    return compare(SMALL, FEW, workspace, seeds=(0, 1))
+
+
+def without_seconds(part):
+    "{method: rows}, less the one number that may differ."
+    timeless = {}
+    for method, rows in part.items():
+        timeless[method] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return timeless
+
+
+def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(calls, workspace):
+    record = two_seeds(workspace)
+    assert calls == [
         ("first", 1, 100, False),
         ("first", 2, 100, False),
         ("second", 3, 100, False),
@@ -49,94 +87,150 @@ def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(small, tmp_path)
         ("first", 2, 1, True),
         ("second", 3, 1, True),
     ]
-    assert found["chosen"] == {"first": {"x": 2}, "second": {"x": 3}} and [
-        r["seed"] for r in found["reported"]["first"]
-    ] == [0, 1]
+    assert record["chosen"] == {"first": {"x": 2}, "second": {"x": 3}}
+    assert [row["seed"] for row in record["reported"]["first"]] == [0, 1]
 
 
-def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(small, tmp_path):
-    comparison.compare("digits", tmp_path)
-    kept = load_file(comparison.RESULT.with_suffix(".safetensors"))
-    assert {
-        name: (tuple(x.shape), x.unique().tolist())
-        for name, x in kept.items()
-        if "members" not in name
-    } == {f"digits, {m}": ((14, 3), [0]) for m in ("first", "second")}
-    members = comparison.chapter()["images_for"](0, comparison.chapter()["DIGITS"]).members
-    torch.testing.assert_close(
-        kept["digits, members"].float() / 127.5 - 1, members, atol=0.5 / 127.5 + 1e-6, rtol=0
-    )
+def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_path):
+    file = json.loads(data_path("results/comparison.json").read_text())
+    study = replace(STUDY, parts={"digits": two_seeds})
+    record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
+    assert list(record["digits"]) == list(file["digits"])
+    assert list(record["digits"]["size"]) == list(file["digits"]["size"])
+    assert BAGS.on_file() == file["bags"]["size"]
+    assert list(STUDY.parts) == ["digits", "bags", "costs", "growth"]
+    trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
+    seconds = sum(row["seconds"] for rows in trials for row in rows)
+    assert record["digits"]["seconds"] == pytest.approx(seconds)
 
 
-def test_a_run_that_was_stopped_goes_on(small, tmp_path):
-    first = comparison.compare("digits", tmp_path)
-    small.clear()
-    (tmp_path / "digits-1-second-best.json").unlink()
-    again = comparison.compare("digits", tmp_path)
-    assert small == [("second", 3, 1, True)]
+def test_the_methods_and_settings_are_those_of_the_results_on_file():
+    file = json.loads(data_path("results/comparison.json").read_text())
+    for data, methods in METHODS.items():
+        tried = {
+            method: [row["setting"] for row in rows]
+            for method, rows in file[data]["tuning"].items()
+        }
+        assert {name: method.settings for name, method in methods.items()} == tried
+
+
+def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
+    two_seeds(workspace)
+    kept = load_file(workspace.folder / "comparison.safetensors")
+    assert set(kept) == {"digits, members", "digits, first", "digits, second"}
+    for name in ("digits, first", "digits, second"):
+        assert kept[name].shape == (14, 3) and kept[name].unique().tolist() == [0]
+    members = world_images(SMALL, 0)["members"]
+    as_floats = kept["digits, members"].float() / 127.5 - 1
+    torch.testing.assert_close(as_floats, members, atol=0.5 / 127.5 + 1e-6, rtol=0)
+
+
+def test_a_run_that_was_stopped_goes_on(calls, workspace):
+    first = two_seeds(workspace)
+    calls.clear()
+    (workspace.folder / "digits-1-second-best.json").unlink()
+    again = two_seeds(workspace)
+    assert calls == [("second", 3, 1, True)]
     for part in ("tuning", "reported"):
-        for method, rows in first[part].items():
-            assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == [
-                {k: v for k, v in r.items() if k != "seconds"} for r in again[part][method]
-            ]
+        assert without_seconds(first[part]) == without_seconds(again[part])
 
 
-def test_a_trial_with_another_setting_is_not_taken_for_the_one_chosen(small, tmp_path):
-    comparison.compare("digits", tmp_path)
-    small.clear()
-    path = tmp_path / "digits-0-first-best.json"
+def test_a_trial_with_another_setting_is_not_taken_for_the_one_chosen(calls, workspace):
+    two_seeds(workspace)
+    calls.clear()
+    path = workspace.folder / "digits-0-first-best.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"setting": {"x": 1}}))
-    assert comparison.compare("digits", tmp_path)["reported"]["first"][0]["setting"] == {
-        "x": 2
-    } and small == [("first", 2, 0, True)]
+    assert two_seeds(workspace)["reported"]["first"][0]["setting"] == {"x": 2}
+    assert calls == [("first", 2, 0, True)]
 
 
-def test_one_seed_alone_writes_its_trials_and_no_result(small, tmp_path):
-    assert comparison.compare("digits", tmp_path, 1) is None
-    assert {w for _, _, w, _ in small} == {100, 1}
-    assert json.loads((tmp_path / "digits-1-first-best.json").read_text())["setting"] == {"x": 2}
-    assert load_file(tmp_path / "digits-1-first-best.safetensors")["x"].unique().tolist() == [1.0]
-    assert not comparison.RESULT.with_suffix(".safetensors").exists()
+def test_one_seed_alone_writes_its_trials_and_no_result(calls, workspace):
+    run_seed("digits", 1, workspace)
+    assert {seed for _, _, seed, _ in calls} == {100, 1}
+    record = json.loads((workspace.folder / "digits-1-first-best.json").read_text())
+    assert record["setting"] == {"x": 2}
+    images = load_file(workspace.folder / "digits-1-first-best.safetensors")["x"]
+    assert images.unique().tolist() == [1.0]
+    assert not (workspace.folder / "comparison.safetensors").exists()
+
+
+def test_the_rule_takes_the_nearest_of_those_that_protect():
+    trials = [
+        {"n": 1000, "copies": copies, "fd": fd}
+        for copies, fd in ((11, 1.0), (10, 3.0), (0, 4.0), (2, 2.0))
+    ]
+    assert choose(trials) is trials[3]
+    assert choose(trials[:1] + [{"n": 1000, "copies": 12, "fd": 0.5}]) is trials[0]
+
+
+def test_a_grid_is_all_combinations():
+    assert grid() == [{}]
+    settings = grid(steps=(1, 2), lr=(0.1, 0.2, 0.3))
+    assert len(settings) == 6 and settings[1] == {"steps": 1, "lr": 0.2}
+
+
+def test_a_method_is_a_function_from_a_world():
+    "Shown on one that copies every member: all of it is found by both tests, and attacked."
+    small = replace(DIGITS, images=60, drawn=20, sample_steps=5, attacked=200)
+    world = World(small, 0, **world_images(small, 0))
+    world.model = new_denoiser(small, 0)
+    method = Method(
+        make=lambda world: world.model, settings=grid(), draw=lambda model, world: world.members
+    )
+    record, x = trial(method, {}, world, attack=True)
+    assert torch.equal(x, world.members)
+    assert record["copies"] == record["ratio"] == record["neighbourhood"] == record["n"] == 60
+    assert record["auc_samples"] == 1.0 and record["tpr_samples"] == 1.0
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():
-    book = comparison.chapter()
-    for size in (book["DIGITS"], book["BAGS"]):
-        assert 100 <= size.attacked <= size.strangers  # a TPR at 1 % FPR needs a hundred others
-        assert all(len(grid) in (1, 6) for grid in book["GRIDS"][size.data].values())
-        assert all(
-            round(setting.get("share", 1) * size.train_steps) >= 40
-            for grid in book["GRIDS"][size.data].values()
-            for setting in grid
-        )
+    for situation in (DIGITS, BAGS):
+        assert 100 <= situation.attacked <= situation.test  # a TPR at 1 % needs a hundred others
+        for method in METHODS[situation.data].values():
+            assert len(method.settings) in (1, 6)
+            for setting in method.settings:
+                assert round(setting.get("share", 1) * situation.train_steps) >= 40
+
+
+def test_the_sets_of_a_world_are_disjoint():
+    images = world_images(DIGITS, 0)
+    everything = torch.cat(list(images.values())).flatten(1)
+    assert len(everything) == 100 + 697 + 500 + 500 == len(everything.unique(dim=0))
 
 
 def test_flops_of_a_network_are_those_counted_by_hand():
-    "A multiplication and an addition per weight and row; backward twice as much, less the gradient of the input of the first layer, which nobody asks for."
-    network = comparison.chapter()["new_denoiser"](comparison.chapter()["DIGITS"], 0)
+    """A multiplication and an addition per weight and row; backward twice as much, less the
+    gradient of the input of the first layer, which nobody asks for."""
+    network = new_denoiser(DIGITS, 0)
     weights = sum(p.numel() for p in network.parameters() if p.dim() == 2)
     first = sum(layer.weight.numel() for layer in (network.inp, network.embed[0]))
-    assert comparison.passes(network) == 2 * (3 * weights - first)
+    network.requires_grad_(False)
+    assert flops_per_image(network) == 2 * (3 * weights - first)
+    assert not any(p.requires_grad for p in network.parameters())
 
 
 def test_training_is_counted_as_rows_times_flops():
-    book = comparison.chapter()
-    z = book["DIGITS"]
-    w = SimpleNamespace(
-        start=lambda missing=None: book["new_denoiser"](z, 0, 1 if missing is None else 2),
-        guards={"default": SimpleNamespace(classifier=book["new_denoiser"](z, 1))},
+    world = SimpleNamespace(
+        situation=DIGITS,
+        start=lambda missing=None: new_denoiser(DIGITS, 0, channels=1 if missing is None else 2),
+        guards={"default": SimpleNamespace(classifier=new_denoiser(DIGITS, 1))},
     )
-    one = comparison.passes(w.start())
-    assert comparison.training_flops("unguarded", {}, w, z) == (z.train_steps * z.batch * one, 0)
-    assert (
-        comparison.training_flops("early stopping", {"share": 0.25}, w, z)[0]
-        == z.train_steps * z.batch * one / 4
-    )
-    assert comparison.training_flops("CPSample", {"strength": 1}, w, z) == (
-        z.train_steps * z.batch * one,
-        z.guard_steps * z.guard_batch * one,
-    )
-    private = comparison.passes(book["new_denoiser"](z, 0, small=True))
-    assert comparison.training_flops("DP-SGD", {"steps": 7, "lr": 1}, w, z)[0] == pytest.approx(
-        7 * 0.25 * 100 * 16 * private
-    )
+    one = flops_per_image(world.start())
+    plain = DIGITS.train_steps * DIGITS.batch * one
+    assert training_flops("unguarded", {}, world) == (plain, 0)
+    assert training_flops("early stopping", {"share": 0.25}, world) == (plain / 4, 0)
+    guard = DIGITS.guard_steps * DIGITS.guard_batch * one
+    assert training_flops("CPSample", {"strength": 1}, world) == (plain, guard)
+
+    small = flops_per_image(new_denoiser(DIGITS, 0, small=True))
+    denoiser, public = training_flops("DP-SGD", {"steps": 7, "lr": 1}, world)
+    assert denoiser == pytest.approx(7 * 0.25 * 100 * 16 * small) and public == 0
+    _, public = training_flops("DP-SGD, public start", {"steps": 7, "lr": 1}, world)
+    assert public == DIGITS.train_steps * DIGITS.batch * small
+
+
+def test_growth_is_measured_in_a_process_of_its_own():
+    point = growth_point("digits", "rejection", 100)
+    assert 0 < point["min"] <= point["seconds"] <= point["max"] and point["peak_gb"] > 0.1
+    with pytest.raises(RuntimeError, match="growth of SPELL at 0 images failed"):
+        growth_point("digits", "SPELL", 0)
