@@ -16,10 +16,16 @@ G = torch.Generator().manual_seed(0)
 A, B = torch.randn(700, 16, generator=G), torch.randn(500, 16, generator=G) * 1.3 + 0.4
 
 
-def replace_inception(monkeypatch, extractor):
-    "Let torch-fidelity's Inception be `extractor`, and forget the one that was loaded."
+@pytest.fixture
+def replace_inception(monkeypatch):
+    "A function that puts another class in the place of torch-fidelity's Inception."
     library = import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics")
-    monkeypatch.setattr(library, "FeatureExtractorInceptionV3", extractor)
+
+    def replace(extractor):
+        monkeypatch.setattr(library, "FeatureExtractorInceptionV3", extractor)
+        inception.cache_clear()
+
+    yield replace
     inception.cache_clear()
 
 
@@ -125,7 +131,7 @@ def test_spaces():
         features(fashion)
 
 
-def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
+def test_missing_extras_and_weights_say_what_to_do(replace_inception):
     message = r"no_such_module is not installed: pip install 'cpsample\[metrics\]'"
     with pytest.raises(ImportError, match=message):
         import_optional("no_such_module.part", "metrics")
@@ -134,12 +140,12 @@ def test_missing_extras_and_weights_say_what_to_do(monkeypatch):
         def __init__(self, *args):
             raise OSError("no route to host")
 
-    replace_inception(monkeypatch, Extractor)
+    replace_inception(Extractor)
     with pytest.raises(OSError, match="connect to the network, or use another feature space"):
         inception_features(torch.zeros(2, 1, 28, 28))
 
 
-def test_inception_gets_bytes_in_three_channels(monkeypatch):
+def test_inception_gets_bytes_in_three_channels(replace_inception):
     given = []
 
     class Extractor(torch.nn.Module):
@@ -150,7 +156,7 @@ def test_inception_gets_bytes_in_three_channels(monkeypatch):
             given.append(x)
             return (x.float().mean((1, 2, 3))[:, None],)
 
-    replace_inception(monkeypatch, Extractor)
+    replace_inception(Extractor)
     greys = torch.linspace(-1.2, 1.2, 5).view(5, 1, 1, 1)
     features(greys.expand(5, 1, 4, 4), "inception-2048")
     assert given[0].dtype == torch.uint8 and given[0].shape == (5, 3, 4, 4)
