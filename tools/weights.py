@@ -1,110 +1,125 @@
-"Make what ships in data/ again: python tools/weights.py [digits_encoder] [fashion_encoder] [fashion]; without names, all of it."
+"""Make what ships in data/ again, but for the networks of `cpsample reproduce fashion`.
+
+python tools/weights.py              all of it
+python tools/weights.py NAME …       some of it: digits_encoder, fashion_encoder, fashion
+"""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from cpsample.core.ddpm import run, seeded, train
 from cpsample.core.digit_features import class_loss, fit_encoder
 from cpsample.core.images import load_digits, pixels
 from cpsample.practice.datasets import load_fashion, write_idx
 from cpsample.practice.encoders import FashionEncoder
-from cpsample.workshop.files import atomic, provenance, save_json
+from cpsample.workshop.files import atomic, provenance, save_json, write_tensors
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+SEED = 0
 
 
-def digits_encoder(seed=0):
+def digits_encoder() -> None:
     "The feature space `digits-mlp-64` of the Fréchet distances on digits."
-    start, (x, y) = time.perf_counter(), load_digits()
-    encoder = fit_encoder(x, y, seed=seed)
-    accuracy = (encoder(x).argmax(1) == y).float().mean().item()
-    ship(
-        "digits_encoder",
-        encoder.state_dict(),
-        {
-            "name": "digits-mlp-64",
-            "data": "all 1,797 digits of scikit-learn",
-            "train_accuracy": accuracy,
-        },
-        seed,
-        start,
-    )
+    start = time.perf_counter()
+    images, classes = load_digits()
+    encoder = fit_encoder(images, classes, seed=SEED)
+    details = {
+        "data": "all 1,797 digits of scikit-learn",
+        "train_accuracy": share_right(encoder, images, classes),
+    }
+    ship("digits_encoder", "digits-mlp-64", encoder.state_dict(), details=details, start=start)
 
 
-def moved(loss, most=2):
-    "The loss on a batch that is moved by up to `most` pixels in both directions."
+def fashion_encoder(steps: int = 4000) -> None:
+    "The feature space `fashion-conv-64` of the distances on Fashion-MNIST, in half precision."
+    start = time.perf_counter()
+    training_set = load_fashion()
+    generator = torch.Generator().manual_seed(SEED)
+    encoder = seeded(SEED, FashionEncoder)
+    loss = on_moved_images(class_loss)
+    run(train(encoder, loss, training_set, steps, batch_size=128, generator=generator), steps)
 
-    def move(model, x, *targets, generator=None):
-        return loss(
-            model,
-            x.roll(torch.randint(-most, most + 1, (2,), generator=generator).tolist(), (-2, -1)),
-            *targets,
-            generator=generator,
-        )
-
-    return move
-
-
-def fashion_encoder(seed=0, steps=4000):
-    "The feature space `fashion-conv-64` of the distances on Fashion-MNIST, stored in float16."
-    start, (x, y), (u, v) = time.perf_counter(), load_fashion(), load_fashion("test")
-    encoder = seeded(seed, FashionEncoder)
-    run(
-        train(
-            encoder,
-            moved(class_loss),
-            (x, y),
-            steps,
-            batch_size=128,
-            generator=torch.Generator().manual_seed(seed),
-        ),
-        steps,
-    )
-    half = {k: w.half() for k, w in encoder.state_dict().items()}
-    encoder.load_state_dict(half)
-    with torch.no_grad():
-        accuracy = (encoder.eval()(pixels(u)).argmax(1) == v).float().mean().item()
-    ship(
-        "fashion_encoder",
-        half,
-        {
-            "name": "fashion-conv-64",
-            "data": "Fashion-MNIST, 60,000 training images",
-            "steps": steps,
-            "test_accuracy": accuracy,
-        },
-        seed,
-        start,
-    )
+    # Rounded first, judged afterwards: the numbers belong to what ships.
+    rounded = {name: weight.half() for name, weight in encoder.state_dict().items()}
+    encoder.load_state_dict(rounded)
+    images, classes = load_fashion("test")
+    details = {
+        "data": "Fashion-MNIST, 60,000 training images",
+        "steps": steps,
+        "test_accuracy": share_right(encoder, pixels(images), classes),
+    }
+    ship("fashion_encoder", "fashion-conv-64", rounded, details=details, start=start)
 
 
-def ship(name, tensors, record, seed, start):
-    with atomic(DATA / "weights" / f"{name}.safetensors") as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
+def fashion(n_train: int = 3000, n_test: int = 2000) -> None:
+    "The part of Fashion-MNIST in data/fashion: the first images of both parts, packed by xz."
+    for part, name, n in (("train", "train", n_train), ("test", "t10k", n_test)):
+        images, classes = load_fashion(part)
+        write_idx(DATA / "fashion" / f"{name}-images-idx3-ubyte.xz", images[:n])
+        write_idx(DATA / "fashion" / f"{name}-labels-idx1-ubyte.xz", classes[:n])
+
+
+def on_moved_images(loss: Callable, most: int = 2) -> Callable:
+    """The loss on a batch that is moved as a whole, so that the place does not matter.
+
+    most: by so many pixels at most, in both directions.
+    """
+
+    def moved_loss(model, x, *targets, generator=None):
+        steps = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+        return loss(model, x.roll(steps, (-2, -1)), *targets, generator=generator)
+
+    return moved_loss
+
+
+@torch.no_grad()
+def share_right(encoder: torch.nn.Module, images: Tensor, classes: Tensor) -> float:
+    "The share of images [N, ...] whose class the encoder gets right."
+    is_right = encoder.eval()(images).argmax(1) == classes
+    return is_right.float().mean().item()
+
+
+def ship(name: str, space: str, tensors: dict[str, Tensor], *, details: dict, start: float) -> None:
+    """Write data/weights/NAME.safetensors, and how it was made beside it.
+
+    name: of the files, and of the function here that makes them.
+    space: name of the feature space.
+    details: further entries of the record.
+    start: when the work began, in seconds of `time.perf_counter`.
+    """
+    with atomic(DATA / "weights" / f"{name}.safetensors") as temporary:
+        write_tensors(tensors, temporary, {})
     record = {
-        "name": record.pop("name"),
+        "name": space,
         "command": f"python tools/weights.py {name}",
         **provenance(),
-        "seed": seed,
-        **record,
+        "seed": SEED,
+        **details,
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
     save_json(DATA / "weights" / f"{name}.json", record)
     print(json.dumps(record, indent=1))
 
 
-def fashion(train=3000, test=2000):
-    "The part of Fashion-MNIST in data/fashion: the first images of both parts, in the original format, packed by xz."
-    for part, name, n in (("train", "train", train), ("test", "t10k", test)):
-        for values, kind in zip(load_fashion(part), ("images-idx3", "labels-idx1")):
-            write_idx(DATA / "fashion" / f"{name}-{kind}-ubyte.xz", values[:n])
+WHAT_SHIPS = {
+    function.__name__: function for function in (digits_encoder, fashion_encoder, fashion)
+}
+
+
+def main(names: list[str]) -> None:
+    "Make what is named, or everything; exits at an unknown name before anything is made."
+    unknown = [name for name in names if name not in WHAT_SHIPS]
+    if unknown:
+        sys.exit(f"unknown name {unknown[0]}: choose some of {', '.join(WHAT_SHIPS)}")
+    for name in names or WHAT_SHIPS:
+        WHAT_SHIPS[name]()
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("digits_encoder", "fashion_encoder", "fashion"):
-        globals()[name]()
+    main(sys.argv[1:])

@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.images import check_images
 from ..workshop.files import data_path, import_optional
@@ -20,14 +20,17 @@ from ..workshop.registry import feature_spaces
 
 # %% ../../nbs/2_practice/05_encoders.ipynb #612c844b
 class FashionEncoder(nn.Module):
-    "The feature space `fashion-conv-64`: the last hidden layer (64 numbers) of a small network that recognises Fashion-MNIST."
+    """The feature space `fashion-conv-64`, and the classes that it was trained with.
+
+    `features`: [B, 1, 28, 28] → [B, 64], the last hidden layer, of mean 0 and variance 1.
+    """
 
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, 2, 1),
+            nn.Conv2d(1, 32, 3, 2, 1),  # [B, 32, 14, 14]
             nn.SiLU(),
-            nn.Conv2d(32, 64, 3, 2, 1),
+            nn.Conv2d(32, 64, 3, 2, 1),  # [B, 64, 7, 7]
             nn.SiLU(),
             nn.Flatten(),
             nn.Linear(64 * 49, 64),
@@ -36,57 +39,65 @@ class FashionEncoder(nn.Module):
         )
         self.classes = nn.Linear(64, 10)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        "Images [B, 1, 28, 28] in [−1, 1] → logits of the ten classes [B, 10]."
         return self.classes(self.features(x))
 
 
-def fashion_encoder():
-    "The shipped `FashionEncoder`."
+def fashion_encoder() -> FashionEncoder:
+    "The shipped `FashionEncoder`, in evaluation mode; its weights are stored in half precision."
+    weights = load_file(data_path("weights/fashion_encoder.safetensors"))
     encoder = FashionEncoder()
-    encoder.load_state_dict(
-        {
-            k: v.float()
-            for k, v in load_file(data_path("weights/fashion_encoder.safetensors")).items()
-        }
-    )
+    encoder.load_state_dict({name: w.float() for name, w in weights.items()})
     return encoder.eval().requires_grad_(False)
 
 # %% ../../nbs/2_practice/05_encoders.ipynb #6627dc2d
 @functools.cache
-def inception():
-    "The Inception network of torch-fidelity, kept in memory. Raises ImportError without it, OSError when its weights cannot be had."
-    extractor = import_optional(
-        "torch_fidelity.feature_extractor_inceptionv3", "metrics"
-    ).FeatureExtractorInceptionV3
+def inception() -> nn.Module:
+    """The Inception network of torch-fidelity, kept in memory.
+
+    Raises ImportError without torch-fidelity, OSError when the weights cannot be had.
+    """
+    library = import_optional("torch_fidelity.feature_extractor_inceptionv3", "metrics")
     try:
-        return extractor("inception-v3-compat", ["2048"]).eval()
+        return library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
     except Exception as error:
         raise OSError(
-            "the Inception weights are not in torch's cache and cannot be downloaded: connect to the network, or use another feature space"
+            "the Inception weights are not in torch's cache and cannot be downloaded: "
+            "connect to the network, or use another feature space"
         ) from error
 
 
-def inception_features(x, chunk=50):
-    "Inception-v3 features [B, 2048] of images x [B, 1 or 3, H, W] in [−1, 1]. Raises OSError when the weights cannot be had."
-    as_bytes, network = (
-        ((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1),
-        inception().to(x.device),
-    )
+def inception_features(x: Tensor, chunk: int = 50) -> Tensor:
+    """Features [B, 2048] of images in the space `inception-2048`.
+
+    x [B, 1 or 3, H, W]: in [−1, 1]; the network is given bytes in three channels.
+    chunk: images at a time.
+    Raises OSError when the weights cannot be had.
+    """
+    as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
+    network = inception().to(x.device)
     return torch.cat([network(part)[0] for part in as_bytes.split(chunk)])
 
-
-def fashion_features(x):
+# %% ../../nbs/2_practice/05_encoders.ipynb #12dd0656
+def fashion_features(x: Tensor) -> Tensor:
     "Features [B, 64] of images x [B, 1, 28, 28] in the shipped space `fashion-conv-64`."
     return fashion_encoder().to(x.device).features(x)
 
 
-def thumbnail_features(x):
-    "The images x [B, C, H, W] in 4×4 pixels, [B, 16·C]: for runs that have no Inception."
+def thumbnail_features(x: Tensor) -> Tensor:
+    "Images x [B, C, H, W] in 4×4 pixels, [B, 16·C]: for runs that have no Inception."
     return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
 @torch.no_grad()
-def features(x, space="fashion-conv-64", chunk=1000):
-    "Features [N, D] of images x [N, C, H, W] in [−1, 1] in the `space`, a key of `feature_spaces`. Raises ValueError for an unknown one."
+def features(x: Tensor, space: str = "fashion-conv-64", chunk: int = 1000) -> Tensor:
+    """Features [N, D] of images in a space.
+
+    x [N, C, H, W]: in [−1, 1].
+    space: a key of `feature_spaces`.
+    chunk: images at a time.
+    Raises ValueError for an unknown space, and for images that are NaN or infinite.
+    """
     encode = feature_spaces[space]
     return torch.cat([encode(part) for part in check_images(x).split(chunk)])

@@ -19,6 +19,7 @@ from cpsample.practice.datasets import (
     load_images,
     read_idx,
     read_image,
+    write_idx,
 )
 
 RNG = np.random.default_rng(0)
@@ -31,9 +32,8 @@ def photo(w, h, mode="RGB"):
 def test_mixed_folder(tmp_path):
     "Sizes, modes and depths mixed, in folders below folders, in the order of the paths."
     for i, mode in enumerate(("RGB", "L", "RGBA", "LA", "P", "CMYK", "1")):
-        photo(20 + 7 * i, 50 - 5 * i, mode).save(
-            tmp_path / f"{i}.{'tif' if mode == 'CMYK' else 'png'}"
-        )
+        suffix = "tif" if mode == "CMYK" else "png"
+        photo(20 + 7 * i, 50 - 5 * i, mode).save(tmp_path / f"{i}.{suffix}")
     (tmp_path / "below").mkdir()
     photo(40, 40).save(tmp_path / "below" / "x.JPEG")
     (tmp_path / ".hidden.png").write_bytes(b"no image")
@@ -41,11 +41,8 @@ def test_mixed_folder(tmp_path):
         warnings.simplefilter("error")
         for channels in (1, 3):
             x, paths = load_folder(tmp_path, 16, channels)
-            assert (
-                x.shape == (8, channels, 16, 16)
-                and x.dtype == torch.uint8
-                and paths == sorted(paths)
-            )
+            assert x.shape == (8, channels, 16, 16) and x.dtype == torch.uint8
+            assert paths == sorted(paths)
 
 
 def test_transparent_is_white_whatever_colour_lies_beneath(tmp_path):
@@ -58,30 +55,25 @@ def test_transparent_is_white_whatever_colour_lies_beneath(tmp_path):
 
 
 def test_sixteen_bits_keep_the_upper_ones(tmp_path):
-    Image.fromarray(np.full((9, 9), 32896, np.uint16)).save(
-        tmp_path / "half.png"
-    )  # 128.5 / 255 of the range
+    half = np.full((9, 9), 32896, np.uint16)  # 128.5 / 255 of the range
+    Image.fromarray(half).save(tmp_path / "half.png")
     Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path / "full.png")
-    assert (
-        set(read_image(tmp_path / "half.png", 8, 1).unique().tolist()) <= {128, 129}
-        and (read_image(tmp_path / "full.png", 8) == 255).all()
-    )
+    assert set(read_image(tmp_path / "half.png", 8, 1).unique().tolist()) <= {128, 129}
+    assert (read_image(tmp_path / "full.png", 8) == 255).all()
 
 
 @pytest.mark.parametrize("turn, corner", [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0))])
 def test_exif_turns_the_picture(tmp_path, turn, corner):
-    "A picture with a white quarter at the top left in the file: EXIF 3 turns by 180 degrees, 6 to the right, 8 to the left."
+    """A picture with a white quarter at the top left in the file.
+
+    EXIF 3 turns by 180 degrees, 6 to the right, 8 to the left.
+    """
     image, exif = Image.new("RGB", (32, 32)), Image.Exif()
     image.paste("white", (0, 0, 16, 16))
     exif[0x0112] = turn
     image.save(tmp_path / "a.png", exif=exif)
-    quarters = (
-        read_image(tmp_path / "a.png", 32)[0]
-        .float()
-        .unfold(0, 16, 16)
-        .unfold(1, 16, 16)
-        .mean((2, 3))
-    )
+    turned = read_image(tmp_path / "a.png", 32)[0].float()
+    quarters = turned.unfold(0, 16, 16).unfold(1, 16, 16).mean((2, 3))
     assert quarters[corner] == 255 and quarters.sum() == 255
 
 
@@ -99,13 +91,10 @@ def test_one_truncated_jpeg_among_a_thousand(tmp_path):
     photo(64, 64).save(tmp_path / "0500b.jpg")
     whole = (tmp_path / "0500b.jpg").read_bytes()
     (tmp_path / "0500b.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match="0500b.jpg.*cannot be read") as said:
+    with pytest.warns(UserWarning, match="0500b.jpg.*cannot be read") as warned:
         x, paths = load_folder(tmp_path, 4, 1)
-    assert (
-        len(x) == len(paths) == 999
-        and len(said) == 1
-        and all((x[i] == i % 256).all() for i in (0, 499, 500, 501, 998))
-    )
+    assert len(x) == len(paths) == 999 and len(warned) == 1
+    assert all((x[i] == i % 256).all() for i in (0, 499, 500, 501, 998))
     with pytest.raises(OSError, match="0500b.jpg"):
         load_folder(tmp_path, 4, 1, strict=True)
 
@@ -133,12 +122,9 @@ def test_three_images(tmp_path):
 
 def test_idx(tmp_path):
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    (tmp_path / "x.gz").write_bytes(
-        gzip.compress(bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">i4").tobytes() + values.tobytes())
-    )
-    (tmp_path / "x.xz").write_bytes(
-        lzma.compress(gzip.decompress((tmp_path / "x.gz").read_bytes()))
-    )
+    header = bytes([0, 0, 8, 3]) + np.array([2, 3, 4], ">i4").tobytes()
+    (tmp_path / "x.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    (tmp_path / "x.xz").write_bytes(lzma.compress(header + values.tobytes()))
     for name in ("x.gz", "x.xz"):
         assert np.array_equal(read_idx(tmp_path / name).numpy(), values)
 
@@ -146,27 +132,31 @@ def test_idx(tmp_path):
 def test_the_shipped_part_of_fashion_is_sound():
     (x, y), (u, v) = load_fashion(small=True), load_fashion("test", small=True)
     assert x.shape == (3000, 1, 28, 28) and u.shape == (2000, 1, 28, 28) and x.dtype == torch.uint8
-    assert (
-        (first_occurrence(torch.cat([x, u])) == torch.arange(5000)).all()
-        and y.bincount().min() > 250
-        and v.bincount().min() > 150
-    )
-    assert 0.2 < (pixels(x).mean() + 1) / 2 < 0.35 and torch.equal(
-        load_images("fashion-small")[0], x
-    )
+    assert (first_occurrence(torch.cat([x, u])) == torch.arange(5000)).all()
+    assert y.bincount().min() > 250 and v.bincount().min() > 150
+    assert 0.2 < (pixels(x).mean() + 1) / 2 < 0.35
+    assert torch.equal(load_images("fashion-small")[0], x)
+
+
+def test_what_is_written_as_idx_is_read_again(tmp_path):
+    images, classes = load_fashion("test", small=True)
+    for name, values in (("images.xz", images[:20]), ("classes.xz", classes[:20])):
+        write_idx(tmp_path / name, values)
+    assert torch.equal(read_idx(tmp_path / "images.xz")[:, None], images[:20])
+    assert torch.equal(read_idx(tmp_path / "classes.xz").long(), classes[:20])
 
 
 def test_crops_tile_the_photographs():
     from sklearn.datasets import load_sample_image
 
-    x, which = load_crops(32)
+    x, photograph = load_crops(32)
     flower = np.array(load_sample_image("flower.jpg"))
-    assert x.shape == (520, 3, 32, 32) and which.bincount().tolist() == [260, 260]
+    assert x.shape == (520, 3, 32, 32) and photograph.bincount().tolist() == [260, 260]
     assert np.array_equal(x[260 + 21].permute(1, 2, 0).numpy(), flower[32:64, 32:64])
 
 
 def test_without_files_and_network_the_error_says_what_to_do(tmp_path, monkeypatch):
-    def refuse(root, **kw):
+    def refuse(root, **options):
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(cpsample.practice.datasets, "CACHE", tmp_path)
@@ -179,10 +169,8 @@ def test_without_files_and_network_the_error_says_what_to_do(tmp_path, monkeypat
 def test_float_and_32_bit_images(tmp_path):
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((9, 9), 200, np.int32)).save(tmp_path / "int.tif")
-    assert (
-        set(read_image(tmp_path / "float.tif", 8, 1).unique().tolist()) <= {127, 128}
-        and (read_image(tmp_path / "int.tif", 8, 1) == 200).all()
-    )
+    assert set(read_image(tmp_path / "float.tif", 8, 1).unique().tolist()) <= {127, 128}
+    assert (read_image(tmp_path / "int.tif", 8, 1) == 200).all()
 
 
 def test_hidden_folders_and_bombs(tmp_path, monkeypatch):
