@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..core.images import load_digits
 from ..workshop.files import CACHE, atomic, data_path
+from ..workshop.registry import image_readers
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #a094bfd3
 def read_idx(path: Path | str) -> Tensor:
@@ -330,9 +331,10 @@ def load_array(path: Path | str) -> Tensor:
 def read_data(
     data: str, size: int | None = None, channels: int = 3, strict: bool = False
 ) -> Tensor:
-    """The images of a named set, a .npy or .npz file, or a folder: [N, C, H, W].
+    """The images of a named set, a file of arrays, or a folder: [N, C, H, W].
 
-    data: a key of `IMAGE_SETS`, or a path.
+    data: a key of `IMAGE_SETS`, or a path; files are read by their ending, see `image_readers`
+        in `workshop.registry`, where others can be added.
     size: side of the squares that a folder's images are cut to (default: the shorter side of
         the first one that can be read).
     channels: of a folder's images, 3 or 1.
@@ -341,8 +343,8 @@ def read_data(
     """
     if data in IMAGE_SETS:
         return load_images(data)[0]
-    if Path(data).suffix in (".npy", ".npz") and Path(data).is_file():
-        return load_array(data)
+    if Path(data).suffix in image_readers and Path(data).is_file():
+        return image_readers[Path(data).suffix](data)
     if not Path(data).is_dir():
         raise ValueError(
             f"{data} is neither a folder, nor a .npy or .npz file, "
