@@ -115,6 +115,7 @@ def run_study(
         bring_tensors(study.name, workspace, out)
         return record
 
+    # What the file already holds of other parts stays.
     record = json.loads(path.read_text()) if path.exists() else {"name": study.name}
     for part in parts:
         record[part] = measured(study.parts[part], workspace, command)
