@@ -151,7 +151,7 @@ def test_a_correction_names_the_rows_and_what_is_added_there(schedule):
     correction = corrector.correction(torch.tensor([[0.1, 0.0], [1.0, 0.0]]), 50)
     assert isinstance(correction, Correction)
     assert correction.rows.tolist() == [1]
-    assert correction.eps.shape == (1, 2)
+    assert correction.delta_eps.shape == (1, 2)
     assert (corrector.rows_seen, corrector.rows_pushed) == (2, 1)
 
 

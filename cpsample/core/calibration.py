@@ -67,17 +67,24 @@ def choose_alpha(
     certain_of_members [N]: certainties of training images.
     certain_of_others [M]: certainties of images that the guard was never shown.
     wanted: share of the former that has to pass.
-    allowed: share of the latter that may pass.
-    loosest: the widest gate there is.
+    allowed: share of the latter up to which the gate may be *wider* than coverage needs. It is
+        no limit: where coverage lets more of them pass, they pass.
+    loosest: the widest gate there is, and all that can stand in the way of coverage.
     """
-    # As numbers of images: those that need not pass, and those that may. The 1e-6 is for
-    # shares such as 0.05 · 20 = 0.99999…, the 1e-4 keeps an image on its side of the gate.
+    # How many members need not pass, and how many others may. The 1e-6 is for products such as
+    # (1 − 0.9) · 10 = 0.9999999999999998.
     misses = int((1 - wanted) * len(certain_of_members) + 1e-6)
     alarms = int(allowed * len(certain_of_others) + 1e-6)
+
+    # As log-odds: the tightest gate that covers, and the widest that only `alarms` others pass.
+    # The 1e-4 keeps an image on its side of the gate.
     covering = certain_of_members.sort().values[misses] - 1e-4
     sparing = certain_of_others.sort(descending=True).values[alarms] + 1e-4
-    gate = torch.minimum(covering, sparing)
-    return min(loosest, torch.sigmoid(-gate).item())
+
+    # The smaller log-odds are the wider gate. So where the two wishes clash, coverage is had at
+    # the price of more alarms than allowed; `loosest` alone stands above it.
+    wider = torch.minimum(covering, sparing)
+    return min(loosest, torch.sigmoid(-wider).item())
 
 # %% ../../nbs/1_core/09_calibration.ipynb #caf35fa9
 def propose_scale(
@@ -102,10 +109,10 @@ def propose_scale(
     strength = logits if guard.one_sided else logits.abs()
     excess = (strength.mean(1) - gate).clamp(min=0)
 
-    # How far one push of s = 1 brings it down.
+    # How far a push of s = 1 brings it down, to first order; never 0, since it divides.
     direction = push(guard.classifier, x_t, t, form=guard.form).flatten(1)
-    slope = direction.square().sum(1).clamp(min=1e-12)
-    return (excess / ((1 - guard.schedule.abar[level]) * slope)).median().item()
+    fall = (1 - guard.schedule.abar[level]) * direction.square().sum(1).clamp(min=1e-12)
+    return (excess / fall).median().item()
 
 # %% ../../nbs/1_core/09_calibration.ipynb #7ab4c5d2
 def trained_below(guard: Guard) -> int:
@@ -140,7 +147,7 @@ def share_interval(certain: Tensor, gate: float) -> list[list[float]]:
 
 
 def first_silent_level(levels: Sequence[int], coverage: Sequence[float], stride: int) -> int:
-    "The level after the last one at which any training image is certain."
+    "The level after the last one at which at least one noising of a training image is certain."
     certain_at = [t for t, share in zip(levels, coverage) if share > 0]
     return max(certain_at) + stride
 
@@ -152,7 +159,7 @@ def distinct_images(x: Tensor, name: str) -> Tensor:
 
 
 def check_demands(wanted: float, allowed: float, level: int, top: int) -> None:
-    "Raise ValueError for shares that are none, or a level that the guard was not trained at."
+    "Raise ValueError for shares outside their ranges and for a level the guard never learned."
     if not (0 < wanted <= 1 and 0 <= allowed < 1 and 0 <= level < top):
         raise ValueError(
             f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), "
@@ -196,18 +203,20 @@ def calibrate(
     """Measure what a guard covers and set it up accordingly.
 
     Returns the report, also kept as `guard.report`. The guard's t_max becomes the level from
-    which no training image is certain.
+    which no training image was certain, or the limit of its training.
 
     members [N, ...]: the guard's training images; exact repeats are counted once.
     held_out [M, ...]: images that it was never shown.
     wanted: share of members to be certain of at noise `level`.
-    allowed: share of held-out images that it may be certain of there.
+    allowed: share of held-out images, certain there, up to which the gate may be wider than
+        coverage needs. It is no limit: no guard is refused for its false alarms.
     level: default T/10, at most a quarter of what the guard was trained on.
     alpha: the gate (default: `choose_alpha`).
     scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own).
     stride: from one measured level to the next.
     seed: of the noise.
-    Raises ValueError, and leaves the guard as it was, when it does not cover its members.
+    Raises ValueError, and leaves the guard as it was, when it does not cover its members. With
+    an alpha from `choose_alpha` that happens only at its widest gate, `loosest` (0.4).
     """
     members = distinct_images(members, "training images")
     held_out = check_images(held_out, "held-out images")
@@ -217,15 +226,16 @@ def calibrate(
     # How certain is the guard of members, [L, draws·N], and of others, [L, M]?
     certain, certain_of_others = certainties_of_both(guard, members, held_out, levels, seed=seed)
 
-    # The gate: as tight as the wanted coverage allows, as wide as the allowed false alarms.
-    row = levels.index(level)
+    # The gate: as tight as coverage lets it be, or wider, while few other images pass.
+    at_level = levels.index(level)
     if alpha is None:
-        alpha = choose_alpha(certain[row], certain_of_others[row], wanted, allowed)
+        alpha = choose_alpha(certain[at_level], certain_of_others[at_level], wanted, allowed)
     gate = log_odds(alpha, below=1)
     coverage = share_above(certain, gate)
-    refuse_uncovered(coverage[row], wanted, level, alpha)
+    refuse_uncovered(coverage[at_level], wanted, level, alpha)
 
-    # From here on no training image is certain any more, so the guard need not be asked.
+    # From this level on no training image was certain, or the guard has learned nothing: it need
+    # not be asked.
     t_max = min(trained_below(guard), first_silent_level(levels, coverage, stride))
 
     # The strength that takes a training image back to the gate in one push.

@@ -55,6 +55,8 @@ def push(classifier: Classifier, x_t: Tensor, t: Tensor, form: str = "toward") -
     Raises ValueError for an unknown form. Source: CPSample, section 4.
     """
     _check_form(form)
+    # Tensors that were made in inference mode cannot take part in a graph: so the mode is left,
+    # and both are copied.
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_()
         logits = classifier(x, t.clone())
@@ -63,6 +65,11 @@ def push(classifier: Classifier, x_t: Tensor, t: Tensor, form: str = "toward") -
     return direction
 
 # %% ../../nbs/1_core/08_guard.ipynb #45ce4fa0
+def _check_alpha(alpha: float, form: str) -> None:
+    "Raise ValueError unless alpha lies in (0, ½) or, for the form 'member', in (0, 1)."
+    log_odds(alpha, below=1 if form == "member" else 0.5)  # raises it
+
+
 def check_settings(alpha: float, scale: float, form: str, t_max: int, *, T: int = 1000) -> None:
     """Raise ValueError for settings with which no guard can work.
 
@@ -73,7 +80,7 @@ def check_settings(alpha: float, scale: float, form: str, t_max: int, *, T: int 
     T: number of noise levels of the schedule.
     """
     _check_form(form)
-    log_odds(alpha, below=1 if form == "member" else 0.5)
+    _check_alpha(alpha, form)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale must be finite and at least 0, got {scale}")
     if not 0 <= t_max <= T:
@@ -100,7 +107,7 @@ class Guard:
     scale: strength s ≥ 0 of the push, not comparable between forms.
     form: of the push, a key of `FORMS`.
     t_max: from this noise level on the guard is not asked.
-    made: how it was trained.
+    made: how it was trained; a t_max in there is the limit of the training, not of asking.
     report: what `calibrate` measured, or None.
     Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
@@ -156,11 +163,11 @@ class Correction(NamedTuple):
     """What a guard changes: the noise prediction at some rows of a batch.
 
     rows [R]: their numbers.
-    eps [R, ...]: what is added to the noise prediction there.
+    delta_eps [R, ...]: what is added to the noise prediction there.
     """
 
     rows: Tensor
-    eps: Tensor
+    delta_eps: Tensor
 
 
 def level_per_row(t: Tensor | int, x_t: Tensor) -> Tensor:
@@ -201,12 +208,13 @@ class Corrector:
         t = level_per_row(t, x_t)
         self.rows_seen += len(x_t)
 
-        # From t_max on the guard was never certain of its own training images: it is not asked.
+        # From t_max on it is not asked: there it has learned nothing, or calibration found it
+        # certain of no member.
         asked = (t < guard.t_max).nonzero()[:, 0]
         if guard.scale == 0 or len(asked) == 0:
             return None
 
-        # A row that is certain of every label is near a training image.
+        # Where the classifier is certain of every label, a training image is near, one hopes.
         x = guard.cast(x_t)
         logits = guard.logits(x[asked], t[asked])
         certain = asked[is_certain(logits, guard.alpha, guard.one_sided)]
@@ -215,9 +223,9 @@ class Corrector:
 
         # Only those rows pay for a gradient: Δε = −s·√(1−ᾱ_t)·push.
         self.rows_pushed += len(certain)
-        sigma = signal_noise(guard.schedule, t[certain], x[certain])[1]
+        _, sigma = signal_noise(guard.schedule, t[certain], x[certain])
         direction = push(guard.classifier, x[certain], t[certain], form=guard.form)
-        return Correction(rows=certain, eps=-guard.scale * sigma * direction)
+        return Correction(rows=certain, delta_eps=-guard.scale * sigma * direction)
 
 # %% ../../nbs/1_core/08_guard.ipynb #35f0e9a7
 class Protected(nn.Module):
@@ -233,6 +241,9 @@ class Protected(nn.Module):
         super().__init__()
         self.model = model
         self.corrector = Corrector(guard)  # no module, so its weights are not registered here
+
+        # A new module is in training mode, whatever it contains. This one is in the model's, so
+        # that whoever notes the mode and restores it later turns no dropout on.
         self.training = getattr(model, "training", False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -241,7 +252,7 @@ class Protected(nn.Module):
         correction = self.corrector.correction(x_t, t)
         if correction is None:
             return eps
-        return eps.index_add(0, correction.rows, correction.eps.to(eps.dtype))
+        return eps.index_add(0, correction.rows, correction.delta_eps.to(eps.dtype))
 
     @property
     def guard(self) -> Guard:
@@ -293,6 +304,7 @@ def protect(model: Denoiser, guard: Guard) -> Protected:
     return Protected(model, guard)
 
 # %% ../../nbs/1_core/08_guard.ipynb #f5fff32b
+# K: labels. t_power: which noise levels the training draws more often, see `label_loss`.
 GUARDS = {
     "default": dict(K=8, alpha=0.05, scale=60.0, form="toward", t_max=400, t_power=1.0),
     "member": dict(K=1, alpha=0.05, scale=60.0, form="member", t_max=400, t_power=1.0),
@@ -301,10 +313,10 @@ GUARDS = {
 
 # %% ../../nbs/1_core/08_guard.ipynb #84e2d6b0
 def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, Any]:
-    """The settings of a preset, with changes; its t_max is at most T.
+    """The settings of a preset, with changes.
 
-    preset: a key of `GUARDS`.
-    changes: settings that override it.
+    preset: a key of `GUARDS`; where its own t_max is above T, it becomes T.
+    changes: settings that override it, taken as they are: `check_settings` refuses a t_max above T.
     T: number of noise levels of the schedule.
     Raises ValueError for an unknown preset or unknown settings.
     """
@@ -358,8 +370,9 @@ def fit_guard(
     width, depth: of the `MLPClassifier`.
     seed: of labels, weights and batches.
     classifier: a fresh network with K outputs (default: that `MLPClassifier`).
-    drive: what runs the training, called like `train` (default: `train` itself).
-    progress: whether to show a bar.
+    drive: called as drive(classifier, loss, data, steps, **options), with options of `train`; it
+        must run the training to its end (default: runs through `train`, with a bar if wanted).
+    progress: whether to show that bar; ignored where there is a `drive`, which has its own.
     Raises ValueError for settings that cannot work.
     """
     settings = preset_settings(preset, settings, T=schedule.T)

@@ -121,7 +121,8 @@ def _read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
 
 
 def _check_identity(path: Path | str, saved: dict, identity: dict) -> None:
-    "Raise ValueError, with all differences, unless `saved` is the identity."
+    "Raise ValueError, with all differences, unless every entry of `identity` is in `saved`."
+    # The saved one has been through JSON, where tuples become lists and keys become strings.
     differences = []
     for key, value in json.loads(json.dumps(identity)).items():
         if saved.get(key) != value:
@@ -140,7 +141,10 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _like_weight(value: Tensor, weight: Tensor) -> Tensor:
-    "What Adam keeps of a weight, on its device and, where it has its shape, in its memory order."
+    """Adam's `value` for a weight, moved to the weight's device.
+
+    Where the shapes agree it also gets the weight's memory layout.
+    """
     if value.shape == weight.shape:
         return torch.empty_like(weight).copy_(value)
     return value.to(weight.device)
@@ -151,7 +155,8 @@ def load_checkpoint(path: Path | str, state: TrainingState, identity: dict) -> N
 
     path: of a file that `save_checkpoint` wrote.
     state: of the same network, changed in place.
-    identity: of this run; the checkpoint's must be the same.
+    identity: of this run. Each of its entries must be in the checkpoint's, too; entries that
+        only the checkpoint has are not looked at.
     Raises ValueError when the file is not a checkpoint, or one of another run or network.
     """
     tensors, saved_identity = _read_checkpoint(path)
@@ -214,6 +219,8 @@ def _go_on(path: Path | str | None, state: TrainingState, identity: dict) -> Non
         return
     if Path(path).exists():
         load_checkpoint(path, state, identity)
+
+    # These are the temporary names of `atomic`.
     for leftover in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"):
         leftover.unlink(missing_ok=True)
 
@@ -265,23 +272,27 @@ def fit(
     name: in front of the progress bar.
     identity: what else the run is, as a dict for JSON, to recognise its checkpoint by.
     progress: show the bar.
-    after_checkpoint: called as after_checkpoint(step, average) by the main process.
+    after_checkpoint: called as after_checkpoint(step, average), by the main process, every
+        `every` steps and at the end, also when `path` is None.
     accelerator: of Hugging Face accelerate, for several processes, which must all see `path`.
     use_compile: use torch.compile.
     generator: on the CPU (default: one with seed 0).
     training_options: of `train`: batch_size, lr, weights, warmup, clip.
-    Raises ValueError when the checkpoint is none or is of another run.
+    Raises ValueError when the file at `path` is not a checkpoint, or one of another run.
     """
     state = TrainingState.fresh(model, generator)
-    decided = run_identity(model, data, state.generator, steps=steps, beta=beta, **training_options)
-    identity = decided | (identity or {})
-    _go_on(path, state, identity)
+    training_identity = run_identity(
+        model, data, state.generator, steps=steps, beta=beta, **training_options
+    )
+    whole_identity = training_identity | (identity or {})
+    _go_on(path, state, whole_identity)
 
     # Of several processes each computes its rows; the main one writes and talks.
     network = _prepared(model, use_compile, accelerator)
     is_main = accelerator is None or accelerator.is_main_process
 
-    # The loop of the lesson: a step, the average, and now and then a checkpoint.
+    # The loop of the lesson: a step, the average, and now and then a checkpoint. A compiled or
+    # wrapped `network` shares the parameters of `model`, so the average is that of `model`.
     training = train(network, loss, data, steps, **state.position, **training_options)
     bar = tqdm(
         total=steps,
@@ -297,7 +308,7 @@ def fit(
             _advance(bar, state.losses, training_options)
             if is_main and (record.step % every == 0 or record.step == steps):
                 if path:
-                    save_checkpoint(path, state, identity)
+                    save_checkpoint(path, state, whole_identity)
                 if after_checkpoint:
                     after_checkpoint(record.step, state.ema_model)
     return state.ema_model, state.losses
