@@ -70,9 +70,9 @@ def awake(model):
 )
 def test_each_rows_gradient_is_that_row_alone(build):
     model, x = awake(build()), images(4)
-    together, losses = example_gradients(model, x, SCHEDULE, 3, seed(1))
+    together, losses = example_gradients(model, x, SCHEDULE, draws=3, generator=seed(1))
     other = torch.cat([x[:1], images(3, k=9)])
-    changed, _ = example_gradients(model, other, SCHEDULE, 3, seed(1))
+    changed, _ = example_gradients(model, other, SCHEDULE, draws=3, generator=seed(1))
     for name in together:
         torch.testing.assert_close(changed[name][0], together[name][0], atol=1e-6, rtol=1e-4)
     assert any((changed[name][1] - together[name][1]).abs().max() > 1e-4 for name in together)
@@ -102,94 +102,87 @@ class Recorder(torch.optim.SGD):
         self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
 
 
-def arriving(monkeypatch, x, sigma, bound, rate=1.0, steps=1, k=0, draws=2):
-    kept = []
+def arriving(monkeypatch, x, sigma, bound, **settings):
+    "The gradients [P] that reach the optimiser of `train_private`, step by step."
+    recorders = []
 
     def build(parameters, lr):
-        kept.append(Recorder(list(parameters), lr))
-        return kept[-1]
+        recorders.append(Recorder(list(parameters), lr))
+        return recorders[-1]
 
     monkeypatch.setattr(torch.optim, "Adam", build)
-    list(
-        train_private(
-            awake(network()), x, SCHEDULE, sigma, steps, rate, bound, draws, generator=seed(k)
-        )
-    )
-    return [torch.cat([p.flatten() for p in grads]) for grads in kept[0].seen]
+    settings = dict(steps=1, rate=1.0, draws=2, generator=seed(0)) | settings
+    list(train_private(awake(network()), x, SCHEDULE, sigma, bound=bound, **settings))
+    return [torch.cat([p.flatten() for p in grads]) for grads in recorders[0].seen]
+
+
+def gradients_of(x):
+    "The gradients [N, P] of the images, with the draws of a first step that all of them join."
+    generator = seed(0)
+    torch.rand(len(x), generator=generator)  # who joins comes first
+    model = awake(network())
+    gradients, _ = example_gradients(model, x, SCHEDULE, draws=2, generator=generator)
+    return torch.cat([part.flatten(1) for part in gradients.values()], 1)
 
 
 def test_one_image_moves_the_sum_by_at_most_the_bound(monkeypatch):
-    "Without noise, what arrives is the sum of the clipped gradients over the expected size of a batch."
+    "Without noise: the sum of the clipped gradients over the expected size of a batch."
     pytest.importorskip("opacus")
     x, bound = images(6), 0.05
-    model = awake(network())
-    gradients, _ = example_gradients(
-        model, x, SCHEDULE, 2, (g := seed(0), torch.rand(6, generator=g))[0]
-    )  # the draw of the batch comes first
-    flat = torch.cat([v.flatten(1) for v in gradients.values()], 1)
+    flat = gradients_of(x)
     clipped = flat * (bound / flat.norm(dim=1, keepdim=True)).clamp(max=1)
     assert (flat.norm(dim=1) > bound).all() and clipped.norm(dim=1).max() <= bound * (1 + 1e-5)
-    found = arriving(monkeypatch, x, 0.0, bound)[0]
-    torch.testing.assert_close(found, clipped.sum(0) / 6, atol=1e-7, rtol=1e-3)
-    assert ((found * 6 - clipped[:5].sum(0)).norm()) <= bound * (1 + 1e-3)
+    arrived = arriving(monkeypatch, x, 0.0, bound)[0]
+    torch.testing.assert_close(arrived, clipped.sum(0) / 6, atol=1e-7, rtol=1e-3)
+    assert (arrived * 6 - clipped[:5].sum(0)).norm() <= bound * (1 + 1e-3)
 
 
 def test_short_gradients_are_not_clipped(monkeypatch):
     pytest.importorskip("opacus")
     x = images(5)
-    gradients, _ = example_gradients(
-        awake(network()), x, SCHEDULE, 2, (g := seed(0), torch.rand(5, generator=g))[0]
-    )
-    flat = torch.cat([v.flatten(1) for v in gradients.values()], 1)
-    torch.testing.assert_close(
-        arriving(monkeypatch, x, 0.0, 1e6)[0], flat.mean(0), atol=1e-6, rtol=1e-3
-    )
+    arrived = arriving(monkeypatch, x, 0.0, bound=1e6)[0]
+    torch.testing.assert_close(arrived, gradients_of(x).mean(0), atol=1e-6, rtol=1e-3)
 
 
 def test_noise_has_the_size_that_the_accountant_is_told(monkeypatch):
     pytest.importorskip("opacus")
-    x, sigma, bound = images(8), 3.0, 0.05
-    steps = arriving(monkeypatch, x, sigma, bound, rate=0.5, steps=40)
-    found = torch.stack(steps) * 0.5 * 8  # the sum: clipped gradients (at most 8 · 0.05) and noise
-    assert abs(found.std() / (sigma * bound) - 1) < 0.05
+    sigma, bound = 3.0, 0.05
+    steps = arriving(monkeypatch, images(8), sigma, bound, rate=0.5, steps=40)
+    sums = torch.stack(steps) * 0.5 * 8  # clipped gradients (at most 8 · 0.05) and noise
+    assert abs(sums.std() / (sigma * bound) - 1) < 0.05
 
 
 def test_batches_are_drawn_image_by_image(monkeypatch):
-    "Poisson sampling, which the accountant assumes: sizes vary, empty batches included, and the divisor stays."
+    "Poisson sampling, as accounted for: sizes vary, empty ones included; the divisor stays."
     pytest.importorskip("opacus")
     import cpsample.judgement.baselines as baselines
 
-    sizes, real = [], example_gradients
+    sizes = []
 
-    def watched(model, x0, *rest):
+    def watched(model, x0, schedule, **settings):
         sizes.append(len(x0))
-        return real(model, x0, *rest)
+        return example_gradients(model, x0, schedule, **settings)
 
     monkeypatch.setattr(baselines, "example_gradients", watched)
-    records = list(
-        train_private(
-            network(), images(10), SCHEDULE, 1.0, 300, rate=0.2, draws=1, generator=seed(0)
-        )
-    )
+    settings = dict(rate=0.2, draws=1, generator=seed(0))
+    records = list(train_private(network(), images(10), SCHEDULE, 1.0, 300, **settings))
     assert 0 in sizes and abs(np.mean(sizes) - 2) < 0.3 and abs(np.var(sizes) - 1.6) < 0.5
-    assert [r.step for r in records] == list(range(1, 301)) and all(
-        math.isfinite(r.loss) for r in records
-    )
+    assert [record.step for record in records] == list(range(1, 301))
+    assert all(math.isfinite(record.loss) for record in records)
 
 
 @pytest.mark.parametrize("sigma, steps", [(1.5, 1), (8, 30), (30, 900)])
 def test_epsilon_of_full_batches_is_the_gaussian_mechanisms(sigma, steps):
     pytest.importorskip("opacus")
     s = sigma / math.sqrt(steps)
-    exact = brentq(
-        lambda e: (
-            norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * norm.cdf(-1 / (2 * s) - e * s) - 1e-4
-        ),
-        0,
-        200,
-    )
+
+    def delta(epsilon):
+        a, b = 1 / (2 * s), epsilon * s
+        return norm.cdf(a - b) - math.exp(epsilon) * norm.cdf(-a - b)
+
+    exact = brentq(lambda epsilon: delta(epsilon) - 1e-4, 0, 200)
     assert abs(epsilon_spent(sigma, 1e-4, 1, steps) - exact) < 0.03 * exact + 0.02
-    assert epsilon_spent(sigma, 1e-4, 1, steps, "rdp") >= exact
+    assert epsilon_spent(sigma, 1e-4, 1, steps, accountant="rdp") >= exact
 
 
 def test_noise_and_epsilon_are_inverse_and_ordered():
@@ -227,7 +220,10 @@ def test_masks_are_per_pixel_and_the_same_in_all_channels():
 
 
 class Linear(torch.nn.Module):
-    "Predicts pixel j of a row of three by those seen, with one matrix per pattern of what is seen: the most general linear guess."
+    """Predicts the pixels of a row of three by those seen: the most general linear guess.
+
+    It has one matrix for each pattern of what is seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -236,40 +232,40 @@ class Linear(torch.nn.Module):
     def forward(self, x, t):
         value, seen = x[:, 0, 0], x[:, 1, 0]
         pattern = (seen @ torch.tensor([1.0, 2.0, 4.0])).long()
-        return torch.stack([torch.einsum("bij,bj->bi", self.weights[pattern], value), seen], 1)[
-            :, :, None
-        ]
+        guess = torch.einsum("bij,bj->bi", self.weights[pattern], value)
+        return torch.stack([guess, seen], 1)[:, :, None]
 
 
 def test_ambient_loss_finds_the_conditional_mean_of_a_gaussian():
-    "Three correlated pixels, each missing in 40 %: every conditional mean, although two pixels are seldom there together."
+    "Three correlated pixels, each missing in 40 %: every conditional mean, from what is there."
     cov = torch.tensor([[1.0, 0.7, 0.2], [0.7, 1.0, 0.5], [0.2, 0.5, 1.0]])
-    x0 = (torch.randn(40_000, 3, generator=seed(0)) @ torch.linalg.cholesky(cov).T).view(
-        -1, 1, 1, 3
-    )
+    x0 = torch.randn(40_000, 3, generator=seed(0)) @ torch.linalg.cholesky(cov).T
+    x0 = x0.view(-1, 1, 1, 3)
     mask = random_mask(x0, 0.4, seed(1))
     model, g = Linear(), seed(2)
     opt = torch.optim.Adam(model.parameters(), 0.05)
     for step in range(400):
         opt.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
         opt.zero_grad()
-        ambient_loss(model, x0 * mask, mask, CLEAN, 0.3, g).backward()
+        ambient_loss(model, x0 * mask, mask, CLEAN, further=0.3, generator=g).backward()
         opt.step()
+
     for pattern in range(1, 7):  # 7: nothing hidden that could be asked for
         seen = torch.tensor([pattern >> i & 1 for i in range(3)]).bool()
         exact = torch.zeros(3, 3)
         exact[:, seen] = cov[:, seen] @ torch.linalg.inv(cov[seen][:, seen])
-        found = model.weights[pattern].detach()
-        assert (found[:, seen] - exact[:, seen]).abs().max() < 0.06, pattern
+        learned = model.weights[pattern].detach()
+        assert (learned[:, seen] - exact[:, seen]).abs().max() < 0.06, pattern
 
 
 def test_the_loss_never_looks_at_missing_pixels():
     model, x0 = awake(seeded(0, lambda: MLPDenoiser((2, 8, 8), width=16, depth=1))), images(8)
     mask = random_mask(x0, 0.5, seed(0))
     spoiled = torch.where(mask == 1, x0, torch.full_like(x0, 100.0))
-    assert ambient_loss(model, x0, mask, SCHEDULE, generator=seed(3)).item() == pytest.approx(
-        ambient_loss(model, spoiled, mask, SCHEDULE, generator=seed(3)).item(), rel=1e-5
+    clean, other = (
+        ambient_loss(model, x, mask, SCHEDULE, generator=seed(3)).item() for x in (x0, spoiled)
     )
+    assert clean == pytest.approx(other, rel=1e-5)
 
 
 def test_the_sampler_keeps_its_mask_and_reads_x0():
@@ -282,16 +278,13 @@ def test_the_sampler_keeps_its_mask_and_reads_x0():
 
     model = ambient_denoiser(Network(), SCHEDULE, 0.3, seed=5)
     x_t, t = torch.randn(6, 3, 4, 4, generator=seed(0)), torch.tensor([0, 5, 100, 400, 800, 999])
-    torch.testing.assert_close(
-        eps_to_x0(x_t, t, model(x_t, t), SCHEDULE), torch.full_like(x_t, 0.25), atol=2e-2, rtol=0
-    )
+    x0_pred = eps_to_x0(x_t, t, model(x_t, t), SCHEDULE)
+    torch.testing.assert_close(x0_pred, torch.full_like(x_t, 0.25), atol=2e-2, rtol=0)
+
     model(x_t + 1, t)
     seen = asked[0][:, 3:]
-    assert (
-        torch.equal(seen, asked[1][:, 3:])
-        and 0.1 < (seen == 0).float().mean() < 0.5
-        and (asked[0][:, :3][(seen == 0).expand(-1, 3, -1, -1)] == 0).all()
-    )
+    assert torch.equal(seen, asked[1][:, 3:]) and 0.1 < (seen == 0).float().mean() < 0.5
+    assert (asked[0][:, :3][(seen == 0).expand(-1, 3, -1, -1)] == 0).all()
 
 
 # repellency
@@ -301,9 +294,8 @@ def test_the_sampler_keeps_its_mask_and_reads_x0():
 @given(st.integers(0, 10**6), st.floats(0.1, 2.0))
 def test_x0_never_lies_inside_a_lone_ball(k, radius):
     z = torch.randn(1, 6, generator=seed(k))
-    x0 = z + torch.randn(9, 6, generator=seed(k + 1)) * torch.tensor(
-        [0.0, 1e-5, 0.1, 0.2, 0.5, 1, 2, 3, 5]
-    ).view(9, 1)
+    away = torch.tensor([0.0, 1e-5, 0.1, 0.2, 0.5, 1, 2, 3, 5]).view(9, 1)
+    x0 = z + torch.randn(9, 6, generator=seed(k + 1)) * away
     t = torch.full((9,), 200)
 
     def model(x_t, t):
@@ -313,59 +305,43 @@ def test_x0_never_lies_inside_a_lone_ball(k, radius):
     moved = eps_to_x0(x_t, t, spell(model, SCHEDULE, z, radius)(x_t, t), SCHEDULE)
     before, after = (x0 - z).norm(dim=1), (moved - z).norm(dim=1)
     torch.testing.assert_close(after, before.clamp(min=radius), atol=2e-3, rtol=2e-3)
-    for i in range(2, 9):
-        torch.testing.assert_close(
-            (moved - z)[i] / after[i], (x0 - z)[i] / before[i], atol=5e-3, rtol=0
-        )  # straight away from the centre
+    for i in range(2, 9):  # straight away from the centre
+        direction = (x0 - z)[i] / before[i]
+        torch.testing.assert_close((moved - z)[i] / after[i], direction, atol=5e-3, rtol=0)
 
 
 def test_no_sample_lands_in_a_ball_and_the_distant_are_not_touched():
     points = torch.tensor([[0.6, 0.6], [-0.6, 0.6], [0.0, -0.6]])
-    model = exact_denoiser(
-        GaussianMixture(points, torch.full((3,), 0.03), torch.ones(3) / 3), SCHEDULE
-    )
-    assert nearest(generate(model, SCHEDULE, (2,), 200, 50), points)[0].min() < 0.02
-    assert (
-        nearest(generate(spell(model, SCHEDULE, points, 0.25), SCHEDULE, (2,), 200, 50), points)[
-            0
-        ].min()
-        > 0.25 - 1e-3
-    )
-    assert (
-        nearest(
-            generate(
-                spell(ideal_denoiser(points, SCHEDULE), SCHEDULE, points, 0.25),
-                SCHEDULE,
-                (2,),
-                200,
-                50,
-            ),
-            points,
-        )[0].min()
-        > 0.25 - 1e-3
-    )  # from the very centre
+    mixture = GaussianMixture(points, torch.full((3,), 0.03), torch.ones(3) / 3)
+    model, memory = exact_denoiser(mixture, SCHEDULE), ideal_denoiser(points, SCHEDULE)
+
+    def nearest_sample(model):
+        samples = generate(model, SCHEDULE, (2,), 200, steps=50)
+        return nearest(samples, points)[0].min()
+
+    assert nearest_sample(model) < 0.02
+    assert nearest_sample(spell(model, SCHEDULE, points, 0.25)) > 0.25 - 1e-3
+    # The memory starts from the very centres.
+    assert nearest_sample(spell(memory, SCHEDULE, points, 0.25)) > 0.25 - 1e-3
+
     x_t, t = torch.randn(50, 2, generator=seed(0)), torch.full((50,), 30)
-    outside = nearest(eps_to_x0(x_t, t, model(x_t, t), SCHEDULE), points)[0][:, 0] > 0.01
-    held = spell(model, SCHEDULE, points, 0.01)(x_t, t)
-    assert outside.any() and torch.equal(held[outside], model(x_t, t)[outside])
-    assert torch.equal(
-        spell(model, SCHEDULE, points, 0.25, strength=0.0)(x_t, t).round(decimals=3),
-        model(x_t, t).round(decimals=3),
-    )
+    eps = model(x_t, t)
+    outside = nearest(eps_to_x0(x_t, t, eps, SCHEDULE), points)[0][:, 0] > 0.01
+    repelled = spell(model, SCHEDULE, points, 0.01)(x_t, t)
+    assert outside.any() and torch.equal(repelled[outside], eps[outside])
+    weak = spell(model, SCHEDULE, points, 0.25, strength=0.0)(x_t, t)
+    assert torch.equal(weak.round(decimals=3), eps.round(decimals=3))
 
 
 def test_only_so_many_balls_as_there_are():
     z = torch.zeros(2, 3)
     z[1, 0] = 1
-    x0 = torch.tensor([[0.5, 0.1, 0.0]])
-    moved = eps_to_x0(
-        x0,
-        torch.tensor([200]),
-        spell(lambda x, t: x0_to_eps(x, t, x0, SCHEDULE), SCHEDULE, z, 1.0)(
-            x0, torch.tensor([200])
-        ),
-        SCHEDULE,
-    )
+    x0, t = torch.tensor([[0.5, 0.1, 0.0]]), torch.tensor([200])
+
+    def model(x_t, t):
+        return x0_to_eps(x_t, t, x0, SCHEDULE)
+
+    moved = eps_to_x0(x0, t, spell(model, SCHEDULE, z, 1.0)(x0, t), SCHEDULE)
     d = (x0 - z).norm(dim=1)
     expected = x0 + ((1 / d - 1)[:, None] * (x0 - z)).sum(0)  # both balls push
     torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
@@ -374,51 +350,41 @@ def test_only_so_many_balls_as_there_are():
 # similarity guidance
 
 
+@torch.no_grad()
 def test_the_push_is_the_gradient_of_the_similarity():
     model, refs = awake(network()).double(), images(5).double()
-    x_t, t = (
-        torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=seed(0)),
-        torch.tensor([20, 150, 500]),
-    )
-    with torch.no_grad():
-        eps = model(x_t, t)
-        push = similarity_guidance(model, SCHEDULE, refs, 1e3, 2.0)(x_t, t) - eps
-        which = nearest(eps_to_x0(x_t, t, eps, SCHEDULE), refs)[1][:, 0]
+    x_t = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=seed(0))
+    t = torch.tensor([20, 150, 500])
+    eps = model(x_t, t)
+    push = similarity_guidance(model, SCHEDULE, refs, 1e3, 2.0)(x_t, t) - eps
+    z = refs[nearest(eps_to_x0(x_t, t, eps, SCHEDULE), refs)[1][:, 0]]
 
-        def similarity(x):
-            return (
-                -(eps_to_x0(x, t, model(x, t), SCHEDULE) - refs[which])
-                .flatten(1)
-                .square()
-                .mean(1)
-                .sqrt()
-            )
+    def similarity(x):
+        apart = eps_to_x0(x, t, model(x, t), SCHEDULE) - z
+        return -apart.flatten(1).square().mean(1).sqrt()
 
-        for i in (0, 17, 63):
-            bump = (
-                torch.zeros(64, dtype=torch.float64)
-                .index_fill(0, torch.tensor(i), 1e-5)
-                .view(1, 8, 8)
-            )
-            slope = (similarity(x_t + bump) - similarity(x_t - bump)) / 2e-5
-            torch.testing.assert_close(
-                push.flatten(1)[:, i],
-                2.0 * (1 - SCHEDULE.abar[t]).sqrt() * slope,
-                atol=1e-6,
-                rtol=1e-3,
-            )
+    for i in (0, 17, 63):
+        bump = torch.zeros(64, dtype=torch.float64)
+        bump[i] = 1e-5
+        bump = bump.view(1, 8, 8)
+        slope = (similarity(x_t + bump) - similarity(x_t - bump)) / 2e-5
+        expected = 2.0 * (1 - SCHEDULE.abar[t]).sqrt() * slope
+        torch.testing.assert_close(push.flatten(1)[:, i], expected, atol=1e-6, rtol=1e-3)
 
 
 def test_guidance_moves_x0_away_and_only_near_the_training_set():
     points = torch.tensor([[0.6, 0.6], [-0.6, -0.6]])
-    model = exact_denoiser(
-        GaussianMixture(points, torch.full((2,), 0.1), torch.ones(2) / 2), SCHEDULE
-    )
+    mixture = GaussianMixture(points, torch.full((2,), 0.1), torch.ones(2) / 2)
+    model = exact_denoiser(mixture, SCHEDULE)
     x_t, t = points[:1] + torch.tensor([[0.05, 0.02], [1.5, -0.9]]), torch.tensor([60, 60])
-    guided = similarity_guidance(model, SCHEDULE, points, 0.12, 1.0)
-    eps, held = model(x_t, t), guided(x_t, t)
-    d = [nearest(eps_to_x0(x_t, t, e, SCHEDULE), points)[0][:, 0] for e in (eps, held)]
-    assert d[1][0] > d[0][0] + 1e-3 and torch.equal(held[1], eps[1]) and not held.requires_grad
+    eps = model(x_t, t)
+    guided = similarity_guidance(model, SCHEDULE, points, 0.12, 1.0)(x_t, t)
+
+    def distance(eps):
+        return nearest(eps_to_x0(x_t, t, eps, SCHEDULE), points)[0][:, 0]
+
+    assert distance(guided)[0] > distance(eps)[0] + 1e-3
+    assert torch.equal(guided[1], eps[1]) and not guided.requires_grad
     assert torch.equal(similarity_guidance(model, SCHEDULE, points, 0.12, 0.0)(x_t, t), eps)
 
 
