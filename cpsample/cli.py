@@ -39,7 +39,7 @@ from cpsample.practice.runs import (
     train_denoiser,
 )
 from .production.experiments import EXPERIMENTS, plan_table, run_experiment
-from .production.pipelines import guard_pipeline
+from .production.pipelines import fit_named_pipeline_guard
 from cpsample.workshop.files import (
     atomic,
     fingerprint,
@@ -261,8 +261,15 @@ def guard_command(
         raise ValueError("give the folder of a run, or --pipeline, and not both")
     settings = {} if t_max is None else {"t_max": t_max}
     if pipeline:
-        guard = guard_pipeline(
-            pipeline, data, reference, out, steps or 4000, preset, on_device(device), **settings
+        guard = fit_named_pipeline_guard(
+            pipeline,
+            data,
+            reference,
+            out,
+            steps=steps or 4000,
+            preset=preset,
+            device=on_device(device),
+            **settings,
         )
     else:
         about, members, others = members_of(run)
@@ -485,7 +492,7 @@ def reproduce_command(
     device: str = typer.Option(None, help="cpu or cuda (default: cuda if there is one)."),
 ):
     "Run one of the paper's experiments, stage by stage, after its plan."
-    if size not in EXPERIMENTS.get(name, {}):
+    if name not in EXPERIMENTS or size not in EXPERIMENTS[name]:
         raise ValueError(
             f"unknown experiment {name} of size {size}: choose {' or '.join(EXPERIMENTS)}, and full, colab or tiny"
         )
