@@ -433,11 +433,10 @@ def guard_command(
     # A pipeline has its own space; a run has its own images.
     settings = given(t_max=t_max)
     if run is None:
-        from cpsample.production.pipelines import guard_pipeline
+        from cpsample.production.pipelines import fit_named_pipeline_guard
 
-        place = on_device(device)
-        steps = steps or 4000
-        guard = guard_pipeline(pipeline, data, reference, out, steps, preset, place, **settings)
+        settings |= {"steps": steps or 4000, "preset": preset, "device": on_device(device)}
+        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
     else:
         out = run / "guard"
         guard = guard_of_run(run, reference, steps, preset, device, **settings)

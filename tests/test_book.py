@@ -138,7 +138,7 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     [
         ("index", "#| echo: false", 6),
         ("3_judgement/09_comparison", "# results", 7),
-        ("4_production/06_stable_diffusion", "# results", 3),
+        ("4_production/07_stable_diffusion_study", "# results", 3),
     ],
 )
 def test_numbers_on_the_page_are_those_of_the_files(name, first, tables):

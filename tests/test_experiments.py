@@ -1,4 +1,4 @@
-"Chapters 4.3 and 16: a plan that is true and costs nothing, and runs that survive a disconnect, a full disk and a network that is away."
+"A plan that is true and costs nothing, and runs that survive a disconnect and a full disk."
 
 import errno
 import json
@@ -21,34 +21,41 @@ from cpsample.core.ddpm import generate
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.runs import Config, fit_run_guard, train_denoiser
 from cpsample.production import experiments
+from cpsample.production.celeba64 import CELEBA64
+from cpsample.production.cifar10 import CIFAR10, DDPM_32, NARROW, DiffusersUNet
 from cpsample.production.experiments import (
     DATA,
-    DDPM_32,
     EXPERIMENTS,
-    DiffusersUNet,
     plan,
     plan_table,
     public_denoiser,
+    results,
+    results_table,
     run_experiment,
 )
 from cpsample.workshop import studies
-from cpsample.workshop.costs import count
+from cpsample.workshop.costs import network_cost
 from cpsample.workshop.registry import build_network
 from cpsample.workshop.studies import load_or_create
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = EXPERIMENTS["celeba64"]["tiny"]  # and smaller still: 32×32, folded to 8×8
+SIZES = [*CIFAR10.values(), *CELEBA64.values()]
+STAGES = "base all_guard all all_attacks tuned subset_guard subset subset_attacks".split()
+ARMS = ("unguarded", "guarded", "rejection", "held_out")
+
+# tiny, and smaller still: 32×32, folded to 8×8
 FOLDED = {"width": 16, "mults": (1, 2), "unshuffle": 4}
+_TINY = CELEBA64["tiny"]
 TINY = replace(
-    TINY,
+    _TINY,
     data="crops-32",
     attacked=2,
     subset=5,
-    tune=TINY.tune | {"steps": 5},
+    tune=_TINY.tune | {"steps": 5},
     config=replace(
-        TINY.config,
+        _TINY.config,
         shape=(3, 32, 32),
-        options=TINY.config.options | FOLDED,
+        options=_TINY.config.options | FOLDED,
         guard=FOLDED,
         steps=5,
         sample_steps=4,
@@ -70,43 +77,58 @@ def copied(done, tmp_path):
     return Path(shutil.copytree(done[0], tmp_path / "run"))
 
 
+def go_on(folder, e=TINY):
+    return run_experiment(e, folder, progress=False)
+
+
+def without_seconds(record):
+    if not isinstance(record, dict):
+        return record
+    return {k: without_seconds(v) for k, v in record.items() if "seconds" not in k}
+
+
 def same(a, b):
     "The same record, but for times."
-
-    def timeless(x):
-        return (
-            {k: timeless(v) for k, v in x.items() if "seconds" not in k}
-            if isinstance(x, dict)
-            else x
-        )
-
-    return timeless(a) == timeless(b)
+    return without_seconds(a) == without_seconds(b)
 
 
 def watched(monkeypatch, *names):
     "Which of the functions `names` of the module are called, in order; they do what they did."
     calls = []
-    for name in names:
+
+    def noted(name):
         real = getattr(experiments, name)
-        monkeypatch.setattr(
-            experiments,
-            name,
-            lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k),
-        )
+
+        def call(*args, **options):
+            calls.append(name)
+            return real(*args, **options)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(experiments, name, noted(name))
     return calls
 
 
 WORK = ("generate", "train_denoiser", "fit_run_guard", "scores_of", "frechet_distance")
 
 
+def without_data(monkeypatch, name, load=None):
+    "The images `name` cannot be loaded, or by `load`; how many they are is known."
+    monkeypatch.setitem(DATA, name, DATA[name]._replace(load=load))
+
+
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
 def test_a_second_run_makes_nothing(copied, done, monkeypatch):
     calls = watched(monkeypatch, *WORK)
-    monkeypatch.setitem(
-        DATA, TINY.data, (None, *DATA[TINY.data][1:])
-    )  # not even the data are asked for again
-    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*.safetensors")}
-    assert run_experiment(TINY, copied, progress=False) == done[1] and calls == []
-    assert before == {p: p.stat().st_mtime_ns for p in copied.rglob("*.safetensors")}
+    without_data(monkeypatch, TINY.data)  # not even the data are asked for again
+    before = times_of(copied)
+    assert go_on(copied) == done[1]
+    assert calls == []
+    assert before == times_of(copied)
 
 
 def test_killed_between_stages(copied, done, monkeypatch):
@@ -114,106 +136,112 @@ def test_killed_between_stages(copied, done, monkeypatch):
         (copied / name).unlink()
     shutil.rmtree(copied / "subset_guarded")
     calls = watched(monkeypatch, *WORK)
-    assert same(run_experiment(TINY, copied, progress=False), done[1])
-    assert (
-        calls.count("generate") == 2
-        and "train_denoiser" not in calls
-        and "fit_run_guard" not in calls
-    )
+    assert same(go_on(copied), done[1])
+    assert calls.count("generate") == 2
+    assert "train_denoiser" not in calls and "fit_run_guard" not in calls
 
 
 def test_killed_while_sampling(copied, done, monkeypatch):
-    "Chunk 0 is there, chunk 1 half: one is drawn, the half is swept out, and the images are those of the first run."
+    "Chunk 0 is there, chunk 1 half: one is drawn, the half is swept out, the images are the same."
     whole = copied / "all_guarded" / "00001.safetensors"
     half = whole.with_name(".00001.safetensors.abcd_123.safetensors")
     half.write_bytes(whole.read_bytes()[:1000])
-    whole.unlink(), (copied / "all.json").unlink()
+    whole.unlink()
+    (copied / "all.json").unlink()
     calls = watched(monkeypatch, *WORK)
-    assert same(run_experiment(TINY, copied, progress=False), done[1])
-    assert (
-        calls.count("generate") == 1
-        and calls.count("fit_run_guard") == 0
-        and not half.exists()
-        and whole.exists()
-    )
+    assert same(go_on(copied), done[1])
+    assert calls.count("generate") == 1 and calls.count("fit_run_guard") == 0
+    assert whole.exists() and not half.exists()
 
 
-@pytest.mark.parametrize("owner", ["this run's", "somebody's"])
-def test_only_leftovers_of_this_run_are_removed(copied, done, tmp_path, owner):
-    "`--out .` in somebody's project: every hidden file of his stays, whether the folder is refused or a run's own."
-    folder = copied if owner == "this run's" else tmp_path / "project"
-    his = [
-        ".gitlab-ci.yml",
-        ".env.local",
-        ".results.json.bak",
-        "src/.eslintrc.json",
-        "base/.model.safetensors.backup.safetensors",
-        ".github/.a.b",
-    ]
-    for name in his:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("his")
-    if owner == "somebody's":
-        (folder / "experiment.json").write_text('{"name": "another"}')
-        with pytest.raises(ValueError, match="belongs to another run"):
-            run_experiment(TINY, folder, progress=False)
-    else:
-        assert run_experiment(TINY, folder, progress=False) == done[1]
-    assert all((folder / name).read_text() == "his" for name in his)
+HIDDEN_FILES = [
+    ".gitlab-ci.yml",
+    ".env.local",
+    ".results.json.bak",
+    "src/.eslintrc.json",
+    "base/.model.safetensors.backup.safetensors",
+    ".github/.a.b",
+]
+
+
+def put_hidden_files(folder):
+    for name in HIDDEN_FILES:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("his")
+
+
+def test_in_its_own_folder_a_run_removes_only_its_leftovers(copied, done):
+    put_hidden_files(copied)
+    assert go_on(copied) == done[1]
+    assert all((copied / name).read_text() == "his" for name in HIDDEN_FILES)
+
+
+def test_in_somebodys_folder_a_run_removes_nothing(tmp_path):
+    "`--out .` in a project: it is refused, and every hidden file stays."
+    put_hidden_files(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"name": "another"}')
+    with pytest.raises(ValueError, match="belongs to another run"):
+        go_on(tmp_path)
+    assert all((tmp_path / name).read_text() == "his" for name in HIDDEN_FILES)
 
 
 def test_killed_while_training(copied, done, monkeypatch):
     "Training goes on from its checkpoint, to the same weights."
-    weights = (copied / "tuned" / "model.safetensors").read_bytes()
-    shutil.rmtree(copied / "tuned"), (copied / "tuned.json").unlink()
+    tuned = copied / "tuned"
+    weights = (tuned / "model.safetensors").read_bytes()
+    shutil.rmtree(tuned)
+    (copied / "tuned.json").unlink()
     real, steps = experiments.train_denoiser, []
 
-    def killed(config, *args, **how):
-        def stop(step, slow):
-            raise KeyboardInterrupt
+    def stop(step, average):
+        raise KeyboardInterrupt
 
-        return real(replace(config, every=3), *args, **how, after_checkpoint=stop)
+    def stopped(config, *args, **options):
+        return real(replace(config, every=3), *args, **options, after_checkpoint=stop)
 
-    monkeypatch.setattr(experiments, "train_denoiser", killed)
+    def noted(*args, **options):
+        return real(*args, **options, after_checkpoint=lambda step, average: steps.append(step))
+
+    monkeypatch.setattr(experiments, "train_denoiser", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(TINY, copied, progress=False)
-    assert (copied / "tuned" / "checkpoint.safetensors").exists() and not (
-        copied / "tuned.json"
-    ).exists()
-    monkeypatch.setattr(
-        experiments,
-        "train_denoiser",
-        lambda *a, **k: real(*a, **k, after_checkpoint=lambda step, _: steps.append(step)),
-    )
-    run_experiment(TINY, copied, progress=False)
-    assert steps == [5] and (copied / "tuned" / "model.safetensors").read_bytes() == weights
+        go_on(copied)
+    assert (tuned / "checkpoint.safetensors").exists()
+    assert not (copied / "tuned.json").exists()
+
+    monkeypatch.setattr(experiments, "train_denoiser", noted)
+    go_on(copied)
+    assert steps == [5] and (tuned / "model.safetensors").read_bytes() == weights
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+from pathlib import Path
+from cpsample.workshop import studies
+
+def half(tensors, path, header):
+    path.write_bytes(b"x" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+studies.write_tensors = half
+studies.load_or_create(Path(sys.argv[1]) / "x.safetensors", lambda: {"x": torch.ones(1000)})
+"""
 
 
 def test_a_half_written_file_never_counts(tmp_path):
     "The process is really killed, with half of the bytes written."
-    program = f"""
-import os, signal, torch
-from cpsample.production import experiments
-def half(tensors, path, header):
-    path.write_bytes(b"x" * 1000)
-    os.kill(os.getpid(), signal.SIGKILL)
-studies.write_tensors = half
-studies.load_or_create(studies.Path({str(tmp_path)!r}) / "x.safetensors", lambda: {{"x": torch.ones(1000)}})
-"""
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
-    left = list(tmp_path.iterdir())
-    assert [p.stat().st_size for p in left] == [1000] and left[0].name.startswith(".")
-    assert load_or_create(tmp_path / "x.safetensors", lambda: {"x": torch.zeros(2)})[
-        "x"
-    ].tolist() == [0, 0]
+    program = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)]
+    assert subprocess.run(program).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.stat().st_size == 1000 and left.name.startswith(".")
+    zeros = load_or_create(tmp_path / "x.safetensors", lambda: {"x": torch.zeros(2)})
+    assert zeros["x"].tolist() == [0, 0]
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypatch):
-    (
-        (copied / "subset.json").unlink(),
-        shutil.rmtree(copied / "subset_guarded"),
-        (copied / "results.json").unlink(),
-    )
+    (copied / "subset.json").unlink()
+    (copied / "results.json").unlink()
+    shutil.rmtree(copied / "subset_guarded")
     real, written = studies.write_tensors, []
 
     def full(tensors, path, header):
@@ -224,16 +252,16 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(copied, done, monkeypa
         real(tensors, path, header)
 
     monkeypatch.setattr(studies, "write_tensors", full)
-    with pytest.raises(
-        OSError, match=r"^the disk that holds .*run is full: make room and run again"
-    ) as told:
-        run_experiment(TINY, copied, progress=False)
-    assert "\n" not in str(told.value) and [
-        p.name for p in (copied / "subset_guarded").iterdir()
-    ] == ["00000.safetensors"]
+    one_line = r"^the disk that holds .*run is full: make room and run again"
+    with pytest.raises(OSError, match=one_line) as told:
+        go_on(copied)
+    assert "\n" not in str(told.value)
+    chunks = [path.name for path in (copied / "subset_guarded").iterdir()]
+    assert chunks == ["00000.safetensors"]
+
     monkeypatch.setattr(studies, "write_tensors", real)
     calls = watched(monkeypatch, "generate")
-    assert same(run_experiment(TINY, copied, progress=False), done[1]) and calls == ["generate"]
+    assert same(go_on(copied), done[1]) and calls == ["generate"]
 
 
 def test_a_full_disk_while_a_result_is_written(copied, done, monkeypatch):
@@ -243,22 +271,36 @@ def test_a_full_disk_while_a_result_is_written(copied, done, monkeypatch):
         open("/dev/full", "w", buffering=1).write("x\n")
 
     with monkeypatch.context() as patch:
+        patch.setattr(studies, "save_json", full)
+        with pytest.raises(OSError, match="is full: make room"):
+            go_on(copied)
+    assert not (copied / "subset.json").exists()
+    assert same(go_on(copied), done[1])
+
+
+def test_a_full_disk_while_the_record_is_written(copied, done, monkeypatch):
+    (copied / "results.json").unlink()
+
+    def full(path, record):
+        open("/dev/full", "w", buffering=1).write("x\n")
+
+    with monkeypatch.context() as patch:
         patch.setattr(experiments, "save_json", full)
         with pytest.raises(OSError, match="is full: make room"):
-            run_experiment(TINY, copied, progress=False)
-    assert not (copied / "subset.json").exists()
-    assert same(run_experiment(TINY, copied, progress=False), done[1])
+            go_on(copied)
+    assert not (copied / "results.json").exists()
+    assert go_on(copied) == done[1]
+
+
+DISK_QUOTA = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+DOWNLOAD_QUOTA = RuntimeError("Download quota exceeded: come back tomorrow")
 
 
 @pytest.mark.parametrize(
     "error, kind, says",
     [
-        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), OSError, "is full: make room"),
-        (
-            RuntimeError("Download quota exceeded: come back tomorrow"),
-            RuntimeError,
-            "come back tomorrow",
-        ),
+        (DISK_QUOTA, OSError, "is full: make room"),
+        (DOWNLOAD_QUOTA, RuntimeError, "come back tomorrow"),
     ],
 )
 def test_the_quota_of_a_disk_is_not_that_of_a_download(tmp_path, monkeypatch, error, kind, says):
@@ -267,36 +309,31 @@ def test_the_quota_of_a_disk_is_not_that_of_a_download(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(experiments, "reproduce", refuse)
     with pytest.raises(kind, match=says):
-        run_experiment(TINY, tmp_path / "run", progress=False)
+        go_on(tmp_path / "run")
 
 
 def test_a_folder_belongs_to_one_experiment(copied):
     with pytest.raises(ValueError, match=r"belongs to another run \(chunk 20 there, 10 here\)"):
-        run_experiment(replace(TINY, chunk=10), copied, progress=False)
+        go_on(copied, replace(TINY, chunk=10))
 
 
 def test_offline_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
-    e = replace(EXPERIMENTS["cifar10"]["tiny"], pretrained="nobody/nothing")
-    with pytest.raises(
-        OSError,
-        match=r"^loading 'nobody/nothing' on the Hub failed: .*: connect to the network and try again$",
-    ) as told:
-        run_experiment(e, tmp_path / "run", progress=False)
-    assert (
-        "\n" not in str(told.value)
-        and (tmp_path / "run" / "data.safetensors").exists()
-        and not (tmp_path / "run" / "base.json").exists()
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "run"
+    one_line = (
+        "^loading 'nobody/nothing' on the Hub failed: .*: connect to the network and try again$"
     )
+    with pytest.raises(OSError, match=one_line) as told:
+        go_on(folder, replace(CIFAR10["tiny"], pretrained="nobody/nothing"))
+    assert "\n" not in str(told.value)
+    assert (folder / "data.safetensors").exists() and not (folder / "base.json").exists()
 
 
 @pytest.mark.parametrize(
     "error, says",
     [
-        (
-            ConnectionResetError("Connection broken: IncompleteRead(7 bytes read)"),
-            "IncompleteRead.*try again",
-        ),
+        (ConnectionResetError("Connection broken: IncompleteRead(7)"), "IncompleteRead.*try again"),
         (TimeoutError("timed out"), "timed out: connect"),
     ],
 )
@@ -308,209 +345,214 @@ def test_a_lost_connection_is_one_line(monkeypatch, error, says):
 
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", lost)
     with pytest.raises(OSError, match=f"^loading 'a/b' on the Hub failed: .*{says}") as told:
-        public_denoiser("a/b", EXPERIMENTS["cifar10"]["full"].config)
+        public_denoiser("a/b", CIFAR10["full"].config)
     assert "\n" not in str(told.value)
 
 
-def test_missing_data_and_missing_inception_are_told_before_anything_is_made(tmp_path, monkeypatch):
-    def away(*_):
-        raise OSError("CIFAR-10 cannot be downloaded: connect to the network")
+def away(*_):
+    raise OSError("it cannot be downloaded: connect to the network")
 
-    with monkeypatch.context() as patch:
-        patch.setitem(DATA, TINY.data, (away, *DATA[TINY.data][1:]))
-        with pytest.raises(OSError, match="cannot be downloaded"):
-            run_experiment(TINY, tmp_path / "a", progress=False)
+
+def test_missing_data_are_told_before_anything_is_made(tmp_path, monkeypatch):
+    without_data(monkeypatch, TINY.data, load=away)
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        go_on(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["experiment.json"]
+
+
+def test_missing_weights_of_inception_are_told_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "inception", away)
     with pytest.raises(OSError, match="cannot be downloaded"):
-        run_experiment(replace(TINY, space="inception-2048"), tmp_path / "b", progress=False)
-    assert [p.name for folder in "ab" for p in (tmp_path / folder).iterdir()] == [
-        "experiment.json"
-    ] * 2
+        go_on(tmp_path / "run", replace(TINY, space="inception-2048"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["experiment.json"]
 
 
 def counted(work):
-    with (
-        FlopCounterMode(display=False) as flops,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
+    plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, plain_attention:
         work()
-    return flops.get_total_flops()
+    return counter.get_total_flops()
 
 
-def test_the_plan_counts_what_is_really_computed(done, tmp_path):
-    costs, images = (
-        {row["stage"]: row["flops"] for row in plan(TINY)},
-        DATA[TINY.data][0]()[0][: TINY.images],
-    )
-    schedule = make_schedule()
-    assert (
-        counted(lambda: train_denoiser(TINY.config, images, tmp_path, progress=False))
-        == costs["base"]
-    )
-    few = replace(TINY.config, guard_steps=TINY.all_steps)
-    assert (
-        counted(
-            lambda: fit_run_guard(
-                few, images, images[:8], schedule, tmp_path / "guard", "paper", progress=False
-            )
-        )
-        == costs["all_guard"]
-    )
-    model = build_network(TINY.config.network, {"shape": TINY.config.shape} | TINY.config.options)
-    sampling = (
-        counted(lambda: generate(model, schedule, TINY.config.shape, 3, TINY.config.sample_steps))
-        * TINY.fid_samples
-        // 3
-    )
-    assert (
-        costs["all"] > 2 * sampling
-        and sampling
-        == TINY.fid_samples * TINY.config.sample_steps * count(model, TINY.config.shape)[0]
-    )
-    more = {
-        row["stage"]: row["flops"] for row in plan(replace(TINY, fid_samples=2 * TINY.fid_samples))
-    }
-    assert 2 * sampling < more["all"] - costs["all"] == costs["all"]
+def planned(e):
+    return {cost.stage: cost.flops for cost in plan(e)}
+
+
+def test_the_plan_counts_what_is_really_computed_in_training(tmp_path):
+    costs, images = planned(TINY), DATA[TINY.data].load()[0][: TINY.images]
+    base = counted(lambda: train_denoiser(TINY.config, images, tmp_path, progress=False))
+    assert base == costs["base"]
+
+    def fit_guard_of_all():
+        config = replace(TINY.config, guard_steps=TINY.all_steps)
+        path, schedule = tmp_path / "guard", make_schedule()
+        how = {"schedule": schedule, "path": path, "preset": "paper", "progress": False}
+        fit_run_guard(config, images, images[:8], **how)
+
+    assert counted(fit_guard_of_all) == costs["all_guard"]
+
+
+def test_the_plan_counts_what_is_really_computed_in_sampling():
+    config, n, schedule = TINY.config, TINY.fid_samples, make_schedule()
+    model = build_network(config.network, {"shape": config.shape} | config.options)
+    steps = config.sample_steps
+    three_images = counted(lambda: generate(model, schedule, config.shape, n=3, steps=steps))
+    one_arm = three_images * n // 3
+    assert one_arm == n * steps * network_cost(model, config.shape).flops
+
+    once, twice = planned(TINY)["all"], planned(replace(TINY, fid_samples=2 * n))["all"]
+    assert 2 * one_arm < once
+    assert 2 * one_arm < twice - once == once
 
 
 def test_attacks_are_counted():
-    rows = []
+    asked_rows = []
 
     def model(x, t):
-        return rows.append(len(x)) or torch.ones_like(x)
+        asked_rows.append(len(x))
+        return torch.ones_like(x)
 
-    for ask in (
-        experiments.attacks(make_schedule()) | experiments.guard_attacks(make_schedule())
-    ).values():
+    schedule = make_schedule()
+    asks = experiments.attacks(schedule) | experiments.guard_attacks(schedule)
+    for ask in asks.values():
         ask(model, torch.ones(1, 1, 2, 2))
-    assert sum(rows) == experiments.ATTACKS
+    assert sum(asked_rows) == experiments.ATTACKS
 
 
-class Real(TorchDispatchMode):
+def test_a_network_that_is_given_more_than_an_image_and_a_level_is_counted():
+    class WithWords(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = torch.nn.Linear(8, 4)
+
+        def forward(self, x_t, t, words):
+            return x_t.mean() + self.mix(words)
+
+    cost = network_cost(WithWords(), (1, 2, 2), conditions=[(3, 8)])
+    assert cost.flops == 2 * 3 * 8 * 4 and cost.kept_bytes == 0
+
+
+class LargestReal(TorchDispatchMode):
     "The bytes of the largest tensor that is not on the meta device."
 
-    largest = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.largest = max(
-            [
-                self.largest,
-                *(
-                    x.untyped_storage().nbytes()
-                    for x in tree_leaves(out)
-                    if isinstance(x, torch.Tensor) and x.device.type != "meta"
-                ),
-            ]
-        )
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return out
 
 
-@pytest.mark.parametrize(
-    "e",
-    [e for sizes in EXPERIMENTS.values() for e in sizes.values()],
-    ids=lambda e: f"{e.name}-{e.size}",
-)
+@pytest.mark.parametrize("e", SIZES, ids=lambda e: f"{e.name}-{e.size}")
 def test_a_plan_allocates_and_writes_nothing(e, tmp_path, monkeypatch):
     if e.config.network == "DiffusersUNet":
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(DATA, e.data, (None, *DATA[e.data][1:]))
-    with Real() as real:
+    without_data(monkeypatch, e.data)
+    with LargestReal() as largest:
         text = plan_table(e)
-    assert real.largest < 10_000 and list(tmp_path.iterdir()) == []
-    assert [line.split()[0] for line in text.splitlines()[2:11]] == [
-        "base",
-        "all_guard",
-        "all",
-        "all_attacks",
-        "tuned",
-        "subset_guard",
-        "subset",
-        "subset_attacks",
-        "total",
-    ]
-    assert "derived, not measured" in text and all(
-        gpu in text for gpu in ("T4 8.1 TFLOP/s at 40%", "A100 156", "H100 495")
+    assert largest.bytes < 10_000 and list(tmp_path.iterdir()) == []
+    first_words = [line.split()[0] for line in text.splitlines()[2:11]]
+    assert first_words == [*STAGES, "total"]
+    assert "derived, not measured" in text
+    assert all(words in text for words in ("T4 8.1 TFLOP/s at 40%", "A100 156", "H100 495"))
+
+
+def test_experiments_are_found_by_name():
+    assert list(EXPERIMENTS) == ["celeba64", "cifar10"]
+    assert EXPERIMENTS["cifar10"] is CIFAR10 and EXPERIMENTS["celeba64"] is CELEBA64
+    for name in EXPERIMENTS:
+        assert list(EXPERIMENTS[name]) == ["full", "colab", "tiny"]
+        for size, e in EXPERIMENTS[name].items():
+            assert (e.name, e.size) == (name, size)
+    assert CIFAR10["full"].cosine == 0.97 and CELEBA64["full"].cosine == 0.95
+    assert CELEBA64["full"].fid_samples == 50_000
+
+
+@pytest.mark.parametrize("name", ["crops-32", "crops-64"])
+def test_sizes_of_the_data_are_those_that_are_planned_for(name):
+    side = int(name[-2:])
+    source = DATA[name]
+    train, held_out = source.load()
+    assert (len(train), len(held_out)) == (source.train, source.held_out)
+    assert train.dtype == torch.uint8 and train.shape[1:] == (3, side, side)
+
+    def distinct(images):
+        thumbnails = experiments.features(images.float() / 255, "thumbnail-48")
+        return {tuple(row) for row in thumbnails.tolist()}
+
+    assert len(distinct(train)) > 0.9 * len(train)
+    assert not distinct(train) & distinct(held_out)
+
+
+class TestPublicModel:
+    options = DDPM_32 | NARROW
+    config = Config("crops-32", (3, 32, 32), "DiffusersUNet", options=options)
+
+    @pytest.fixture
+    def save(self, tmp_path):
+        "save(name, scheduler options) → (folder of a pipeline, its network)."
+        diffusers = pytest.importorskip("diffusers")
+        unet = diffusers.UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **self.options)
+
+        def save(name, **scheduler):
+            pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler))
+            pipe.save_pretrained(tmp_path / name)
+            return str(tmp_path / name), unet
+
+        return save
+
+    def test_is_read(self, save):
+        folder, unet = save("right")
+        model, schedule = public_denoiser(folder, self.config)
+        x, t = torch.randn(2, 3, 32, 32), torch.tensor([5, 900])
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, t), unet(x, t).sample)
+        assert isinstance(model, DiffusersUNet) and schedule.name == "linear"
+
+    def test_of_another_architecture_is_refused(self, save):
+        folder, _ = save("right")
+        other = replace(self.config, options=self.options | {"norm_eps": 1e-5})
+        with pytest.raises(ValueError, match="differs from the planned model in norm_eps$"):
+            public_denoiser(folder, other)
+
+    @pytest.mark.parametrize(
+        "name, scheduler",
+        [
+            ("schedule", {"beta_schedule": "squaredcos_cap_v2"}),
+            ("prediction_type", {"prediction_type": "v_prediction"}),
+        ],
     )
-
-
-def test_sizes_of_the_data_are_those_that_are_planned_for():
-    for name in ("crops-32", "crops-64"):
-        train, held_out = DATA[name][0]()
-        assert (
-            (len(train), len(held_out)) == DATA[name][1:]
-            and train.dtype == torch.uint8
-            and train.shape[1:] == (3, int(name[-2:]), int(name[-2:]))
-        )
-        ours, others = (
-            {tuple(f) for f in experiments.features(x.float() / 255, "thumbnail-48").tolist()}
-            for x in (train, held_out)
-        )
-        assert len(ours) > 0.9 * len(train) and not ours & others
-    assert (
-        EXPERIMENTS["cifar10"]["full"].cosine == 0.97
-        and EXPERIMENTS["celeba64"]["full"].cosine == 0.95
-        and EXPERIMENTS["celeba64"]["full"].fid_samples == 50_000
-    )
-
-
-NARROW = DDPM_32 | {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4}
-
-
-def test_a_public_model_is_read_and_another_one_refused(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    config = Config("crops-32", (3, 32, 32), "DiffusersUNet", options=NARROW)
-    network = diffusers.UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **NARROW)
-    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "right")
-    model, schedule = public_denoiser(str(tmp_path / "right"), config)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([5, 900])
-    with torch.no_grad():
-        torch.testing.assert_close(model(x, t), network(x, t).sample)
-    assert isinstance(model, DiffusersUNet) and schedule.name == "linear"
-    other = replace(config, options=NARROW | {"norm_eps": 1e-5})
-    with pytest.raises(ValueError, match="differs from the planned model in norm_eps$"):
-        public_denoiser(str(tmp_path / "right"), other)
-    for name, options in (
-        ("schedule", {"beta_schedule": "squaredcos_cap_v2"}),
-        ("prediction_type", {"prediction_type": "v_prediction"}),
-    ):
-        diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**options)).save_pretrained(
-            tmp_path / name
-        )
+    def test_of_another_kind_is_refused(self, save, name, scheduler):
+        folder, _ = save(name, **scheduler)
         with pytest.raises(ValueError, match=f"differs from the planned model in {name}$"):
-            public_denoiser(str(tmp_path / name), config)
+            public_denoiser(folder, self.config)
 
 
-@pytest.mark.parametrize("name", ["4_production/04_cifar10", "4_production/05_celeba64"])
-def test_the_results_cell_finds_all_it_reads(done, name):
-    "In a record of tiny; and without a file it says how to get one."
-    cells = [
-        "".join(c["source"])
-        for c in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
-    cell = next(c for c in cells if c.startswith("# results"))
-    space = {"json": json, "data_path": lambda _: ROOT / "no such folder", "record": done[1]}
-    exec(cell, space)
-    table = space["results_table"](done[1])
-    assert all(
-        len(re.findall(rf"^{arm} ", table, re.M)) == 2
-        for arm in ("unguarded", "guarded", "rejection", "held_out")
-    )
-    assert "not run yet" in space["results"](
-        name[3:]
-    ) and f"cpsample reproduce {name[3:]} --size full" in space["results"](name[3:])
+def test_a_table_of_results_has_a_line_for_every_arm_of_both_questions(done):
+    table = results_table(done[1])
+    for arm in ARMS:
+        assert len(re.findall(rf"^{arm} ", table, re.M)) == 2
+    assert table.startswith("celeba64, tiny | run_experiment | commit ")
+    assert table.endswith("planned PFLOP")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "celeba64"])
+def test_without_results_the_page_says_how_to_get_them(name, tmp_path, monkeypatch, done):
+    monkeypatch.setattr(experiments, "data_path", lambda _: tmp_path)
+    assert results(name).startswith(f"{name}: not run yet")
+    assert f"cpsample reproduce {name} --size full" in results(name)
+    shutil.copy(done[0] / "results.json", tmp_path / f"{name}.json")
+    assert results(name) == results_table(done[1])
 
 
 def test_a_record_says_what_it_is(done):
     folder, record = done
-    assert (
-        record["experiment"] == json.loads(json.dumps(asdict(TINY)))
-        and {"name", "size", "command", "commit", "hardware", "date", "seeds"} <= record.keys()
-    )
-    assert list(record["costs"]) == [row["stage"] for row in plan(TINY)] and all(
-        cost["seconds"] > 0 for cost in record["costs"].values()
-    )
+    assert record["experiment"] == json.loads(json.dumps(asdict(TINY)))
+    assert {"name", "size", "command", "commit", "hardware", "date", "seeds"} <= record.keys()
+    assert list(record["costs"]) == [cost.stage for cost in plan(TINY)] == STAGES
+    assert all(cost["seconds"] > 0 for cost in record["costs"].values())
     assert json.loads((folder / "results.json").read_text()) == record
     assert (folder / "guards" / "subset.safetensors").stat().st_mode & 0o777 == 0o600

@@ -70,7 +70,7 @@ networks = Registry(
         "MLPClassifier": "cpsample.core.classifier:MLPClassifier",
         "UNet": "cpsample.practice.unet:UNet",
         "UNetClassifier": "cpsample.practice.unet:UNetClassifier",
-        "DiffusersUNet": "cpsample.production.experiments:DiffusersUNet",
+        "DiffusersUNet": "cpsample.production.cifar10:DiffusersUNet",
     },
 )
 
