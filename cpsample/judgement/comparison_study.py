@@ -49,7 +49,7 @@ from cpsample.judgement.comparison import (
     world_images,
 )
 from ..practice.unet import UNet, UNetClassifier
-from ..workshop.costs import count
+from ..workshop.costs import network_cost
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
 from ..workshop.studies import Study, Workspace, cached_stage
 
@@ -196,7 +196,7 @@ def run_seed(data: str, seed: int, workspace: Workspace) -> None:
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #a92379a1
 def flops_per_image(network: nn.Module) -> int:
     "FLOPs of one image in a training step; the network stays as it is."
-    return count(copy.deepcopy(network), network.config["shape"], "train")[0]
+    return network_cost(copy.deepcopy(network), network.config["shape"], "train")[0]
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #fd559687
 PRESETS = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}

@@ -45,7 +45,7 @@ from cpsample.practice.runs import (
     save_model,
     train_denoiser,
 )
-from ..workshop.costs import count
+from ..workshop.costs import network_cost
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
 from ..workshop.studies import Study, Workspace, cached_stage
 
@@ -459,7 +459,7 @@ def training_cost(trainings: dict[str, _Training], steps: int = 15) -> dict:
     flops, running = {}, {}
     for name, training in trainings.items():
         network = training.network
-        flops_per_image, _ = count(network, (1, 28, 28), mode="train")
+        flops_per_image, _ = network_cost(network, (1, 28, 28), mode="train")
         flops[name] = flops_per_image * training.batch_size * training.steps
         options = dict(batch_size=training.batch_size, clip=training.clip)
         network.train().requires_grad_()

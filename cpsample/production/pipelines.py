@@ -188,7 +188,7 @@ class PipelineGuard:
         rows, prediction = correction.rows, prediction_of(self.scheduler)
         levels = t.expand(len(x_t))[rows]
         schedule = self.guard.schedule
-        change = change_of_answer(correction.eps, levels, prediction, schedule=schedule)
+        change = change_of_answer(correction.delta_eps, levels, prediction, schedule=schedule)
         all_rows = torch.cat([rows + repetition * len(x_t) for repetition in range(times)])
         all_changes = torch.cat([change] * times).to(answer.dtype)
 

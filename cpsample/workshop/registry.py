@@ -77,7 +77,7 @@ networks = Registry(
 feature_spaces = Registry(
     "feature space",
     {
-        "digits-mlp-64": "cpsample.core.digit_features:digit_features",
+        "digits-mlp-64": "cpsample.core.digit_encoder:digit_features",
         "fashion-conv-64": "cpsample.practice.encoders:fashion_features",
         "inception-2048": "cpsample.practice.encoders:inception_features",
         "thumbnail-48": "cpsample.practice.encoders:thumbnail_features",
