@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpsample.core.digit_encoder import frechet_distance
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,6 +20,7 @@ from cpsample.core.copying import copy_test, cosine_test, neighbourhood_test, re
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, final_sample, run, sample, timesteps, train
 from cpsample.core.demo import run_demo
 from cpsample.core.densities import GaussianMixture, exact_denoiser, toy
+from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.guard import Guard, fit_guard, protect, push
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import check_images, load_digits, plant_duplicates, split

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from cpsample.core.digit_encoder import frechet_distance
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from cpsample.core.ddpm import sample
 from cpsample.core.densities import MIXTURES, GaussianMixture, noised
+from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.schedule import (
     Schedule,
     add_noise,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cpsample.core.digit_encoder import frechet_distance
 from torchmetrics.image import FrechetInceptionDistance
 
+from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.images import load_digits, pixels
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.encoders import features, inception, inception_features

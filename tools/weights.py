@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cpsample.core.digit_encoder import class_loss, fit_encoder
 from torch import Tensor
 
 from cpsample.core.ddpm import run, seeded, train
+from cpsample.core.digit_encoder import class_loss, fit_encoder
 from cpsample.core.images import load_digits, pixels
 from cpsample.practice.datasets import load_fashion, write_idx
 from cpsample.practice.encoders import FashionEncoder

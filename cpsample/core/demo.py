@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from .digit_encoder import digit_features, frechet_distance
 from torch import Tensor
 
 from .calibration import calibrate, certainties
@@ -31,6 +30,7 @@ from cpsample.core.ddpm import (
     timesteps,
     train,
 )
+from .digit_encoder import digit_features, frechet_distance
 from .guard import GUARDS, Guard, check_settings, fit_guard, protect
 from .images import load_digits, split
 from .schedule import Schedule, make_schedule

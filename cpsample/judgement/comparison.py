@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ..core.digit_encoder import frechet_distance
 from torch import Tensor, nn
 
 from ..core.calibration import calibrate
 from ..core.copying import copy_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, MLPDenoiser, ddpm_loss, generate, run, seeded, train
 from ..core.demo import DEFAULTS
+from ..core.digit_encoder import frechet_distance
 from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
 from ..core.images import load_digits, pixels, split
 from ..core.schedule import Schedule, make_schedule

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.digit_encoder import frechet_distance
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 import cpsample
 from ..core.copying import CopyReport, cosine_test, neighbourhood_score, ratio_score
+from ..core.digit_encoder import frechet_distance
 from ..core.images import check_images
 from .repeats import duplicate_groups, principal_axes, project
 from ..practice.encoders import features, inception

@@ -10,9 +10,9 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from ..core.digit_encoder import frechet_distance
 from torch import Tensor, nn
 
+from ..core.digit_encoder import frechet_distance
 from .encoders import features
 from ..workshop.files import import_optional
 
