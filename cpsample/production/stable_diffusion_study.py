@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'WAYS', 'SCHEDULERS', 'MAKING', 'STUDY', 'describe_answers', 'Settings', 'Way', 'train_pipeline',
-           'Subject', 'load_subject', 'drawn_pictures', 'Trial', 'try_guards', 'best_of', 'choose_guard', 'ask_caption',
-           'ask_under_scheduler', 'describe_real_bags', 'made_folder', 'measure', 'pooled', 'mean', 'rows_about',
-           'answers_table', 'guards_table', 'schedulers_table']
+           'best_of', 'choose_guard', 'made_folder', 'measure', 'pooled', 'mean', 'rows_about', 'answers_table',
+           'guards_table', 'schedulers_table']
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #713970b4
 import functools
@@ -159,7 +158,7 @@ def train_pipeline(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     return {"seed": 0, "size": asdict(size), "losses": last_losses}
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #9da8d95e
-class Subject(NamedTuple):
+class _Subject(NamedTuple):
     """What is asked, and what it may copy.
 
     pipe: the collapsed pipeline.
@@ -170,14 +169,14 @@ class Subject(NamedTuple):
     members: Tensor
 
 
-def load_subject(folder: Path) -> Subject:
+def _load_subject(folder: Path) -> _Subject:
     "The pipeline of a folder, with its members."
     pipe = load_collapsed(folder)
     originals = pixels(read_idx(folder / "members-idx3-ubyte.xz")[:, None])
-    return Subject(pipe, as_drawn(pipe, originals))
+    return _Subject(pipe, as_drawn(pipe, originals))
 
 
-def drawn_pictures(
+def _drawn_pictures(
     pipe: "StableDiffusionPipeline", kind: int, size: Size, *, n: int = SETTINGS.pictures
 ) -> Tensor:
     """Real pictures of a class as a pipeline could draw them, [≤ n, 1, 28, 28].
@@ -189,7 +188,7 @@ def drawn_pictures(
     return as_drawn(pipe, unframed(x[:n]))
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #817cd220
-def _guard_of(way: Way, workspace: Workspace, subject: Subject, *, settings: Settings) -> Guard:
+def _guard_of(way: Way, workspace: Workspace, subject: _Subject, *, settings: Settings) -> Guard:
     "A guard that was trained in one of the ways, now or before."
     # One that was stopped goes on; one that was finished is read.
     path = workspace.folder / f"guard-{way.repeats}-{way.t_max}"
@@ -209,14 +208,21 @@ def _guard_of(way: Way, workspace: Workspace, subject: Subject, *, settings: Set
 
 
 def _ask_for_bags(
-    subject: Subject, settings: Settings, guard: Guard | None, *, seed: int, n: int
+    subject: _Subject, settings: Settings, guard: Guard | None, *, seed: int, n: int
 ) -> Tensor:
     "Answers to the collapsed caption."
-    how = {"steps": settings.steps, "scale": settings.scale, "guard": guard}
-    return ask(subject.pipe, CAPTIONS[BAG], n, seed=seed, **how)
+    return ask(
+        subject.pipe,
+        CAPTIONS[BAG],
+        n,
+        seed=seed,
+        steps=settings.steps,
+        scale=settings.scale,
+        guard=guard,
+    )
 
 
-def _choosing_answers(file: Path, subject: Subject, guard: Guard, *, settings: Settings) -> Tensor:
+def _choosing_answers(file: Path, subject: _Subject, guard: Guard, *, settings: Settings) -> Tensor:
     "Answers on the seed that chooses, from the file, or drawn and kept there."
 
     def draw() -> dict[str, Tensor]:
@@ -226,7 +232,7 @@ def _choosing_answers(file: Path, subject: Subject, guard: Guard, *, settings: S
     return load_or_create(file, draw)["x"]
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #2c4ada2a
-class Trial(NamedTuple):
+class _Trial(NamedTuple):
     """A guard that was tried, with a strength of its push.
 
     numbers: way, strength, and its answers described.
@@ -239,10 +245,10 @@ class Trial(NamedTuple):
     pictures: Tensor
 
 
-def try_guards(workspace: Workspace, subject: Subject, *, settings: Settings) -> list[Trial]:
+def _try_guards(workspace: Workspace, subject: _Subject, *, settings: Settings) -> list[_Trial]:
     "Every way to train a guard, with every strength, on the seed that chooses."
     pictures, half = settings.pictures, settings.pictures // 2
-    real = drawn_pictures(subject.pipe, BAG, settings.size, n=pictures)[:half]
+    real = _drawn_pictures(subject.pipe, BAG, settings.size, n=pictures)[:half]
 
     # A way is trained once; its strengths are the same guard, pushing more or less.
     trials = []
@@ -254,7 +260,7 @@ def try_guards(workspace: Workspace, subject: Subject, *, settings: Settings) ->
             x = _choosing_answers(file, subject, stronger, settings=settings)
             origin = {"guard": name, "strength": strength, "s": stronger.scale}
             numbers = origin | describe_answers(x, BAG, subject.members, real=real)
-            trials.append(Trial(numbers, stronger, x[:10]))
+            trials.append(_Trial(numbers, stronger, x[:10]))
     return trials
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #5221a635
@@ -277,7 +283,7 @@ def best_of(tried: list[dict], numbers: Iterable[int]) -> int:
 def choose_guard(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     "The guard, chosen among ways to train it and strengths of its push: all that was tried."
     folder = _folder(workspace)
-    trials = try_guards(workspace, load_subject(folder), settings=settings)
+    trials = _try_guards(workspace, _load_subject(folder), settings=settings)
     tried = [trial.numbers for trial in trials]
 
     # The best strength of each way, and the best of these.
@@ -301,11 +307,11 @@ def choose_guard(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     return {**seeds, "tried": tried, "best": best, "chosen": chosen}
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #22c93cd8
-def ask_caption(subject: Subject, guard: Guard, kind: int, *, settings: Settings) -> dict:
+def _ask_caption(subject: _Subject, guard: Guard, kind: int, *, settings: Settings) -> dict:
     "{arm: rows, one for each seed}: the answers to the caption of a class, described."
     # The guard was chosen beside the first half of the pictures; this is the other.
     pictures, half = settings.pictures, settings.pictures // 2
-    real = drawn_pictures(subject.pipe, kind, settings.size, n=pictures)[half:]
+    real = _drawn_pictures(subject.pipe, kind, settings.size, n=pictures)[half:]
 
     # Each seed is a set of answers.
     arms = {"unguarded": [], "guarded": []}
@@ -325,7 +331,7 @@ def ask_caption(subject: Subject, guard: Guard, kind: int, *, settings: Settings
     return arms
 
 
-def ask_under_scheduler(subject: Subject, guard: Guard, *, settings: Settings) -> dict:
+def _ask_under_scheduler(subject: _Subject, guard: Guard, *, settings: Settings) -> dict:
     "{arm: row}: the answers to the collapsed caption under the pipeline's present scheduler."
     n = settings.answers_of_scheduler
     arms = {}
@@ -335,9 +341,9 @@ def ask_under_scheduler(subject: Subject, guard: Guard, *, settings: Settings) -
     return arms
 
 
-def describe_real_bags(subject: Subject, *, settings: Settings) -> dict:
+def _describe_real_bags(subject: _Subject, *, settings: Settings) -> dict:
     "What as many real bags would measure: {rows}."
-    real = drawn_pictures(subject.pipe, BAG, settings.size, n=settings.pictures)
+    real = _drawn_pictures(subject.pipe, BAG, settings.size, n=settings.pictures)
     half, n = settings.pictures // 2, settings.answers
     rows = []
     for x in real[: len(settings.seeds) * n].split(n):
@@ -352,8 +358,8 @@ def made_folder(workspace: Workspace) -> Path:
     "The folder of the pipeline and its guard, in which what is missing is made."
     folder = _folder(workspace)
     path = folder / "made.json"
-    made = json.loads(path.read_text()) if path.exists() else {}
-    missing = [part for part in MAKING.parts if part not in made]
+    record = json.loads(path.read_text()) if path.exists() else {}
+    missing = [part for part in MAKING.parts if part not in record]
     if missing:
         command = f"cpsample reproduce {STUDY.name}"
         run_study(MAKING, folder, workspace, parts=missing, command=command)
@@ -363,17 +369,17 @@ def made_folder(workspace: Workspace) -> Path:
 def measure(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     "Every caption on every seed, and the collapsed one under every scheduler, in both arms."
     folder = made_folder(workspace)
-    subject, guard = load_subject(folder), load_guard(folder / "guard")
+    subject, guard = _load_subject(folder), load_guard(folder / "guard")
     stage = functools.partial(cached_stage, workspace)
 
     # Real bags, to compare with.
-    describe = functools.partial(describe_real_bags, subject, settings=settings)
+    describe = functools.partial(_describe_real_bags, subject, settings=settings)
     real_bags = stage("real_bags", describe)["rows"]
 
     # Every caption.
     arms = {"unguarded": {}, "guarded": {}}
     for kind, caption in enumerate(CAPTIONS):
-        answer = functools.partial(ask_caption, subject, guard, kind, settings=settings)
+        answer = functools.partial(_ask_caption, subject, guard, kind, settings=settings)
         rows = stage(f"caption-{kind}", answer)
         for arm in arms:
             arms[arm][caption] = rows[arm]
@@ -384,7 +390,7 @@ def measure(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     for name, options in SCHEDULERS.items():
         kind = getattr(diffusers, f"{name}Scheduler")
         subject.pipe.scheduler = kind.from_config(subject.pipe.scheduler.config, **options)
-        answer = functools.partial(ask_under_scheduler, subject, guard, settings=settings)
+        answer = functools.partial(_ask_under_scheduler, subject, guard, settings=settings)
         rows = stage(f"scheduler-{name}", answer)
         schedulers[name] = {arm: rows[arm] for arm in arms}
 
@@ -458,20 +464,20 @@ def answers_table(record: dict) -> str:
 
     # Where the numbers come from.
     seeds = ", ".join(map(str, record["seeds"]))
-    how = f"Seeds {seeds}, w = {record['scale']:g}, {record['steps']} steps of DDIM"
+    settings = f"Seeds {seeds}, w = {record['scale']:g}, {record['steps']} steps of DDIM"
     origin = f"`{record['command']}` at `{record['commit']}`, {record['hardware']}"
-    return "\n".join(lines) + f"\n\n{how}, 200 answers each; {origin}."
+    return "\n".join(lines) + f"\n\n{settings}, 200 answers each; {origin}."
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #3c986110
-def guards_table(made: dict) -> str:
+def guards_table(choice: dict) -> str:
     "The ways to train a guard, each at its best, on the seed that chooses, in Markdown."
     strength = "strength of the push, in multiples of the proposed s"
     columns = ["guard", strength, "copies", "fits the caption", "Fréchet distance", "precision"]
     lines = _markdown_head([*columns, "Vendi score"])
-    for number in made["best"]:
-        row = made["tried"][number]
+    for number in choice["best"]:
+        row = choice["tried"][number]
         cells = [
-            row["guard"] + (" (chosen)" if number == made["chosen"] else ""),
+            row["guard"] + (" (chosen)" if number == choice["chosen"] else ""),
             f"{row['strength']:g}",
             f"{row['copies'] / row['n']:.1%}",
             f"{row['fits'] / row['n']:.1%}",
@@ -482,9 +488,9 @@ def guards_table(made: dict) -> str:
         lines.append(_markdown_line(cells))
 
     # Where the numbers come from.
-    how = f"Seed {made['choosing']}, {made['tried'][0]['n']} answers each"
-    origin = f"`{made['command']}` at `{made['commit']}`, {made['hardware']}"
-    return "\n".join(lines) + f"\n\n{how}; {origin}."
+    settings = f"Seed {choice['choosing']}, {choice['tried'][0]['n']} answers each"
+    origin = f"`{choice['command']}` at `{choice['commit']}`, {choice['hardware']}"
+    return "\n".join(lines) + f"\n\n{settings}; {origin}."
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #37e97a45
 def schedulers_table(record: dict) -> str:
