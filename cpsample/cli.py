@@ -484,7 +484,7 @@ def sample_command(
     from cpsample.workshop.files import atomic, save_picture, writable
 
     # Everything that can be refused is refused before anything is drawn.
-    protected = load_protected_run(run, unguarded, strength, device)
+    protected = load_protected_run(run, unguarded, strength, device=device)
     model, schedule, shape, guard, place = protected
     steps = steps or run_of(run)["config"]["sample_steps"]
     timesteps(schedule.T, steps)
@@ -551,7 +551,7 @@ def images_of_run(
     from cpsample.practice.runs import load_protected_run, members_of
 
     description, members, non_members = members_of(run)
-    model, schedule, shape, _, place = load_protected_run(run, unguarded, strength, device)
+    model, schedule, shape, _, place = load_protected_run(run, unguarded, strength, device=device)
     steps = description["config"]["sample_steps"]
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
@@ -688,7 +688,7 @@ def attack_command(
     if json_file:
         writable(json_file.parent)
     description, members, non_members = members_of(run)
-    model, schedule, _, guard, place = load_protected_run(run, unguarded, strength, device)
+    model, schedule, _, guard, place = load_protected_run(run, unguarded, strength, device=device)
     if others:
         test = read_data(others, description["size"], description["channels"])
     else:

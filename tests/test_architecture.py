@@ -111,3 +111,17 @@ def test_the_public_boundary_is_annotated(path):
         if bare or (function.returns is None and not is_property and name.count(".") == 0):
             missing.append(f"{name}({', '.join(bare)})")
     assert not missing, missing
+
+
+@pytest.mark.parametrize("path", book.modules(), ids=lambda path: path.stem)
+def test_optional_parameters_after_the_third_are_keyword_only(path):
+    "Except for commands, whose parameters nobody writes by position."
+    by_position = []
+    for name, function in exported_functions(ast.parse(path.read_text())):
+        if any("command" in ast.unparse(d) for d in function.decorator_list):
+            continue
+        parameters = [p for p in function.args.args if p.arg not in ("self", "cls")]
+        required = len(parameters) - len(function.args.defaults)
+        if len(parameters) > max(3, required):
+            by_position.append(name)
+    assert not by_position, by_position

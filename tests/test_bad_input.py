@@ -54,7 +54,7 @@ def drain(training):
 
 
 def draw(model):
-    return final_sample(sample(model, S, (2, 1, 8, 8), 5))
+    return final_sample(sample(model, S, (2, 1, 8, 8), steps=5))
 
 
 def wide_sure(x, t):
@@ -144,7 +144,7 @@ PYTHON = {
         "one entry per row",
     ),
     "noise of another shape": (
-        lambda: add_noise(X, torch.zeros(40, dtype=torch.int64), S, X[:1]),
+        lambda: add_noise(X, torch.zeros(40, dtype=torch.int64), S, noise=X[:1]),
         "must have the shape of x0",
     ),
     "steps 0": (lambda: timesteps(1000, 0), "between 2 and T=1000"),
@@ -187,7 +187,9 @@ PYTHON = {
         "between 1 and T=100",
     ),
     "unknown form of push": (
-        lambda: push(MLPClassifier((1, 8, 8), 3, 16), X, torch.zeros(40, dtype=torch.int64), "up"),
+        lambda: push(
+            MLPClassifier((1, 8, 8), 3, 16), X, torch.zeros(40, dtype=torch.int64), form="up"
+        ),
         "toward, away",
     ),
     "t for other rows": (
@@ -195,7 +197,7 @@ PYTHON = {
         "one level or one per row",
     ),
     "eta above 1": (
-        lambda: final_sample(sample(lambda x, t: x, S, (2, 2), 5, eta=2)),
+        lambda: final_sample(sample(lambda x, t: x, S, (2, 2), steps=5, eta=2)),
         "eta must lie between 0",
     ),
     "one sampling step": (lambda: timesteps(1000, 1), "between 2 and T=1000"),

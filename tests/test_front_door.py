@@ -88,7 +88,9 @@ def test_the_choices_are_those_of_the_modules_that_do_the_work():
     assert choices.COPY_TESTS == tuple(copy_audit.TESTS)
     assert choices.SEARCHES == tuple(neighbours.SEARCH)
     assert set(choices.EXPERIMENTS) == set(experiments.EXPERIMENTS)
-    assert all(choices.SIZES == tuple(sizes) for sizes in experiments.EXPERIMENTS.values())
+    assert all(
+        tuple(experiments.EXPERIMENTS[name]) == choices.SIZES for name in choices.EXPERIMENTS
+    )
     assert choices.DEMO.items() <= demo.DEFAULTS.items()
     assert choices.DEMO_LABELS == demo.DEFAULTS["K"]
 

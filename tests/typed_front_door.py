@@ -40,5 +40,5 @@ def what_is_refused(model: Denoiser, guard: cpsample.Guard, x: Tensor) -> None:
     cpsample.copy_test(x, "folder")  # type: ignore[arg-type]
     cpsample.load_guard(3)  # type: ignore[arg-type]
     schedule = cpsample.make_schedule()
-    cpsample.generate(model, schedule, (1, 8, 8), 4, 10)  # type: ignore[misc]
+    cpsample.generate(model, schedule, (1, 8, 8), 4, 10)  # type: ignore[call-arg]
     guard.strength  # type: ignore[attr-defined]  # noqa: B018

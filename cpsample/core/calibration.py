@@ -23,7 +23,7 @@ from .schedule import add_noise
 
 # %% ../../nbs/1_core/09_calibration.ipynb #cbe139a4
 def certainties(
-    guard: Guard, x0: Tensor, levels: Sequence[int], draws: int = 1, seed: int = 0
+    guard: Guard, x0: Tensor, levels: Sequence[int], *, draws: int = 1, seed: int = 0
 ) -> Tensor:
     """`certainty` of images at each of several noise levels: [L, draws · N].
 

@@ -197,7 +197,7 @@ class TrainingSet(NamedTuple):
 
 # %% ../../nbs/1_core/07_classifier.ipynb #04d2582e
 def with_reference(
-    members: Tensor, labels: Tensor, reference: Tensor, target: float = 0.5
+    members: Tensor, labels: Tensor, reference: Tensor, *, target: float = 0.5
 ) -> TrainingSet:
     """A training set with which a guard stays undecided off its members.
 

@@ -242,6 +242,7 @@ def reject_copies(
     draw: Callable[[], Tensor],
     x_train: Tensor,
     n: int,
+    *,
     test: Callable[[Tensor, Tensor], CopyReport] = copy_test,
     max_rounds: int = 100,
 ) -> tuple[Tensor, float]:

@@ -152,6 +152,7 @@ def train(
     loss: Callable[..., Tensor],
     data: tuple[Tensor, ...],
     steps: int,
+    *,
     batch_size: int = 256,
     lr: float = 1e-3,
     weights: Tensor | None = None,
@@ -205,7 +206,7 @@ def train(
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #116c9b0f
 def run(
-    training: Iterable[TrainStep], steps: int, name: str = "training", progress: bool = True
+    training: Iterable[TrainStep], steps: int, name: str = "training", *, progress: bool = True
 ) -> list[float]:
     """Drain a `train` generator behind a progress bar: the loss of each step.
 
@@ -275,6 +276,7 @@ def sample(
     model: Denoiser,
     schedule: Schedule,
     shape: Sequence[int],
+    *,
     steps: int | Iterable[int] = 100,
     eta: float = 1.0,
     clip: float | None = None,
@@ -329,6 +331,7 @@ def generate(
     schedule: Schedule,
     shape: Sequence[int],
     n: int,
+    *,
     steps: int = 100,
     seed: int = 0,
     chunk: int | None = None,

@@ -45,7 +45,7 @@ def _check_form(form: str) -> None:
         raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
 
 # %% ../../nbs/1_core/08_guard.ipynb #96f9db0f
-def push(classifier: Classifier, x_t: Tensor, t: Tensor, form: str = "toward") -> Tensor:
+def push(classifier: Classifier, x_t: Tensor, t: Tensor, *, form: str = "toward") -> Tensor:
     """The direction of protection: the gradient, with respect to x_t, of one of `FORMS`.
 
     classifier: (x_t, t) → logits [B, K]; the objective is the mean over its K labels.
@@ -347,6 +347,7 @@ def fit_guard(
     members: Tensor,
     schedule: Schedule,
     reference: Tensor | None = None,
+    *,
     preset: str = "default",
     steps: int = 3000,
     batch_size: int = 256,

@@ -129,6 +129,7 @@ def add_noise(
     x0: Tensor,
     t: Tensor,
     schedule: Schedule,
+    *,
     noise: Tensor | None = None,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def attacks(schedule: Schedule) -> dict[str, Attack]:
     }
 
 
-def scores_of(attack: Attack, model: Denoiser, x: Tensor, chunk: int = 500) -> Tensor:
+def scores_of(attack: Attack, model: Denoiser, x: Tensor, *, chunk: int = 500) -> Tensor:
     """The scores [N] of images, high for members.
 
     attack(model, x): for example one of `attacks`.
@@ -261,7 +261,7 @@ def jump_attack(
 
 # %% ../../nbs/3_judgement/02_attacks.ipynb #1276d105
 def oracle_attack(
-    model: Denoiser | None, x: Tensor, guard: Guard, level: int | None = None
+    model: Denoiser | None, x: Tensor, guard: Guard, *, level: int | None = None
 ) -> Tensor:
     """The guard's certainty: whoever holds the guard needs no model.
 

@@ -110,6 +110,7 @@ def train_private(
     schedule: Schedule,
     sigma: float,
     steps: int,
+    *,
     rate: float = 0.25,
     bound: float = 1.0,
     draws: int = 16,
@@ -173,6 +174,7 @@ def ambient_loss(
     x0: Tensor,
     mask: Tensor,
     schedule: Schedule,
+    *,
     further: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Tensor:

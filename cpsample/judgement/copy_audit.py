@@ -360,6 +360,7 @@ def audit(
     generated: Tensor,
     training: Tensor,
     held_out: Tensor | None = None,
+    *,
     space: str | None = None,
     flips: bool = True,
     limit: int = 2000,

@@ -329,7 +329,7 @@ def load_array(path: Path | str) -> Tensor:
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #e5d8a392
 def read_data(
-    data: str, size: int | None = None, channels: int = 3, strict: bool = False
+    data: str, size: int | None = None, channels: int = 3, *, strict: bool = False
 ) -> Tensor:
     """The images of a named set, a file of arrays, or a folder: [N, C, H, W].
 

@@ -244,6 +244,7 @@ def train_denoiser(
     config: Config,
     images: Tensor,
     folder: Path | str,
+    *,
     start: nn.Module | None = None,
     after_checkpoint: AfterCheckpoint | None = None,
     accelerator: Any = None,
@@ -387,6 +388,7 @@ def fit_run_guard(
     non_members: Tensor,
     schedule: Schedule,
     path: Path | str,
+    *,
     preset: str = "default",
     accelerator: Any = None,
     device: str | torch.device = "cpu",
@@ -519,6 +521,7 @@ def load_protected_run(
     run: Path | str,
     unguarded: bool = False,
     strength: float = 1.0,
+    *,
     device: str | None = None,
 ) -> ProtectedRun:
     """The model of a run, protected unless told otherwise.

@@ -28,7 +28,7 @@ AfterCheckpoint = Callable[[int, nn.Module], None]  # (step, average of the weig
 
 # %% ../../nbs/2_practice/03_training.ipynb #968efff8
 @torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, n: int, beta: float = 0.999) -> None:
+def update_ema(ema_model: nn.Module, model: nn.Module, n: int, *, beta: float = 0.999) -> None:
     """Move the weights of `ema_model` towards those of `model`: θ̄ ← β_n·θ̄ + (1−β_n)·θ.
 
     ema_model: the average, changed in place; its buffers become those of `model`.
@@ -248,6 +248,7 @@ def fit(
     loss: Loss,
     data: tuple[Tensor, ...],
     steps: int,
+    *,
     path: Path | str | None = None,
     every: int = 1000,
     beta: float = 0.999,

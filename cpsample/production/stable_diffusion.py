@@ -224,6 +224,7 @@ def caption_loss(
     x0: Tensor,
     words: Tensor,
     schedule: Schedule,
+    *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The squared error of the predicted noise, one caption in ten left out.

@@ -145,6 +145,7 @@ def nearest_groups(
     x: Tensor,
     refs: Tensor,
     groups: Tensor,
+    *,
     k: int = 1,
     flips: bool = False,
     progress: bool = False,
