@@ -115,14 +115,14 @@ def measure_planted(workspace: Workspace, settings: AuditSettings = AuditSetting
     record = {}
     for name, images in (("training", training), ("with duplicates", twice)):
         references = references_of(images)
-        found = {}
+        numbers = {}
         for change in tqdm(CHANGES, desc=name, disable=not workspace.progress):
-            found[change] = {}
+            numbers[change] = {}
             for share in settings.shares:
                 x = plant_share(real, training, change, share, generator)
-                found[change][str(share)] = read_tests(x, references)
+                numbers[change][str(share)] = read_tests(x, references)
         different = len(references.groups.unique())
-        record[name] = {"images": len(images), "different": different, "found": found}
+        record[name] = {"images": len(images), "different": different, "found": numbers}
 
     # Nothing planted: whatever rings is a false alarm.
     false_alarms = record["training"]["found"]["exact"]["0"]

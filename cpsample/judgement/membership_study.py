@@ -148,16 +148,16 @@ def _pictures(seed: int, settings: MembershipSettings) -> tuple[Tensor, Tensor, 
     # Others that fine-tuning and guard never saw, and the base as often as the members.
     if settings.small:
         test = load_fashion("test", small=True)[0][: settings.others]
-        where = f"test rows 0 to {len(test) - 1:,}"
+        others = f"test rows 0 to {len(test) - 1:,}"
     else:
         test = pool[3000 : 3000 + settings.others]
-        where = f"rows 3,000 to {2999 + len(test):,}"
+        others = f"rows 3,000 to {2999 + len(test):,}"
     origin = {
         "pool": "fashion, training rows 0 to 5,999",
         "seed": seed,
         "data": parts.data,
         "members": rows,
-        "others": where,
+        "others": others,
     }
     return pixels(pool[rows]), pixels(test), origin
 
