@@ -678,7 +678,7 @@ def attack_command(
     import torch
 
     from cpsample.core.images import pixels
-    from cpsample.judgement.attacks import attacks, guard_attacks
+    from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
@@ -706,7 +706,7 @@ def attack_command(
 
     # Every attack asks both sides.
     members, test = drawn(members), drawn(test)
-    collection = attacks(schedule) | guard_attacks(schedule, guard)
+    collection = published_attacks(schedule) | guard_attacks(schedule, guard)
     results = verdicts(attack_scores(model, collection, members, test))
 
     # The numbers for a file, the table for a person.

@@ -16,7 +16,6 @@ from cpsample.core.images import load_digits
 from cpsample.core.schedule import make_schedule, signal_noise
 from cpsample.judgement.attacks import (
     _ddim,
-    attacks,
     denoising_loss,
     guard_attacks,
     jump_attack,
@@ -25,6 +24,7 @@ from cpsample.judgement.attacks import (
     nearest_sample_attack,
     oracle_attack,
     pia_attack,
+    published_attacks,
     scores_of,
     sima_attack,
     size_attack,
@@ -58,7 +58,7 @@ def test_loss_attack_on_a_fitted_mean_has_fishers_auc():
 def test_nobody_tells_apart_what_the_model_never_saw():
     x = load_digits()[0][torch.randperm(1797, generator=seed(3))]
     model = fit_denoiser(x[500:], SCHEDULE, 300)
-    for name, attack in (attacks(SCHEDULE) | guard_attacks(SCHEDULE)).items():
+    for name, attack in (published_attacks(SCHEDULE) | guard_attacks(SCHEDULE)).items():
         scores = scores_of(attack, model, x[:200]), scores_of(attack, model, x[200:500])
         _, (low, high) = auc(*scores, level=0.999)
         assert low < 0.5 < high, name
@@ -104,20 +104,23 @@ def test_secmi_walks_as_the_sampler_does_and_finds_its_way_back_where_the_model_
     # One training image: its paths are straight, so there and back is exact.
     model = ideal_denoiser(torch.randn(1, 1, 4, 4, generator=seed(0)), SCHEDULE)
     x = torch.randn(5, 1, 4, 4, generator=seed(1))
-    assert attacks(SCHEDULE)["SecMI"](model, x).abs().max() < 1e-8
+    assert published_attacks(SCHEDULE)["SecMI"](model, x).abs().max() < 1e-8
     odd = make_schedule(T=250)  # 25 levels up, in strides of 2
-    assert attacks(odd)["SecMI"](ideal_denoiser(x[:1], odd), x).abs().max() < 1e-8
+    assert published_attacks(odd)["SecMI"](ideal_denoiser(x[:1], odd), x).abs().max() < 1e-8
 
     net = fit_denoiser(load_digits()[0][:50], SCHEDULE, 300)
     shape, levels = (3, 1, 8, 8), [999, 500, 0]
     steps = list(sample(net, SCHEDULE, shape, steps=levels, eta=0, generator=seed(0)))
     with torch.no_grad():
         torch.testing.assert_close(_ddim(net, steps[0].x_t, 999, 500, SCHEDULE), steps[1].x_t)
-    assert attacks(SCHEDULE)["SecMI"](net, torch.rand(3, 1, 8, 8, generator=seed(2))).max() < -1e-7
+    assert (
+        published_attacks(SCHEDULE)["SecMI"](net, torch.rand(3, 1, 8, 8, generator=seed(2))).max()
+        < -1e-7
+    )
 
 
 def test_pfami_is_zero_where_the_loss_is_flat():
-    x, attack = torch.randn(6, 1, 4, 4, generator=seed(0)), attacks(SCHEDULE)["PFAMI"]
+    x, attack = torch.randn(6, 1, 4, 4, generator=seed(0)), published_attacks(SCHEDULE)["PFAMI"]
     torch.testing.assert_close(attack(lambda x_t, t: torch.zeros_like(x_t), x), torch.zeros(6))
     peak = attack(ideal_denoiser(x[:1], SCHEDULE), torch.cat([x[:1], x[:1] + 1]))
     assert peak[0] > 100 * peak[1].abs()
@@ -174,20 +177,20 @@ def test_those_who_hold_the_guard():
 def test_other_schedules(T):
     schedule = make_schedule(T=T) if T > 10 else make_schedule("cosine", T=T)
     net, x = seeded(0, lambda: MLPDenoiser((1, 8, 8))), torch.rand(4, 1, 8, 8)
-    for name, attack in (attacks(schedule) | guard_attacks(schedule)).items():
+    for name, attack in (published_attacks(schedule) | guard_attacks(schedule)).items():
         assert torch.isfinite(attack(net, x)).all(), name
 
 
 def test_scores_do_not_depend_on_the_chunk_where_no_noise_is_drawn():
     net, x = seeded(0, lambda: MLPDenoiser((1, 8, 8))), load_digits()[0][:50]
     for name in ("SecMI", "PIA", "PIAN", "SimA"):
-        attack = attacks(SCHEDULE)[name]
+        attack = published_attacks(SCHEDULE)[name]
         torch.testing.assert_close(scores_of(attack, net, x, chunk=7), scores_of(attack, net, x))
 
 
 def test_bad_images_are_refused():
     nan = torch.full((2, 1, 4, 4), float("nan"))
     with pytest.raises(ValueError, match="NaN"):
-        scores_of(attacks(SCHEDULE)["SimA"], lambda x, t: x, nan)
+        scores_of(published_attacks(SCHEDULE)["SimA"], lambda x, t: x, nan)
     with pytest.raises(ValueError, match="level"):
         loss_attack(lambda x, t: x, torch.zeros(2, 1, 4, 4), SCHEDULE, t=1000)

@@ -12,7 +12,7 @@ from cpsample.core.guard import fit_guard, protect
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits
 from cpsample.core.schedule import make_schedule
-from cpsample.judgement.attacks import attacks, scores_of
+from cpsample.judgement.attacks import published_attacks, scores_of
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, train_denoiser
 from cpsample.workshop.neighbours import nearest
@@ -77,7 +77,7 @@ def test_neighbours_and_copies_are_those_of_the_cpu(digits):
 
 def test_attacks_answer_on_the_gpu(digits):
     model = seeded(0, lambda: MLPDenoiser((1, 8, 8))).cuda().eval()
-    for name, attack in attacks(SCHEDULE).items():
+    for name, attack in published_attacks(SCHEDULE).items():
         scores = scores_of(attack, model, digits[:20])
         assert scores.device.type == "cuda" and torch.isfinite(scores).all(), name
 

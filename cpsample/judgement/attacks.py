@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Attack', 'levels_of', 'per_pixel', 'denoising_loss', 'loss_attack', 'secmi_attack', 'pia_attack', 'sima_attack',
-           'pfami_attack', 'attacks', 'scores_of', 'size_attack', 'jump_attack', 'oracle_attack', 'guard_attacks',
-           'nearest_sample_attack']
+           'pfami_attack', 'published_attacks', 'scores_of', 'size_attack', 'jump_attack', 'oracle_attack',
+           'guard_attacks', 'nearest_sample_attack']
 
 # %% ../../nbs/3_judgement/02_attacks.ipynb #c39523f3
 import math
@@ -181,7 +181,7 @@ def _scaled(t: int, schedule: Schedule) -> int:
     return min(round(t * schedule.T / 1000), schedule.T - 1)
 
 
-def attacks(schedule: Schedule) -> dict[str, Attack]:
+def published_attacks(schedule: Schedule) -> dict[str, Attack]:
     "{name: attack(model, x) -> scores [N]} of the literature, with the settings of their papers."
     collection = {}
     for t in (50, 100, 200, 300):
@@ -203,7 +203,7 @@ def attacks(schedule: Schedule) -> dict[str, Attack]:
 def scores_of(attack: Attack, model: Denoiser, x: Tensor, *, chunk: int = 500) -> Tensor:
     """The scores [N] of images, high for members.
 
-    attack(model, x): for example one of `attacks`.
+    attack(model, x): for example one of `published_attacks`.
     x [N, ...]: images, in [−1, 1]; ValueError if there are none, or NaN.
     chunk: so many are asked about at a time.
     """

@@ -29,7 +29,12 @@ from ..core.digit_encoder import frechet_distance
 from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
 from ..core.images import load_digits, pixels, split
 from ..core.schedule import Schedule, make_schedule
-from .attacks import attacks, guard_attacks, nearest_sample_attack, scores_of
+from cpsample.judgement.attacks import (
+    guard_attacks,
+    nearest_sample_attack,
+    published_attacks,
+    scores_of,
+)
 from cpsample.judgement.baselines import (
     ambient_denoiser,
     ambient_loss,
@@ -582,7 +587,7 @@ def attack_model(model: Denoiser, x: Tensor, world: World) -> dict:
     models = [model, model.unmasked] if hasattr(model, "unmasked") else [model]
     by_calls = {}
     for k, called in enumerate(models):
-        for name, attack in (attacks(SCHEDULE) | guard_attacks(SCHEDULE)).items():
+        for name, attack in (published_attacks(SCHEDULE) | guard_attacks(SCHEDULE)).items():
             by_calls[f"{name}{k}"] = tuple(scores_of(attack, called, side) for side in sides)
 
     best = infer(by_calls | {"samples": by_samples})

@@ -26,9 +26,9 @@ from ..core.images import load_digits, pixels, split
 from ..core.schedule import make_schedule
 from cpsample.judgement.attacks import (
     Attack,
-    attacks,
     guard_attacks,
     nearest_sample_attack,
+    published_attacks,
     scores_of,
 )
 from .inference import Scores, infer, loss_test, verdicts
@@ -215,7 +215,7 @@ def _ask(attack: Attack, model: Denoiser, arms: Arms) -> dict[str, Tensor]:
 def kept_scores(arms: Arms, arm: str, workspace: Workspace, settings: MembershipSettings) -> Scores:
     "{attack: (scores of members, of others)} of an arm, each asked once and then read."
     samples, schedule = kept_samples(arms, arm, workspace, settings), arms.guard.schedule
-    collection = attacks(schedule) | guard_attacks(schedule, arms.guard)
+    collection = published_attacks(schedule) | guard_attacks(schedule, arms.guard)
     collection["nearest sample"] = partial(nearest_sample_attack, samples=samples)
 
     # One file per attack: a stopped run loses one of them at most.
@@ -231,7 +231,7 @@ def kept_scores(arms: Arms, arm: str, workspace: Workspace, settings: Membership
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #8475f2de
 def measure_arm(scores: Scores) -> dict:
     "What each attack achieves on an arm, and what those achieve who need nothing but the model."
-    from_literature = list(attacks(make_schedule()))
+    from_literature = list(published_attacks(make_schedule()))
     aware = [*from_literature, "size", "jump"]
     results, (statistic, p) = verdicts(scores), loss_test(*scores["loss, t=100"])
     return {

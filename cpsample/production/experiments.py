@@ -33,7 +33,7 @@ from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, protect
 from ..core.guard_files import load_guard
 from ..core.images import pixels, split
 from ..core.schedule import Schedule, make_schedule
-from ..judgement.attacks import attacks, guard_attacks, scores_of
+from ..judgement.attacks import guard_attacks, published_attacks, scores_of
 from ..judgement.inference import loss_test, verdicts
 from ..practice.datasets import load_celeba64, load_cifar10, load_crops
 from ..practice.encoders import features, inception
@@ -686,7 +686,7 @@ def _attack_arm(comparison: _Comparison, arm: str) -> dict:
     "What attackers learn from the model of an arm about who was in its training set."
     run, model, guard = comparison.run, comparison.models[arm], comparison.guard
     known_guard = guard if arm == "guarded" and guard.report else None
-    asks = attacks(comparison.schedule) | guard_attacks(comparison.schedule, known_guard)
+    asks = published_attacks(comparison.schedule) | guard_attacks(comparison.schedule, known_guard)
 
     # As many members as strangers, scored by each attack.
     sides = (comparison.images.members, comparison.images.strangers)
