@@ -1,5 +1,6 @@
 "Calibration: what is measured was planted, what is chosen is the tightest, too little is refused."
 
+import math
 import warnings
 
 import pytest
@@ -162,9 +163,12 @@ def test_alpha_is_the_tightest_with_the_wanted_coverage(wanted, seed):
     guard = Guard(lambda x, t: x[:, :1] * 0 + logits.repeat(len(x) // 50)[:, None], S)
     report = calibrate(guard, NEAR[:50], NEAR[:50], wanted=wanted, allowed=0)
     assert at_level(report, "coverage") >= wanted
-    assert guard.alpha == 0.4 or at_level(report, "coverage") - wanted < 1 / 50, (
-        "one image fewer would still have been enough"
-    )
+
+    # Certain are the images that are needed, and what lies within 1e-4 of the last of them.
+    needed = math.ceil(50 * wanted - 1e-6)
+    last_needed = logits.sort(descending=True).values[needed - 1]
+    most = (logits > last_needed - 2e-4).float().mean().item()
+    assert guard.alpha == 0.4 or at_level(report, "coverage") <= most + 1e-6
 
 
 @given(allowed=st.floats(0, 0.9), n=st.integers(5, 60), seed=st.integers(0, 1000))

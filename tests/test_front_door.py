@@ -38,7 +38,7 @@ CLI = "from cpsample.cli import app; app()"
         ("train --help", 0, "fashion-small"),
         ("audit --help", 0, "neighbourhood"),
         ("reproduce --help", 0, "stable_diffusion"),
-        ("demo --images many", 2, "valid integer"),
+        ("demo --images many", 2, "valid int"),
         ("nonsense", 2, "No such command"),
         ("train", 2, "Missing argument"),
         ("guard", 2, "give the folder of a run, or --pipeline, and not both"),

@@ -120,8 +120,8 @@ def test_pictures_come_with_a_control():
 
 def test_samples_and_scores_of_pictures(tmp_path, monkeypatch):
     arms, workspace = fashion_arms(0, SMALL), Workspace(tmp_path, progress=False)
-    few = {"SimA": membership_study.attacks(arms.guard.schedule)["SimA"]}
-    monkeypatch.setattr(membership_study, "attacks", lambda schedule: few)
+    few = {"SimA": membership_study.published_attacks(arms.guard.schedule)["SimA"]}
+    monkeypatch.setattr(membership_study, "published_attacks", lambda schedule: few)
     scores = kept_scores(arms, "guarded", workspace, SMALL)
     assert list(scores) == ["SimA", "size", "jump", "oracle", "nearest sample"]
     assert all((len(a), len(b)) == (3, 4) for a, b in scores.values())
@@ -132,7 +132,7 @@ def test_samples_and_scores_of_pictures(tmp_path, monkeypatch):
 
 def test_those_who_choose_need_nothing_but_the_model():
     generator = torch.Generator().manual_seed(0)
-    names = [*membership_study.attacks(membership_study.make_schedule()), "size", "jump"]
+    names = [*membership_study.published_attacks(membership_study.make_schedule()), "size", "jump"]
     scores = {
         name: (torch.randn(60, generator=generator), torch.randn(60, generator=generator))
         for name in names
