@@ -55,7 +55,7 @@ DEFAULTS = {
     "scale": None,
 }
 
-# %% ../../nbs/1_core/13_demo.ipynb #04862fff
+# %% ../../nbs/1_core/13_demo.ipynb #0ebcd5e2
 def fit_denoiser(
     x: Tensor,
     schedule: Schedule,
@@ -198,7 +198,7 @@ def check_demo(settings: dict) -> None:
             "at least 100 are needed"
         )
 
-# %% ../../nbs/1_core/13_demo.ipynb #ff50728e
+# %% ../../nbs/1_core/13_demo.ipynb #6539ab5e
 def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> dict:
     """A calibrated guard's settings, and its coverage and false alarms at the level of its report.
 
@@ -222,7 +222,7 @@ def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> di
         "false_alarms_fresh_ci": list(proportion_ci(alarms.sum(), len(alarms))),
     }
 
-# %% ../../nbs/1_core/13_demo.ipynb #3959534f
+# %% ../../nbs/1_core/13_demo.ipynb #c8671f26
 class Digits(NamedTuple):
     """The digits [N, 1, 8, 8] of one seed.
 
