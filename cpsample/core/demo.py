@@ -462,11 +462,13 @@ def readme_table(record: dict) -> str:
     return "\n".join([head, "|---" * len(_COLUMNS) + "|", *rows, "", _readme_note(record)])
 
 # %% ../../nbs/1_core/13_demo.ipynb #935dec2e
-def _draw_picture(ax: "Axes", picture: Tensor, copied: bool) -> None:
-    "One image [1, H, W], framed in red if it is a copy."
-    ax.imshow(picture.squeeze(0).numpy(), cmap="gray", vmin=-1, vmax=1)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set(visible=copied, color="crimson", linewidth=2.5)
+def _draw_row(axes: "list[Axes]", pictures: Tensor, copied: Tensor, label: str) -> None:
+    "A row of images [n, 1, H, W]; those that are `copied` [n] are framed in red."
+    for ax, picture, is_copy in zip(axes, pictures, copied.tolist()):
+        ax.imshow(picture.squeeze(0).numpy(), cmap="gray", vmin=-1, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=is_copy, color="crimson", linewidth=2.5)
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
 
 def show_arms(images: dict[str, Tensor], members: Tensor, columns: int = 14) -> "Figure":
@@ -485,16 +487,10 @@ def show_arms(images: dict[str, Tensor], members: Tensor, columns: int = 14) -> 
     gaps = dict(hspace=0.15, wspace=0.12)
     grid = fig.add_gridspec(len(heights), columns, height_ratios=heights, **gaps)
 
-    label = dict(rotation=0, ha="right", va="center", fontsize=9)
     for row, (name, x) in enumerate(images.items()):
         report = copy_test(x[:columns], members)
-        for column in range(columns):
-            copied = bool(report.copied[column])
-            above = fig.add_subplot(grid[3 * row, column])
-            below = fig.add_subplot(grid[3 * row + 1, column])
-            _draw_picture(above, x[column], copied)
-            _draw_picture(below, members[report.nearest[column]], copied)
-            if column == 0:
-                above.set_ylabel(f"{name}\nsamples", **label)
-                below.set_ylabel("nearest\ntraining", **label)
+        above = [fig.add_subplot(grid[3 * row, column]) for column in range(columns)]
+        below = [fig.add_subplot(grid[3 * row + 1, column]) for column in range(columns)]
+        _draw_row(above, x[:columns], report.copied, f"{name}\nsamples")
+        _draw_row(below, members[report.nearest], report.copied, "nearest\ntraining")
     return fig

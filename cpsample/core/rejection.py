@@ -55,6 +55,12 @@ class Toy:
         "The base law: spikes and honest part, in their shares."
         return mix(self.spikes, self.broad, self.share)
 
+    def spike_draws(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        "n draws from the spikes, [n, D], and which training point each is beside, [n]."
+        point = torch.randint(len(self.points), (n,), generator=generator)
+        jitter = torch.randn(n, self.points.shape[1], generator=generator)
+        return self.points[point] + self.width * jitter, point
+
     def copied(self, x: Tensor) -> Tensor:
         "Which rows of x [B, D] lie within three widths of a training point: bool [B]."
         return torch.cdist(x, self.points).amin(1) < 3 * self.width
@@ -409,9 +415,7 @@ def fit_toy_classifier(
     K = targets.shape[1]
 
     # What is trained on: n spikes with the targets of their points, n honest draws.
-    point = torch.randint(len(toy.points), (n,), generator=generator)
-    jitter = torch.randn(n, toy.points.shape[1], generator=generator)
-    spikes = toy.points[point] + toy.width * jitter
+    spikes, point = toy.spike_draws(n, generator)
     x = torch.cat([spikes, toy.broad.sample(n, generator)])
     y = torch.cat([targets[point], torch.full((n, K), float(tau))])
     weights = torch.cat([torch.full((n,), toy.share / n), torch.full((n,), (1 - toy.share) / n)])
