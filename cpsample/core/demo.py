@@ -55,7 +55,7 @@ DEFAULTS = {
     "scale": None,
 }
 
-# %% ../../nbs/1_core/13_demo.ipynb #04862fff
+# %% ../../nbs/1_core/13_demo.ipynb #0ebcd5e2
 def fit_denoiser(
     x: Tensor,
     schedule: Schedule,
@@ -198,7 +198,7 @@ def check_demo(settings: dict) -> None:
             "at least 100 are needed"
         )
 
-# %% ../../nbs/1_core/13_demo.ipynb #ff50728e
+# %% ../../nbs/1_core/13_demo.ipynb #6539ab5e
 def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> dict:
     """A calibrated guard's settings, and its coverage and false alarms at the level of its report.
 
@@ -222,7 +222,7 @@ def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> di
         "false_alarms_fresh_ci": list(proportion_ci(alarms.sum(), len(alarms))),
     }
 
-# %% ../../nbs/1_core/13_demo.ipynb #3959534f
+# %% ../../nbs/1_core/13_demo.ipynb #c8671f26
 class Digits(NamedTuple):
     """The digits [N, 1, 8, 8] of one seed.
 
@@ -462,11 +462,13 @@ def readme_table(record: dict) -> str:
     return "\n".join([head, "|---" * len(_COLUMNS) + "|", *rows, "", _readme_note(record)])
 
 # %% ../../nbs/1_core/13_demo.ipynb #935dec2e
-def _draw_picture(ax: "Axes", picture: Tensor, copied: bool) -> None:
-    "One image [1, H, W], framed in red if it is a copy."
-    ax.imshow(picture.squeeze(0).numpy(), cmap="gray", vmin=-1, vmax=1)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set(visible=copied, color="crimson", linewidth=2.5)
+def _draw_row(axes: "list[Axes]", pictures: Tensor, copied: Tensor, label: str) -> None:
+    "A row of images [n, 1, H, W]; those that are `copied` [n] are framed in red."
+    for ax, picture, is_copy in zip(axes, pictures, copied.tolist()):
+        ax.imshow(picture.squeeze(0).numpy(), cmap="gray", vmin=-1, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=is_copy, color="crimson", linewidth=2.5)
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
 
 def show_arms(images: dict[str, Tensor], members: Tensor, columns: int = 14) -> "Figure":
@@ -485,16 +487,10 @@ def show_arms(images: dict[str, Tensor], members: Tensor, columns: int = 14) -> 
     gaps = dict(hspace=0.15, wspace=0.12)
     grid = fig.add_gridspec(len(heights), columns, height_ratios=heights, **gaps)
 
-    label = dict(rotation=0, ha="right", va="center", fontsize=9)
     for row, (name, x) in enumerate(images.items()):
         report = copy_test(x[:columns], members)
-        for column in range(columns):
-            copied = bool(report.copied[column])
-            above = fig.add_subplot(grid[3 * row, column])
-            below = fig.add_subplot(grid[3 * row + 1, column])
-            _draw_picture(above, x[column], copied)
-            _draw_picture(below, members[report.nearest[column]], copied)
-            if column == 0:
-                above.set_ylabel(f"{name}\nsamples", **label)
-                below.set_ylabel("nearest\ntraining", **label)
+        above = [fig.add_subplot(grid[3 * row, column]) for column in range(columns)]
+        below = [fig.add_subplot(grid[3 * row + 1, column]) for column in range(columns)]
+        _draw_row(above, x[:columns], report.copied, f"{name}\nsamples")
+        _draw_row(below, members[report.nearest], report.copied, "nearest\ntraining")
     return fig

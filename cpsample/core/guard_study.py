@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'STUDY', 'Recipe', 'GuardSettings', 'measure_guards']
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #965a1932
+# %% ../../nbs/1_core/14_guard_study.ipynb #f8d179b6
 import itertools
 import re
 import time
@@ -25,7 +25,7 @@ from .guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
 from .schedule import make_schedule
 from ..workshop.studies import Study, Workspace, cached_stage, load_or_create
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #30880920
+# %% ../../nbs/1_core/14_guard_study.ipynb #3de4bf8d
 class Recipe(NamedTuple):
     """A way to train a guard.
 
@@ -53,7 +53,7 @@ RECIPES = {
     "K=1, members only, all t (paper)": Recipe(None, {"preset": "paper"}),
 }
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #9f64c7bc
+# %% ../../nbs/1_core/14_guard_study.ipynb #a1ada830
 @dataclass(frozen=True)
 class GuardSettings:
     """How large the study is; the defaults are those of the file on record.
@@ -61,6 +61,7 @@ class GuardSettings:
     choosing, reported: the seeds to choose by, and those that are shown.
     recipes: keys of `RECIPES`.
     alphas, scales: the grid of gates and strengths.
+    images: members.
     n: samples of each setting; twice as many are generated for a guard to see.
     sample_steps: denoiser calls per sample.
     train_steps, guard_steps: of the training of the model and of each guard.
@@ -72,13 +73,14 @@ class GuardSettings:
     recipes: tuple[str, ...] = tuple(RECIPES)
     alphas: tuple[float, ...] = (0.05, 0.2)
     scales: tuple[float, ...] = (20.0, 40.0, 80.0)
+    images: int = DEFAULTS["images"]
     n: int = 1000
     sample_steps: int = 100
     train_steps: int = DEFAULTS["train_steps"]
     guard_steps: int = DEFAULTS["guard_steps"]
     copies: tuple[int, ...] = (0, 10, 20, 50, 100, 200, 400)
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #b675e35f
+# %% ../../nbs/1_core/14_guard_study.ipynb #57efee73
 _SCHEDULE = make_schedule()
 
 
@@ -109,7 +111,7 @@ class _Subject:
 
 def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subject:
     "Digits and model of a seed; the model is trained once and then read."
-    digits = split_digits(DEFAULTS, seed)
+    digits = split_digits(DEFAULTS | {"images": settings.images}, seed)
 
     def weights():
         steps = settings.train_steps
@@ -119,7 +121,7 @@ def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subje
     model.load_state_dict(load_or_create(workspace.folder / f"model-{seed}.safetensors", weights))
     return _Subject(seed, digits, model.eval().requires_grad_(False), settings)
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #e10484c8
+# %% ../../nbs/1_core/14_guard_study.ipynb #45089780
 def _base_rows(subject: _Subject) -> dict:
     "The `rows` without any guard: unguarded, and exact rejection with some copies put back."
     members, settings = subject.digits.members, subject.settings
@@ -140,7 +142,7 @@ def _base_rows(subject: _Subject) -> dict:
         rows.append(row | subject.measured(x) | common)
     return {"rows": rows}
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #69f46194
+# %% ../../nbs/1_core/14_guard_study.ipynb #aab46371
 def _undecided_images(subject: _Subject, undecided: str | None) -> Tensor | None:
     "The images with the target ½ (see `Recipe`)."
     digits, seed = subject.digits, subject.seed
@@ -154,7 +156,7 @@ def _undecided_images(subject: _Subject, undecided: str | None) -> Tensor | None
         return x[~copy_test(x, digits.members).copied]
     return digits.reference if undecided == "reference" else None
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #2ffc9fe3
+# %% ../../nbs/1_core/14_guard_study.ipynb #a382dd49
 class _Variant(NamedTuple):
     """A guard with one of its settings.
 
@@ -191,7 +193,7 @@ def _variants(guard: Guard, subject: _Subject) -> list[_Variant]:
         variants.append(_Variant(f"calibrated, {factor:g} s", chosen, refused))
     return variants
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #e6c4cd0b
+# %% ../../nbs/1_core/14_guard_study.ipynb #5e724f97
 def _guarded_row(subject: _Subject, guard: Guard) -> dict:
     "The numbers of one guard with one setting."
     # The grid is drawn without calibrating every point of it.
@@ -227,7 +229,7 @@ def _recipe_rows(subject: _Subject, name: str) -> dict:
             rows.append(row | numbers | {"guard_seconds": guard_seconds})
     return {"rows": rows}
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #517f583e
+# %% ../../nbs/1_core/14_guard_study.ipynb #c673c1b0
 def _seed_rows(seed: int, workspace: Workspace, settings: GuardSettings) -> list[dict]:
     "All rows of a seed, a stage per recipe."
     subject = _subject(seed, workspace, settings)
@@ -252,7 +254,7 @@ def _pooled(rows: tuple[dict, ...]) -> dict:
             pooled[name] = [row[name] for row in rows]
     return pooled
 
-# %% ../../nbs/1_core/14_guard_study.ipynb #242ef14d
+# %% ../../nbs/1_core/14_guard_study.ipynb #ae98cfd4
 def measure_guards(workspace: Workspace, settings: GuardSettings = GuardSettings()) -> dict:
     "The numbers of guards.json: every recipe and setting, on both sets of seeds."
 

@@ -55,6 +55,12 @@ class Toy:
         "The base law: spikes and honest part, in their shares."
         return mix(self.spikes, self.broad, self.share)
 
+    def spike_draws(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        "n draws from the spikes, [n, D], and which training point each is beside, [n]."
+        point = torch.randint(len(self.points), (n,), generator=generator)
+        jitter = torch.randn(n, self.points.shape[1], generator=generator)
+        return self.points[point] + self.width * jitter, point
+
     def copied(self, x: Tensor) -> Tensor:
         "Which rows of x [B, D] lie within three widths of a training point: bool [B]."
         return torch.cdist(x, self.points).amin(1) < 3 * self.width
@@ -101,24 +107,23 @@ def ideal_classifier(
     Raises ValueError when a batch holds several noise levels.
     """
 
-    def log_side(of_members, of_reference, y, rest):
+    def log_side(x_t, abar, y, rest):
         "log of what speaks for one side: the members times y [N, K], the reference times rest."
-        of_members = of_members + y.log() + math.log(share)  # [B, N, K]
+        m = noised(members, abar).log_joint(x_t)[:, :, None]  # [B, N, 1]
+        m = m + y.log() + math.log(share)  # [B, N, K]
         if rest == 0:
-            return of_members.logsumexp(1)
-        of_reference = of_reference + math.log(1 - share) + math.log(rest)
-        of_reference = of_reference.expand(-1, 1, y.shape[1])  # [B, 1, K]
-        return torch.cat([of_members, of_reference], 1).logsumexp(1)  # [B, K]
+            return m.logsumexp(1)
+        r = noised(reference, abar).log_prob(x_t)[:, None, None].expand(-1, 1, y.shape[1])
+        r = r + math.log(1 - share) + math.log(rest)  # [B, 1, K]
+        return torch.cat([m, r], 1).logsumexp(1)  # [B, K]
 
     def classifier(x_t, t):
         if len(t) and (t != t[0]).any():
             raise ValueError("ideal_classifier needs one common noise level per batch")
         abar = schedule.abar[t[0]].item()
-        m = noised(members, abar).log_joint(x_t)[:, :, None]  # [B, N, 1]
-        r = noised(reference, abar).log_prob(x_t)[:, None, None]  # [B, 1, 1]
 
-        # What speaks for a label over what speaks against it.
-        return log_side(m, r, targets, tau) - log_side(m, r, 1 - targets, 1 - tau)
+        # The logit: what speaks for a label over what speaks against it.
+        return log_side(x_t, abar, targets, tau) - log_side(x_t, abar, 1 - targets, 1 - tau)
 
     return classifier
 
@@ -154,7 +159,7 @@ def acceptance_rule(
 
     return log_A
 
-# %% ../../nbs/1_core/11_rejection.ipynb #76eb43f4
+# %% ../../nbs/1_core/11_rejection.ipynb #5aefd48c
 def exact_rejection(
     law: GaussianMixture, log_A: AcceptanceRule, n: int, *, seed: int = 0
 ) -> tuple[Tensor, int, int]:
@@ -224,7 +229,7 @@ def tilt(
     shape = (len(axis),) * D
     return Tilt(axis.double(), q=q.view(shape) / q.sum(), A=A.view(shape))
 
-# %% ../../nbs/1_core/11_rejection.ipynb #326ef5b7
+# %% ../../nbs/1_core/11_rejection.ipynb #4ef0b948
 class _ScoreTable(NamedTuple):
     """∇ log h_t of one noise level, on a grid.
 
@@ -283,7 +288,7 @@ def doob(model: Denoiser, tilted: Tilt, schedule: Schedule, *, fine: int = 8) ->
 
     return guided
 
-# %% ../../nbs/1_core/11_rejection.ipynb #913bc467
+# %% ../../nbs/1_core/11_rejection.ipynb #5c29716f
 def sample_points(
     model: Denoiser,
     schedule: Schedule,
@@ -360,7 +365,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
     squared = mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
     return squared.clamp(min=0).sqrt().item()
 
-# %% ../../nbs/1_core/11_rejection.ipynb #67daacff
+# %% ../../nbs/1_core/11_rejection.ipynb #1f38f1d6
 def mmd_test(
     a: Tensor, b: Tensor, permutations: int = 200, *, seed: int = 0
 ) -> tuple[float, float]:
@@ -410,9 +415,7 @@ def fit_toy_classifier(
     K = targets.shape[1]
 
     # What is trained on: n spikes with the targets of their points, n honest draws.
-    point = torch.randint(len(toy.points), (n,), generator=generator)
-    jitter = torch.randn(n, toy.points.shape[1], generator=generator)
-    spikes = toy.points[point] + toy.width * jitter
+    spikes, point = toy.spike_draws(n, generator)
     x = torch.cat([spikes, toy.broad.sample(n, generator)])
     y = torch.cat([targets[point], torch.full((n, K), float(tau))])
     weights = torch.cat([torch.full((n,), toy.share / n), torch.full((n,), (1 - toy.share) / n)])

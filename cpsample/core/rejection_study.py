@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY', 'RejectionSettings', 'cell', 'measure_rejection']
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #27d6cc4e
+# %% ../../nbs/1_core/12_rejection_study.ipynb #104daaa1
 import re
 import statistics
 import warnings
@@ -43,7 +43,7 @@ from cpsample.core.rejection import (
 from .schedule import make_schedule
 from ..workshop.studies import Study, Workspace, cached_stage
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #80d8517c
+# %% ../../nbs/1_core/12_rejection_study.ipynb #8fbb7a1a
 _SCHEDULE = make_schedule()
 
 
@@ -74,7 +74,7 @@ class RejectionSettings:
     labels: tuple[int, ...] = (1, 2, 4, 8, 16)
     training: tuple[int, ...] = (100, 1000, 8000)
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #6ad716cb
+# %% ../../nbs/1_core/12_rejection_study.ipynb #0077dded
 class _Case(NamedTuple):
     """A place where the h-transform is compared with exact rejection.
 
@@ -146,7 +146,7 @@ def _ring_case(settings: RejectionSettings) -> _Case:
         p_value=permutation_test,
     )
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #44803a07
+# %% ../../nbs/1_core/12_rejection_study.ipynb #9fbfe808
 class _Yardstick(NamedTuple):
     """What a distance from exact rejection is measured in.
 
@@ -172,7 +172,7 @@ def _yardstick_of(case: _Case) -> _Yardstick:
     noise = sampling_noise(draws, case.distance)
     return _Yardstick(draws[:10:2], noise=noise, distance=case.distance)
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #d02875ce
+# %% ../../nbs/1_core/12_rejection_study.ipynb #c879c22f
 class _Arms(NamedTuple):
     """What is drawn in a case.
 
@@ -214,7 +214,7 @@ def _compare(case: _Case, arms: _Arms, yardstick: _Yardstick, seed: int) -> dict
         "accept_ci": list(proportion_ci(accepted, tried)),
     }
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #a208fa68
+# %% ../../nbs/1_core/12_rejection_study.ipynb #309922a5
 def _equality(case: _Case, workspace: Workspace, seeds: tuple[int, ...]) -> dict:
     "Is the h-transform exact rejection? The numbers of a case, seed by seed."
     arms, yardstick = _arms_of(case), _yardstick_of(case)
@@ -236,7 +236,7 @@ def _equality(case: _Case, workspace: Workspace, seeds: tuple[int, ...]) -> dict
         "rows": rows,
     }
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #28a89a98
+# %% ../../nbs/1_core/12_rejection_study.ipynb #daabd262
 class _Line(NamedTuple):
     """A line of the table: one classifier, at several gates and strengths.
 
@@ -284,7 +284,7 @@ def _trained_lines(toy: Toy, steps: int) -> list[_Line]:
         _Line("membership, trained", name, "member", (0.45, 0.999), member),
     ]
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #defea329
+# %% ../../nbs/1_core/12_rejection_study.ipynb #cdc73eef
 def cell(toy: Toy, guard: Guard, settings: RejectionSettings) -> dict:
     "One setting of CPSample: ratio to exact rejection with its own rule, and copies of both."
     log_A = acceptance_rule(guard.classifier, guard.alpha, guard.scale, form=guard.form)
@@ -318,7 +318,7 @@ def cell(toy: Toy, guard: Guard, settings: RejectionSettings) -> dict:
         "copies_rejection": toy.copy_rate(torch.cat(draws)),
     }
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #845674ff
+# %% ../../nbs/1_core/12_rejection_study.ipynb #f395bc56
 def _measure_line(toy: Toy, line: _Line, settings: RejectionSettings) -> dict:
     "The `rows` of a line: a cell for each gate and strength."
     classifier = line.make()
@@ -346,7 +346,7 @@ def _table(workspace: Workspace, settings: RejectionSettings) -> list[dict]:
         rows += cached_stage(workspace, stage, measure)["rows"]
     return rows
 
-# %% ../../nbs/1_core/12_rejection_study.ipynb #7828233e
+# %% ../../nbs/1_core/12_rejection_study.ipynb #08263398
 def _copies(toy: Toy, law: GaussianMixture) -> float:
     "The share of copies among 100,000 draws of a law."
     return toy.copy_rate(law.sample(100_000, torch.Generator().manual_seed(0)))
