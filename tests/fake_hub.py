@@ -48,6 +48,7 @@ class FakeHub:
             + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(cache),
             "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
         }
 
 
