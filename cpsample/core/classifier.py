@@ -196,6 +196,17 @@ class TrainingSet(NamedTuple):
     weights: Tensor | None
 
 # %% ../../nbs/1_core/07_classifier.ipynb #04d2582e
+def _check_fit(members: Tensor, labels: Tensor, reference: Tensor) -> None:
+    "Raise ValueError unless there is a row of labels per member, and all images have one shape."
+    if len(members) != len(labels):
+        raise ValueError(
+            f"{len(members)} images but {len(labels)} rows of labels: one row per image"
+        )
+    shape, other_shape = tuple(members.shape[1:]), tuple(reference.shape[1:])
+    if shape != other_shape:
+        raise ValueError(f"members {shape} and reference images {other_shape} differ in shape")
+
+
 def with_reference(
     members: Tensor, labels: Tensor, reference: Tensor, *, target: float = 0.5
 ) -> TrainingSet:
@@ -206,13 +217,7 @@ def with_reference(
     reference [M, ...]: other images; all their K targets are `target`.
     Raises ValueError when shapes do not fit or reference images are members too.
     """
-    if len(members) != len(labels):
-        raise ValueError(
-            f"{len(members)} images but {len(labels)} rows of labels: one row per image"
-        )
-    shape, other_shape = tuple(members.shape[1:]), tuple(reference.shape[1:])
-    if shape != other_shape:
-        raise ValueError(f"members {shape} and reference images {other_shape} differ in shape")
+    _check_fit(members, labels, reference)
 
     # A member among them would be trained to be certain and undecided at once, in silence.
     n, m = len(members), len(reference)

@@ -169,6 +169,16 @@ def measure(x: Tensor, members: Tensor, held_out: Tensor) -> dict:
 _LEAST = dict(images=2, reference=2, samples=2, train_steps=1, guard_steps=1, K=1, t_max=1)
 
 
+def _check_held_out(images: int, reference: int) -> None:
+    "Raise ValueError when members and reference images leave too few digits to judge with."
+    left = len(load_digits()[0]) - images - reference
+    if left < 100:
+        raise ValueError(
+            f"{images} images and {reference} reference images leave {left} held-out ones: "
+            "at least 100 are needed"
+        )
+
+
 def check_demo(settings: dict) -> None:
     "Raise ValueError for settings (see `DEFAULTS`) that cannot work, before any time is spent."
     unknown = settings.keys() - DEFAULTS.keys()
@@ -190,13 +200,7 @@ def check_demo(settings: dict) -> None:
         if settings[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {settings[name]}")
     timesteps(T, settings["sample_steps"])
-    images, reference = settings["images"], settings["reference"]
-    left = len(load_digits()[0]) - images - reference
-    if left < 100:
-        raise ValueError(
-            f"{images} images and {reference} reference images leave {left} held-out ones: "
-            "at least 100 are needed"
-        )
+    _check_held_out(settings["images"], settings["reference"])
 
 # %% ../../nbs/1_core/13_demo.ipynb #6539ab5e
 def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> dict:

@@ -366,17 +366,20 @@ def mmd(a: Tensor, b: Tensor) -> float:
     return squared.clamp(min=0).sqrt().item()
 
 # %% ../../nbs/1_core/11_rejection.ipynb #1f38f1d6
-def mmd_test(
-    a: Tensor, b: Tensor, permutations: int = 200, *, seed: int = 0
-) -> tuple[float, float]:
-    "(MMD, p-value of a permutation test) of two samples of equal size [n, D]."
-    # Who belongs to which sample: row 0 as it is, the others by lot.
-    n = len(a)
+def _sides(n: int, permutations: int, seed: int) -> Tensor:
+    "Who belongs to which sample of n: ±1/n, [1 + permutations, 2n]; row 0 as it is, others by lot."
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.arange(2 * n)]
     for _ in range(permutations):
         orders.append(torch.randperm(2 * n, generator=generator))
-    sides = torch.where(torch.stack(orders) < n, 1 / n, -1 / n)  # [1 + permutations, 2n]
+    return torch.where(torch.stack(orders) < n, 1 / n, -1 / n)
+
+
+def mmd_test(
+    a: Tensor, b: Tensor, permutations: int = 200, *, seed: int = 0
+) -> tuple[float, float]:
+    "(MMD, p-value of a permutation test) of two samples of equal size [n, D]."
+    sides = _sides(len(a), permutations, seed)
 
     # MMD² of each row is sidesᵀ·K·sides, for 500 rows of the kernel at a time.
     both = torch.cat([a, b])

@@ -23,6 +23,11 @@ from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #24979463
+def _no_gradients(parameters: dict[str, Tensor], x0: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    "The gradients and losses of no rows at all."
+    return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}, x0.new_zeros(0)
+
+
 def example_gradients(
     model: nn.Module,
     x0: Tensor,
@@ -43,7 +48,7 @@ def example_gradients(
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if len(x0) == 0:
-        return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}, x0.new_zeros(0)
+        return _no_gradients(parameters, x0)
     t = torch.randint(schedule.T, (len(x0) * draws,), generator=generator).to(x0.device)
     x_t, eps = add_noise(x0.repeat_interleave(draws, 0), t, schedule, generator=generator)
 

@@ -6,7 +6,7 @@
 __all__ = ['CHOOSING', 'REPORTED', 'SITUATIONS', 'world_of', 'PRESETS', 'SHAPES', 'SIZES', 'STUDY', 'Trials', 'tune', 'report',
            'best_settings', 'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'training_flops',
            'chosen_settings', 'sampling_seconds', 'situation_costs', 'costs', 'untrained', 'always_pushing_guard',
-           'denoiser_maker', 'measure_growth', 'growth_point', 'growth']
+           'denoiser_maker', 'peak_memory', 'measure_growth', 'growth_point', 'growth']
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #703e2f1f
 import copy
@@ -133,6 +133,11 @@ def best_settings(tuning: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: choose(numbers)["setting"] for name, numbers in tuning.items()}
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #147e44c8
+def _seconds_of_all(trials: list[list[dict]]) -> float:
+    "What all trials of all methods took together."
+    return sum(numbers["seconds"] for numbers in itertools.chain(*trials))
+
+
 def compare(
     situation: Situation,
     methods: dict[str, Method],
@@ -156,9 +161,8 @@ def compare(
     save_json(workspace.folder / f"{data}-chosen.json", best)
     keep_samples(trials, seeds[0])
     reported = {name: [row[name] for row in rows] for name in methods}
-    every_trial = itertools.chain(*tuning.values(), *reported.values())
     return {
-        "seconds": sum(numbers["seconds"] for numbers in every_trial),
+        "seconds": _seconds_of_all([*tuning.values(), *reported.values()]),
         "seeds": list(seeds),
         "choosing": CHOOSING,
         "size": situation.on_file(),
@@ -350,6 +354,13 @@ def denoiser_maker(data: str, method: str, refs: Tensor) -> Callable[[], Denoise
     return lambda: model
 
 
+def peak_memory() -> float:
+    "The largest memory that this process ever had, in GB, as Linux keeps count of it."
+    status = Path("/proc/self/status").read_text()
+    peak_kb = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    return peak_kb / 1e6
+
+
 def measure_growth(data: str, method: str, n: int) -> None:
     "Print seconds and peak memory (of this process, on Linux) of a method with n training images."
     looks_at_them = method not in ("unguarded", "guard")
@@ -370,14 +381,11 @@ def measure_growth(data: str, method: str, n: int) -> None:
         times.append(time.perf_counter() - start)
     times = sorted(times[1:])
 
-    # The largest memory that this process ever had, as Linux keeps count of it.
-    status = Path("/proc/self/status").read_text()
-    peak_kb = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
     record = {
         "seconds": times[len(times) // 2],
         "min": times[0],
         "max": times[-1],
-        "peak_gb": peak_kb / 1e6,
+        "peak_gb": peak_memory(),
     }
     print(json.dumps(record))
 

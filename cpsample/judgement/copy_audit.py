@@ -85,6 +85,14 @@ def _rank_z(d: np.ndarray, d_held_out: np.ndarray) -> float:
     return (u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
 
 
+def _distances_and_cells(
+    f: Tensor, f_train: Tensor, kmeans: KMeans
+) -> tuple[np.ndarray, np.ndarray]:
+    "How far each row of f is from the training set, and in which cell it lies: two [n]."
+    nearest_distance = nearest(f, f_train, 1)[0][:, 0].numpy()
+    return nearest_distance, kmeans.predict(f.double().numpy())
+
+
 def c_t(
     f: Tensor,
     f_held_out: Tensor,
@@ -105,11 +113,8 @@ def c_t(
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
     kmeans.fit(f_train.double().numpy())
 
-    # How far is each row from the training set, and in which cell does it lie?
-    d = nearest(f, f_train, 1)[0][:, 0].numpy()
-    d_held_out = nearest(f_held_out, f_train, 1)[0][:, 0].numpy()
-    cell = kmeans.predict(f.double().numpy())
-    cell_held_out = kmeans.predict(f_held_out.double().numpy())
+    d, cell = _distances_and_cells(f, f_train, kmeans)
+    d_held_out, cell_held_out = _distances_and_cells(f_held_out, f_train, kmeans)
 
     # One rank test per cell; a cell weighs as much as it has held-out rows.
     z, weights = [], []

@@ -22,7 +22,7 @@ from ..core.ddpm import Denoiser, generate
 from ..core.demo import DEFAULTS, fit_denoiser
 from ..core.guard import Guard, UncalibratedGuardWarning, fit_guard, protect
 from ..core.guard_files import load_guard
-from ..core.images import load_digits, pixels, split
+from ..core.images import Split, load_digits, pixels, split
 from ..core.schedule import make_schedule
 from cpsample.judgement.attacks import (
     Attack,
@@ -92,6 +92,17 @@ def protect_as_printed(model: Denoiser, guard: Guard) -> Denoiser:
         return protect(model, guard)
 
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #685fc731
+def _digits_origin(parts: Split, seed: int) -> dict:
+    "Which digits are members, and which are the others, by their indices."
+    return {
+        "pool": "digits",
+        "seed": seed,
+        "data": parts.data,
+        "members": parts.indices["members"],
+        "others": parts.indices["held_out"][1::2],
+    }
+
+
 def digits_arms(seed: int, settings: MembershipSettings = MembershipSettings()) -> Arms:
     "The model of the demo with this seed, trained again: unguarded, guarded, the paper's guard."
     schedule, (digits, _) = make_schedule(), load_digits()
@@ -110,13 +121,7 @@ def digits_arms(seed: int, settings: MembershipSettings = MembershipSettings()) 
         "guarded": protect(model, guard),
         "paper": protect_as_printed(model, paper),
     }
-    origin = {
-        "pool": "digits",
-        "seed": seed,
-        "data": parts.data,
-        "members": parts.indices["members"],
-        "others": parts.indices["held_out"][1::2],
-    }
+    origin = _digits_origin(parts, seed)
     steps = settings.digit_steps
     return Arms(f"digits-{seed}", members, held_out[1::2], models, guard, steps, origin)
 

@@ -204,6 +204,14 @@ def _shorter_side(path: Path) -> int:
         return min(image.size)
 
 
+def _check_source(folder: Path | str, channels: int) -> None:
+    "Raise ValueError unless this is a folder, to be read in one channel or three."
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that holds images")
+
+
 def load_folder(
     folder: Path | str,
     size: int | None = 32,
@@ -221,10 +229,7 @@ def load_folder(
     progress: whether to show a bar.
     Raises ValueError for a folder without images, or when channels is not 1 or 3.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds images")
+    _check_source(folder, channels)
     paths = _image_paths(Path(folder))
 
     # What Pillow raises for a file that is broken, or too large to be meant.

@@ -469,23 +469,27 @@ def answers_table(record: dict) -> str:
     return "\n".join(lines) + f"\n\n{settings}, 200 answers each; {origin}."
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #3c986110
+def _guard_cells(row: dict) -> list[str]:
+    "What one guard reached at one strength, as texts."
+    return [
+        f"{row['strength']:g}",
+        f"{row['copies'] / row['n']:.1%}",
+        f"{row['fits'] / row['n']:.1%}",
+        f"{row['fd']:.1f}",
+        f"{row['precision']:.2f}",
+        f"{row['vendi']:.1f}",
+    ]
+
+
 def guards_table(choice: dict) -> str:
     "The ways to train a guard, each at its best, on the seed that chooses, in Markdown."
     strength = "strength of the push, in multiples of the proposed s"
     columns = ["guard", strength, "copies", "fits the caption", "Fréchet distance", "precision"]
     lines = _markdown_head([*columns, "Vendi score"])
     for number in choice["best"]:
-        row = choice["tried"][number]
-        cells = [
-            row["guard"] + (" (chosen)" if number == choice["chosen"] else ""),
-            f"{row['strength']:g}",
-            f"{row['copies'] / row['n']:.1%}",
-            f"{row['fits'] / row['n']:.1%}",
-            f"{row['fd']:.1f}",
-            f"{row['precision']:.2f}",
-            f"{row['vendi']:.1f}",
-        ]
-        lines.append(_markdown_line(cells))
+        name = choice["tried"][number]["guard"]
+        title = f"{name} (chosen)" if number == choice["chosen"] else name
+        lines.append(_markdown_line([title, *_guard_cells(choice["tried"][number])]))
 
     # Where the numbers come from.
     settings = f"Seed {choice['choosing']}, {choice['tried'][0]['n']} answers each"

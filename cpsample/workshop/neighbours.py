@@ -102,6 +102,11 @@ def _check_search(x, refs, backend):
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(SEARCH)}")
 
 
+def _fitting_chunk(n_refs: int, flips: bool) -> int:
+    "Rows at a time for a table of 2²⁵ numbers at most (with flips two of half the size)."
+    return max(1, 2**25 // (n_refs * (1 + flips)))
+
+
 def nearest(
     x: Tensor,
     refs: Tensor,
@@ -125,10 +130,8 @@ def nearest(
     """
     _check_search(x, refs, backend)
 
-    # The table of closeness has 2²⁵ numbers at most (with flips there are two of half the size).
     k = min(k, len(refs))
-    fitting = max(1, 2**25 // (len(refs) * (1 + flips)))
-    chunk = min(len(x), chunk or fitting)
+    chunk = min(len(x), chunk or _fitting_chunk(len(refs), flips))
 
     # A few candidates more than are wanted, then in order of their final distance.
     search = SEARCH[backend](refs, min(k + 4, len(refs)), flips, chunk)
