@@ -105,7 +105,7 @@ class Arms(NamedTuple):
     seconds: dict[str, float]
     pushed: float
 
-
+# %% ../../nbs/1_core/13_demo.ipynb #2bab82fe
 def draw_arms(
     model: Denoiser,
     guard: Guard,
@@ -278,7 +278,7 @@ def _calibrated_guard(digits: Digits, settings: dict, seed: int, progress: bool)
     calibrate(guard, digits.members, digits.held_out[::2], **gate)
     return guard
 
-
+# %% ../../nbs/1_core/13_demo.ipynb #26db52f6
 def run_seed(seed: int, settings: dict, progress: bool = False) -> SeedResult:
     "The demo for one seed, with settings (see `DEFAULTS`)."
     schedule = make_schedule(settings["schedule"])
@@ -350,7 +350,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         numbers = f"from 0 to {2**31 - 1}, got {list(seeds)}"
         raise ValueError(f"seeds must be different whole numbers {numbers}")
 
-
+# %% ../../nbs/1_core/13_demo.ipynb #8a2dca3e
 def run_demo(
     seeds: Sequence[int] = (0,), progress: bool = False, command: str = "run_demo", **settings
 ) -> DemoResult:
@@ -444,7 +444,7 @@ def _readme_row(name: str, arm: dict) -> str:
     ]
     return f"| {' | '.join(entries)} |"
 
-
+# %% ../../nbs/1_core/13_demo.ipynb #cbed7aa7
 def _readme_note(record: dict) -> str:
     "The sentences below the table: how it was made."
     settings, seconds = record["settings"], record["seconds"]

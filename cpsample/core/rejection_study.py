@@ -98,7 +98,7 @@ class _Case(NamedTuple):
     distance: Callable[[Tensor, Tensor], float]
     p_value: Callable[[Tensor, Tensor], float]
 
-
+# %% ../../nbs/1_core/12_rejection_study.ipynb #640ad6d5
 def _line_case(settings: RejectionSettings) -> _Case:
     "One label on the line: total variation, and the Kolmogorov–Smirnov test."
     toy = line_toy()
@@ -122,7 +122,7 @@ def _line_case(settings: RejectionSettings) -> _Case:
         p_value=ks_test,
     )
 
-
+# %% ../../nbs/1_core/12_rejection_study.ipynb #cd714774
 def _ring_case(settings: RejectionSettings) -> _Case:
     "Eight labels on the ring: maximum mean discrepancy, and its permutation test."
     toy = ring_toy()
@@ -252,7 +252,7 @@ class _Line(NamedTuple):
     gates: tuple[float, ...]
     make: Callable[[], Classifier]
 
-
+# %% ../../nbs/1_core/12_rejection_study.ipynb #631ac54a
 _STRENGTHS = (1.0, 3.0)
 
 
@@ -271,7 +271,7 @@ def _ideal_lines(toy: Toy, labels: tuple[int, ...]) -> list[_Line]:
     lines.append(_Line("membership, ideal", "membership", "member", (0.2, 0.45, 0.999), make))
     return lines
 
-
+# %% ../../nbs/1_core/12_rejection_study.ipynb #790a61ab
 def _trained_lines(toy: Toy, steps: int) -> list[_Line]:
     "The same two kinds, trained for a number of steps: eight labels, and membership."
     N = len(toy.points)
