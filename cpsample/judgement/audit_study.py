@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'STUDY', 'AuditSettings', 'References', 'references_of', 'with_twins', 'plant_share', 'read_tests',
-           'measure_planted', 'smooth_images', 'seconds_of', 'one_product', 'peak_memory', 'time_search',
-           'measure_large', 'measure_models']
+           'measure_planted', 'smooth_images', 'measure_large', 'measure_models']
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #21994b6c
 import statistics
@@ -140,33 +139,33 @@ def smooth_images(n: int, seed: int) -> Tensor:
     return x.clamp_(-1, 1)
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #6a320fbd
-def seconds_of(work: Callable[[], object]) -> float:
+def _seconds_of(work: Callable[[], object]) -> float:
     "How long work() takes."
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def one_product(x: Tensor, training: Tensor) -> None:
+def _one_product(x: Tensor, training: Tensor) -> None:
     "The matrix product of all images with all training images, 500 of them at a time."
     for part in x.split(500):
         part.flatten(1) @ training.flatten(1).T
 
 
-def peak_memory() -> float:
+def _peak_memory() -> float:
     "The most memory that this process has had so far, in GB (not on Windows)."
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #0bacc7ba
-def time_search(x: Tensor, training: Tensor, sizes: tuple[int, ...]) -> dict[str, list[float]]:
+def _time_search(x: Tensor, training: Tensor, sizes: tuple[int, ...]) -> dict[str, list[float]]:
     "{size: seconds of (`nearest`, one product)} for the first so many training images."
     seconds = {}
     for size in sizes:
         part = training[:size]
-        search = seconds_of(lambda: nearest(x, part, 2))
-        product = seconds_of(lambda: x.flatten(1) @ part.flatten(1).T)
+        search = _seconds_of(lambda: nearest(x, part, 2))
+        product = _seconds_of(lambda: x.flatten(1) @ part.flatten(1).T)
         seconds[str(size)] = [search, product]
     return seconds
 
@@ -182,14 +181,14 @@ def measure_large(workspace: Workspace, settings: AuditSettings = AuditSettings(
 
     # Libraries are loaded before the clock starts.
     audit(x[:100], training[:1000], space="pca-64")
-    data_gb = peak_memory()
+    data_gb = _peak_memory()
 
     # In turn, so that a busy minute slows both.
     products, audits = [], []
     for _ in range(settings.repeats):
-        products.append(seconds_of(lambda: one_product(x, training)))
-        audits.append(seconds_of(lambda: audit(x, training, space="pca-64", flips=False)))
-    mirrored = seconds_of(lambda: audit(x, training, space="pca-64"))
+        products.append(_seconds_of(lambda: _one_product(x, training)))
+        audits.append(_seconds_of(lambda: audit(x, training, space="pca-64", flips=False)))
+    mirrored = _seconds_of(lambda: audit(x, training, space="pca-64"))
 
     ratios = sorted(seconds / product for product, seconds in zip(products, audits))
     return {
@@ -204,8 +203,10 @@ def measure_large(workspace: Workspace, settings: AuditSettings = AuditSettings(
             "audit": ratios,
             "audit_mirrored": [mirrored / statistics.median(products)],
         },
-        "nearest_and_product_seconds": time_search(x[: settings.queries], training, settings.sizes),
-        "peak_gb": peak_memory(),
+        "nearest_and_product_seconds": _time_search(
+            x[: settings.queries], training, settings.sizes
+        ),
+        "peak_gb": _peak_memory(),
     }
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #91e2ade4

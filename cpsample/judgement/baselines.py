@@ -199,7 +199,7 @@ def ambient_loss(
     x0_pred = _restored(network, x_t, seen, t)
     return (mask * (x0_pred - x0)).square().mean()
 
-
+# %% ../../nbs/3_judgement/03_baselines.ipynb #bd496553
 def ambient_denoiser(
     network: nn.Module, schedule: Schedule, missing: float, *, seed: int = 10_000
 ) -> Denoiser:

@@ -128,6 +128,23 @@ def _judge(choose: Scores, count: Scores, fprs: tuple[float, ...]) -> _Half:
     return _Half((attack, sign), _wins(members, others), caught, accused)
 
 # %% ../../nbs/3_judgement/01_inference.ipynb #4f361a6f
+class _Rates(NamedTuple):
+    "Members found, with an interval, and others accused: shares, or None."
+
+    tpr: float | None
+    tpr_ci: list[float] | None
+    fpr: float | None
+
+
+def _count(halves: list[_Half], fpr: float, n: int, m: int) -> _Rates:
+    "The rates of n members and m others over both halves; None where m / 2 are too few."
+    if _rank(fpr, m // 2) == 0:
+        return _Rates(None, None, None)
+    caught = sum(half.caught[fpr] for half in halves)
+    accused = sum(half.accused[fpr] for half in halves)
+    return _Rates(caught / n, list(proportion_ci(caught, n)), accused / m)
+
+# %% ../../nbs/3_judgement/01_inference.ipynb #c310df03
 def infer(
     scores: Scores,
     fprs: tuple[float, ...] = (0.01, 0.001),
@@ -162,24 +179,15 @@ def infer(
         _bootstrap(judged[0].wins, boots, seed + 1),
         _bootstrap(judged[1].wins, boots, seed),
     ]
-    result = {
+    rates = {fpr: _count(judged, fpr, n, m) for fpr in fprs}
+    return {
         "auc": float(np.mean([half.wins.mean() for half in judged])),
         "auc_ci": _middle(np.mean(redrawn, 0), level),
         "chosen": [half.choice for half in judged],
-        "tpr": dict.fromkeys(fprs),
-        "tpr_ci": dict.fromkeys(fprs),
-        "fpr": dict.fromkeys(fprs),
+        "tpr": {fpr: rate.tpr for fpr, rate in rates.items()},
+        "tpr_ci": {fpr: rate.tpr_ci for fpr, rate in rates.items()},
+        "fpr": {fpr: rate.fpr for fpr, rate in rates.items()},
     }
-
-    # Counts add up: each image was counted once.
-    for fpr in fprs:
-        if _rank(fpr, m // 2):
-            caught = sum(half.caught[fpr] for half in judged)
-            accused = sum(half.accused[fpr] for half in judged)
-            result["tpr"][fpr] = caught / n
-            result["tpr_ci"][fpr] = list(proportion_ci(caught, n))
-            result["fpr"][fpr] = accused / m
-    return result
 
 # %% ../../nbs/3_judgement/01_inference.ipynb #d994d984
 def loss_test(members: Tensor, others: Tensor) -> tuple[float, float]:
