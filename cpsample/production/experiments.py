@@ -211,7 +211,7 @@ def colab_size(full: Experiment, options: dict) -> Experiment:
         attacked=500,
     )
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #99b279df
 def tiny_size(full: Experiment, data: str, options: dict) -> Experiment:
     """An experiment for a CPU, to see everything run.
 
@@ -253,7 +253,7 @@ def tiny_size(full: Experiment, data: str, options: dict) -> Experiment:
 INCEPTION = 11.43e9  # FLOPs of Inception-v3 for one image
 ATTACKS = 122  # rows that all attacks together ask a model about, for one image
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #7d2bbc5b
 class _Shadow:
     """A network that has shapes and no memory, and what one image costs it.
 
@@ -294,7 +294,7 @@ class StageCost(NamedTuple):
     memory: int
     disk: int
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #d3102972
 def _training_cost(
     stage: str, shadow: _Shadow, steps: int, *, batch: int, data_bytes: int
 ) -> StageCost:
@@ -305,7 +305,7 @@ def _training_cost(
     memory = copies + batch * shadow.training.kept_bytes + data_bytes
     return StageCost(stage, flops, memory, copies)
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #4c65bd31
 def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Shadow) -> StageCost:
     "The cost of drawing the arms, and of looking at them."
     steps, n = e.config.sample_steps, question.samples
@@ -325,7 +325,7 @@ def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Sha
     memory = _memory_of_both(e, base, guard)
     return StageCost(question.name, drawing + looking, memory, disk)
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #8c83571d
 def _attack_cost(e: Experiment, question: Question, base: _Shadow, guard: _Shadow) -> StageCost:
     "The cost of asking about members and strangers, without the guard and with it."
     n = 2 * min(e.attacked, question.members, question.strangers)
@@ -337,7 +337,7 @@ def _memory_of_both(e: Experiment, base: _Shadow, guard: _Shadow) -> int:
     "The memory of model and guard, and of a chunk of images in between."
     return base.weight_bytes + guard.weight_bytes + e.chunk * base.training.kept_bytes
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #8bde6b4d
 def _question_costs(e: Experiment, question: Question, base: _Shadow) -> list[StageCost]:
     "The cost of a guard, of the arms and of the attacks."
     config = e.config
@@ -778,7 +778,7 @@ def _claim_folder(run: Run, command: str) -> dict:
         )
     return written["made"]
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #ffde6843
 # the temporary names of `atomic`, and the folders that a run writes to
 _LEFTOVER = re.compile(r"\.[\w.]+(\.json|\.safetensors)\.[a-z0-9_]{8}\1")
 _MODEL_FOLDERS = ("", "base", "tuned", "guards")
@@ -792,7 +792,7 @@ def _remove_leftovers(folder: Path) -> None:
             if _LEFTOVER.fullmatch(path.name) and path.is_file():
                 path.unlink()
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #69d7ec12
 @contextmanager
 def _full_disk_in_one_line(folder: Path | str) -> Iterator[None]:
     "Turn the errors of a disk without room into an OSError of one line."
@@ -825,7 +825,7 @@ def _record(run: Run, origin: dict, answers: dict) -> dict:
         **answers,
     }
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #5b428bc3
 def run_experiment(
     experiment: Experiment,
     folder: Path | str,
@@ -899,7 +899,7 @@ def results_table(record: dict) -> str:
     lines.append(f"\n{took} for {flops / 1e15:.4g} planned PFLOP")
     return "\n".join(lines)
 
-
+# %% ../../nbs/4_production/03_experiments.ipynb #6d35c29f
 def results(name: str) -> str:
     "The table of data/results/NAME.json, or how to get one."
     path = data_path("results") / f"{name}.json"

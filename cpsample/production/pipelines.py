@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.ddpm import Denoiser
-from ..core.guard import Corrector, Guard
+from ..core.guard import Classifier, Corrector, Guard
 from ..core.images import first_occurrence, pixels
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
@@ -139,6 +139,28 @@ def _rewrapped(output: Any, answer: Tensor) -> Any:
     output[name] = answer
     return output
 
+# %% ../../nbs/4_production/02_pipelines.ipynb #348f1b74
+def _check_levels(guard: Guard, scheduler: "SchedulerMixin") -> None:
+    "Raise ValueError if a guard was not trained for the noise levels of a scheduler."
+    abar, known = schedule_of(scheduler).abar, guard.schedule.abar.cpu()
+    if abar.shape != known.shape or (abar - known).abs().max() > 1e-3:
+        raise ValueError(
+            "this guard was trained for another noise schedule than that of the pipeline's "
+            f"{type(scheduler).__name__}: train one with schedule_of(pipe.scheduler)"
+        )
+
+
+def _check_size(classifier: Classifier, x_t: Tensor) -> None:
+    "Raise ValueError if a classifier, which may know its shape, learned another than x_t has."
+    drawn = tuple(x_t.shape[1:])
+    config = getattr(classifier, "config", None) or {}
+    known = tuple(config.get("shape", drawn))
+    if known != drawn:
+        raise ValueError(
+            f"this guard knows images of shape {known}, the pipeline draws {drawn}: "
+            "draw at the size that the guard was trained at"
+        )
+
 # %% ../../nbs/4_production/02_pipelines.ipynb #fa56a0d0
 class PipelineGuard:
     """A guard at the door of a pipeline's network; `protect_pipeline` puts it there.
@@ -197,30 +219,15 @@ class PipelineGuard:
         return _rewrapped(output, new_answer)
 
     def check_schedule(self) -> None:
-        """Look at the pipeline's scheduler, which anybody may exchange.
-
-        Raises ValueError if the guard was not trained for its noise levels.
-        """
-        if self.pipe.scheduler is self.scheduler:
-            return
-        abar, known = schedule_of(self.pipe.scheduler).abar, self.guard.schedule.abar.cpu()
-        if abar.shape != known.shape or (abar - known).abs().max() > 1e-3:
-            raise ValueError(
-                "this guard was trained for another noise schedule than that of the pipeline's "
-                f"{type(self.pipe.scheduler).__name__}: train one with schedule_of(pipe.scheduler)"
-            )
-        self.scheduler = self.pipe.scheduler
+        "Look at the pipeline's scheduler, which anybody may exchange. Raises ValueError."
+        if self.pipe.scheduler is not self.scheduler:
+            _check_levels(self.guard, self.pipe.scheduler)
+            self.scheduler = self.pipe.scheduler
 
     def check_shape(self, x_t: Tensor) -> None:
         "Take the guard to the images' device. Raises ValueError if it learned other shapes."
-        classifier, drawn = self.guard.classifier, tuple(x_t.shape[1:])
-        config = getattr(classifier, "config", None) or {}
-        known = tuple(config.get("shape", drawn))
-        if known != drawn:
-            raise ValueError(
-                f"this guard knows images of shape {known}, the pipeline draws {drawn}: "
-                "draw at the size that the guard was trained at"
-            )
+        classifier = self.guard.classifier
+        _check_size(classifier, x_t)
         if isinstance(classifier, nn.Module):
             classifier.to(x_t.device)
 
@@ -278,7 +285,7 @@ def _means(vae: nn.Module, images: Tensor, chunk: int, progress: bool) -> Tensor
         means.append(vae.encode(x).latent_dist.mode().float().cpu())
     return torch.cat(means)[row_of_image]
 
-
+# %% ../../nbs/4_production/02_pipelines.ipynb #587114ee
 @torch.no_grad()
 def encode(
     pipe: "DiffusionPipeline",
@@ -385,7 +392,7 @@ def _load_without_captions(name: str, device: str | torch.device) -> "DiffusionP
         left_out = [part for part in components if part not in needed]
         return loader.from_pretrained(name, **dict.fromkeys(left_out)).to(device)
 
-
+# %% ../../nbs/4_production/02_pipelines.ipynb #a3231233
 def fit_named_pipeline_guard(
     name: str,
     data: Path | str,

@@ -92,7 +92,7 @@ def unframed(x: Tensor) -> Tensor:
     "Pictures [N, 1, 32, 32] without their frame: [N, 1, 28, 28]."
     return x[:, :, 2:30, 2:30]
 
-
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #174953b2
 class Pictures(NamedTuple):
     """What a pipeline is made of.
 
@@ -186,7 +186,7 @@ _UNET = {
 }
 _WORD_WIDTH = 32  # numbers that a word is turned into
 
-
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #bfca70d9
 def new_tokenizer() -> "PreTrainedTokenizerFast":
     "Captions → numbers of words, six to a caption."
     tokenizers = import_optional("tokenizers", "diffusers")
@@ -198,7 +198,7 @@ def new_tokenizer() -> "PreTrainedTokenizerFast":
         tokenizer_object=by_words, pad_token="<pad>", model_max_length=6
     )
 
-
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #52671347
 class Conditional(nn.Module):
     """The two networks that learn together, text encoder and U-Net.
 

@@ -105,7 +105,7 @@ class Settings:
 
 SETTINGS = Settings()
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #fc5f9f21
 class Way(NamedTuple):
     """A way to train a guard.
 
@@ -206,7 +206,7 @@ def _guard_of(way: Way, workspace: Workspace, subject: _Subject, *, settings: Se
     guard.classifier.half().float()
     return guard
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #5635bd98
 def _ask_for_bags(
     subject: _Subject, settings: Settings, guard: Guard | None, *, seed: int, n: int
 ) -> Tensor:
@@ -330,7 +330,7 @@ def _ask_caption(subject: _Subject, guard: Guard, kind: int, *, settings: Settin
             rows.append(numbers | {"seed": seed})
     return arms
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #1e631cf5
 def _ask_under_scheduler(subject: _Subject, guard: Guard, *, settings: Settings) -> dict:
     "{arm: row}: the answers to the collapsed caption under the pipeline's present scheduler."
     n = settings.answers_of_scheduler
@@ -340,7 +340,7 @@ def _ask_under_scheduler(subject: _Subject, guard: Guard, *, settings: Settings)
         arms[arm] = describe_answers(x, BAG, subject.members)
     return arms
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #cdb6b482
 def _describe_real_bags(subject: _Subject, *, settings: Settings) -> dict:
     "What as many real bags would measure: {rows}."
     real = _drawn_pictures(subject.pipe, BAG, settings.size, n=settings.pictures)
@@ -365,7 +365,7 @@ def made_folder(workspace: Workspace) -> Path:
         run_study(MAKING, folder, workspace, parts=missing, command=command)
     return folder
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #8455daaa
 def measure(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     "Every caption on every seed, and the collapsed one under every scheduler, in both arms."
     folder = made_folder(workspace)
@@ -425,7 +425,7 @@ def rows_about(arm: dict[str, list[dict]], *, bags: bool) -> list[dict]:
             rows += rows_of_caption
     return rows
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #6a6138ff
 def _markdown_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -451,7 +451,7 @@ def _answers_line(caption: str, arm: str, rows: list[dict]) -> str:
     ]
     return _markdown_line(cells)
 
-
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #1947cea5
 def answers_table(record: dict) -> str:
     "What the pipeline answers, unguarded and guarded, as a table in Markdown."
     columns = ["caption", "", "copies of any of the 200", "fits the caption", "Fréchet distance"]

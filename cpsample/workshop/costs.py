@@ -26,7 +26,7 @@ class NetworkCost(NamedTuple):
     flops: int
     kept_bytes: int
 
-
+# %% ../../nbs/5_workshop/04_costs.ipynb #03708729
 def network_cost(
     network: nn.Module,
     shape: Sequence[int],
