@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -26,3 +28,29 @@ def network():
         return model
 
     return seeded(0, build)
+
+
+# Files whose tests take more than a few seconds each: whole runs, processes that are killed,
+# studies, the matrix of schedulers. `make test-fast` leaves them out.
+SLOW_FILES = {
+    "test_audit_study",
+    "test_bad_input",
+    "test_checkpoints",
+    "test_comparison",
+    "test_core_studies",
+    "test_demo",
+    "test_distributed",
+    "test_experiments",
+    "test_latents",
+    "test_membership_study",
+    "test_rejection",
+    "test_runs",
+    "test_scheduler_matrix",
+    "test_stable_diffusion",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.path).stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
