@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from ..core.digit_features import frechet_distance
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.copying import copy_test, cosine_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, generate, timesteps
-from ..core.digit_encoder import frechet_distance
 from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, protect
 from ..core.guard_files import load_guard
 from ..core.images import pixels, split
@@ -395,16 +395,19 @@ def _plan_line(cost: StageCost) -> str:
     return f"{cost.stage:15}{cost.flops / 1e15:12.4f}{hours}{bytes_needed}"
 
 
+def _total(costs: list[StageCost], data_bytes: int) -> StageCost:
+    "All stages, one after the other: the memory of the largest, the files of all."
+    flops = sum(cost.flops for cost in costs)
+    memory = max(cost.memory for cost in costs)
+    disk = data_bytes + sum(cost.disk for cost in costs)
+    return StageCost("total", flops, memory, disk)
+
+
 def plan_table(e: Experiment) -> str:
     "The `plan` of an experiment as lines of text, with hours derived for each of `GPUS`."
     costs, source = plan(e), DATA[e.data]
     data_bytes = (source.train + source.held_out) * math.prod(e.config.shape)
-    total = StageCost(
-        "total",
-        flops=sum(cost.flops for cost in costs),
-        memory=max(cost.memory for cost in costs),
-        disk=data_bytes + sum(cost.disk for cost in costs),
-    )
+    costs.append(_total(costs, data_bytes))
 
     # Above the table what is planned, below it what its columns rest on.
     hours = "".join(f"{name + ', h':>9}" for name in GPUS)
@@ -413,7 +416,7 @@ def plan_table(e: Experiment) -> str:
         f"{e.name}, {e.size}: {e.images:,} training images of {e.data}; "
         f"base model: {e.pretrained or 'trained here'}",
         f"{'stage':15}{'PFLOP':>12}{hours}{'memory, GB':>12}{'disk, MB':>9}",
-        *[_plan_line(cost) for cost in [*costs, total]],
+        *map(_plan_line, costs),
         f"Files: data.safetensors ({data_bytes / 1e6:.0f} MB); STAGE.json for each stage; base/, "
         "tuned/, guards/; images in all_*/ and subset_*/; at the end results.json.",
         "FLOPs are counted; hours are derived, not measured: " + ", ".join(assumed),
@@ -718,11 +721,10 @@ def _answer_question(
     }
 
 # %% ../../nbs/4_production/03_experiments.ipynb #6ce9e29b
-def reproduce(run: Run) -> dict:
-    "All stages of a run, in order: {all, subset}, each with its arms and attacks."
+def _image_sets(run: Run) -> dict[str, _ImageSets]:
+    "The images of both questions, loaded once, and then read from the folder."
     e = run.experiment
 
-    # Images are loaded once, and then read from the folder.
     def load() -> dict[str, Tensor]:
         train, held_out = DATA[e.data].load()
         return {"train": train, "held_out": held_out}
@@ -731,23 +733,34 @@ def reproduce(run: Run) -> dict:
     train, held_out = data["train"][: e.images], data["held_out"]
     parts = split(train, {"subset": e.subset, "others": None}, e.config.seed).indices
     subset, others = train[parts["subset"]], train[parts["others"]]
+    return {
+        "all": _ImageSets(train, reference=held_out, strangers=held_out, held_out=held_out),
+        "subset": _ImageSets(subset, others[: e.reference], others[e.reference :], held_out),
+    }
 
-    # All images: the base model, fetched or trained.
+
+def reproduce(run: Run) -> dict:
+    "All stages of a run, in order: {all, subset}, each with its arms and attacks."
+    e, images = run.experiment, _image_sets(run)
+
     def make_base(folder: Path) -> dict:
-        return _fetch(run, folder) if e.pretrained else _learn(run, e.config, train, folder)
+        if e.pretrained:
+            return _fetch(run, folder)
+        return _learn(run, e.config, images["all"].members, folder)
 
+    def make_tuned(folder: Path) -> dict:
+        return _learn(run, e.tuned, images["subset"].members, folder, start=base)
+
+    # All images: the base model.
     base, schedule = _model_of_stage(run, "base", make_base)
-    images = _ImageSets(train, reference=held_out, strangers=held_out, held_out=held_out)
-    about_all = _answer_question(run, e.questions["all"], images, model=base, schedule=schedule)
+    about_all = _answer_question(
+        run, e.questions["all"], images["all"], model=base, schedule=schedule
+    )
 
     # The subset: the base, fine-tuned until it copies.
-    def make_tuned(folder: Path) -> dict:
-        return _learn(run, e.tuned, subset, folder, start=base)
-
     tuned, _ = _model_of_stage(run, "tuned", make_tuned)
-    images = _ImageSets(subset, others[: e.reference], others[e.reference :], held_out)
     about_subset = _answer_question(
-        run, e.questions["subset"], images, model=tuned, schedule=schedule
+        run, e.questions["subset"], images["subset"], model=tuned, schedule=schedule
     )
     return {"all": about_all, "subset": about_subset}
 
@@ -873,24 +886,23 @@ def _arm_line(name: str, arm: dict, attack: dict | None) -> str:
     return line + f"{best['auc']:10.3f} [{low:.3f}, {high:.3f}]{attack['loss_test'][0]:9.2f}"
 
 
+def _question_lines(name: str, answer: dict) -> list[str]:
+    "One question of a results table: a line for each arm."
+    columns = f"{'by ratio':>9}{'Carlini':>9}{'FD':>8}{'pushed':>8}{'best attack, AUC':>24}"
+    lines = [f"\n{name:12}{'near-copies by cosine':36}{columns}{'loss attack':>13}"]
+    for arm, numbers in answer["arms"].items():
+        if arm != "seconds":
+            lines.append(_arm_line(arm, numbers, answer["attacks"].get(arm)))
+    return lines
+
+
 def results_table(record: dict) -> str:
     "A record of `run_experiment` as lines of text."
-    origin = [
-        f"{record['name']}, {record['size']}",
-        record["command"],
-        f"commit {record['commit']}",
-    ]
-    origin += [record["hardware"], record["date"], f"seed {record['seeds'][0]}"]
-    lines = [" | ".join(origin)]
-
-    # One block for each question, one line for each arm.
+    whose = f"{record['name']}, {record['size']} | {record['command']} | commit {record['commit']}"
+    hardware = f"{record['hardware']} | {record['date']} | seed {record['seeds'][0]}"
+    lines = [f"{whose} | {hardware}"]
     for question in ("all", "subset"):
-        columns = f"{'by ratio':>9}{'Carlini':>9}{'FD':>8}{'pushed':>8}{'best attack, AUC':>24}"
-        lines.append(f"\n{question:12}{'near-copies by cosine':36}{columns}{'loss attack':>13}")
-        arms, attacked = record[question]["arms"], record[question]["attacks"]
-        for name, arm in arms.items():
-            if name != "seconds":
-                lines.append(_arm_line(name, arm, attacked.get(name)))
+        lines += _question_lines(question, record[question])
 
     # What all of it took.
     seconds = sum(cost["seconds"] for cost in record["costs"].values())

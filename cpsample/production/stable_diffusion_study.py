@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.digit_features import frechet_distance
 from torch import Tensor
 
 from ..core.copying import copy_test, describe_rate, proportion_ci
-from ..core.digit_encoder import frechet_distance
 from ..core.guard import Guard
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels
@@ -331,6 +331,12 @@ def _ask_caption(subject: _Subject, guard: Guard, kind: int, *, settings: Settin
     return arms
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #1e631cf5
+def _exchange_scheduler(pipe: "StableDiffusionPipeline", name: str) -> None:
+    "Give a pipeline another scheduler, made from the one that it has."
+    kind = getattr(import_optional("diffusers", "diffusers"), f"{name}Scheduler")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **SCHEDULERS[name])
+
+
 def _ask_under_scheduler(subject: _Subject, guard: Guard, *, settings: Settings) -> dict:
     "{arm: row}: the answers to the collapsed caption under the pipeline's present scheduler."
     n = settings.answers_of_scheduler
@@ -384,12 +390,10 @@ def measure(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
         for arm in arms:
             arms[arm][caption] = rows[arm]
 
-    # Every scheduler, made from the one before, as one would exchange them.
+    # Every scheduler.
     schedulers = {}
-    diffusers = import_optional("diffusers", "diffusers")
-    for name, options in SCHEDULERS.items():
-        kind = getattr(diffusers, f"{name}Scheduler")
-        subject.pipe.scheduler = kind.from_config(subject.pipe.scheduler.config, **options)
+    for name in SCHEDULERS:
+        _exchange_scheduler(subject.pipe, name)
         answer = functools.partial(_ask_under_scheduler, subject, guard, settings=settings)
         rows = stage(f"scheduler-{name}", answer)
         schedulers[name] = {arm: rows[arm] for arm in arms}
@@ -469,6 +473,19 @@ def answers_table(record: dict) -> str:
     return "\n".join(lines) + f"\n\n{settings}, 200 answers each; {origin}."
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #3c986110
+def _guard_line(row: dict, *, is_chosen: bool) -> str:
+    cells = [
+        row["guard"] + (" (chosen)" if is_chosen else ""),
+        f"{row['strength']:g}",
+        f"{row['copies'] / row['n']:.1%}",
+        f"{row['fits'] / row['n']:.1%}",
+        f"{row['fd']:.1f}",
+        f"{row['precision']:.2f}",
+        f"{row['vendi']:.1f}",
+    ]
+    return _markdown_line(cells)
+
+
 def _guard_cells(row: dict) -> list[str]:
     "What one guard reached at one strength, as texts."
     return [
@@ -487,9 +504,8 @@ def guards_table(choice: dict) -> str:
     columns = ["guard", strength, "copies", "fits the caption", "Fréchet distance", "precision"]
     lines = _markdown_head([*columns, "Vendi score"])
     for number in choice["best"]:
-        name = choice["tried"][number]["guard"]
-        title = f"{name} (chosen)" if number == choice["chosen"] else name
-        lines.append(_markdown_line([title, *_guard_cells(choice["tried"][number])]))
+        is_chosen = number == choice["chosen"]
+        lines.append(_guard_line(choice["tried"][number], is_chosen=is_chosen))
 
     # Where the numbers come from.
     settings = f"Seed {choice['choosing']}, {choice['tried'][0]['n']} answers each"
