@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from ..core.digit_features import frechet_distance
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.copying import copy_test, cosine_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, generate, timesteps
+from ..core.digit_encoder import frechet_distance
 from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, protect
 from ..core.guard_files import load_guard
 from ..core.images import pixels, split

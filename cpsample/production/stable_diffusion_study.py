@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..core.digit_features import frechet_distance
 from torch import Tensor
 
 from ..core.copying import copy_test, describe_rate, proportion_ci
+from ..core.digit_encoder import frechet_distance
 from ..core.guard import Guard
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels
