@@ -1,4 +1,4 @@
-"Mistakes get one line that says what to do, from Python and from the command line, and leave no half-written file."
+"Mistakes get one line that says what to do, and leave no half-written file."
 
 import json
 import os
