@@ -734,9 +734,9 @@ _ReproduceParts = Annotated[
     list[str] | None, typer.Argument(help="Parts of a study to measure (default: all).")
 ]
 _ReproduceSize = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Of an experiment: full (a large GPU), colab (an evening on a free one) "
+        help="Of an experiment: full (a large GPU; the default), colab (an evening on a free one) "
         "or tiny (a CPU, to see everything run)."
     ),
 ]
@@ -773,7 +773,7 @@ def reproduce_experiment(
 def reproduce_study(
     name: str, parts: list[str], out: Path, work: Path | None, device: str | None
 ) -> None:
-    "A study behind a table of this book, or some of its parts, into OUT/NAME.json."
+    "A study of this book, or some of its parts, into OUT/NAME.json; on the CPU unless told."
     from cpsample.workshop.files import CACHE, writable
     from cpsample.workshop.studies import Workspace, run_study
 
@@ -786,16 +786,22 @@ def reproduce_study(
 def reproduce_command(
     name: _ReproduceName,
     parts: _ReproduceParts = None,
-    size: _ReproduceSize = "full",
+    size: _ReproduceSize = None,
     out: _ReproduceOut = None,
     work: _ReproduceWork = None,
     plan: _ReproducePlan = False,
     device: Device = None,
 ) -> None:
     "Measure the numbers of a table again: stage by stage, and what was stopped goes on."
-    if name in choices.EXPERIMENTS:
-        reproduce_experiment(name, size, out, plan, device)
-        return
     known = (*choices.studies, *choices.EXPERIMENTS)
     check_choice(name, known, "study or experiment")
+    if name in choices.EXPERIMENTS:
+        if parts or work:
+            raise ValueError(
+                f"{name} is an experiment: it has no parts, and no --work but its --out"
+            )
+        reproduce_experiment(name, size or "full", out, plan, device)
+        return
+    if plan or size:
+        raise ValueError(f"{name} is a study: --plan and --size are for experiments")
     reproduce_study(name, parts or [], out or Path("results"), work, device)

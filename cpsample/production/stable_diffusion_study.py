@@ -486,18 +486,6 @@ def _guard_line(row: dict, *, is_chosen: bool) -> str:
     return _markdown_line(cells)
 
 
-def _guard_cells(row: dict) -> list[str]:
-    "What one guard reached at one strength, as texts."
-    return [
-        f"{row['strength']:g}",
-        f"{row['copies'] / row['n']:.1%}",
-        f"{row['fits'] / row['n']:.1%}",
-        f"{row['fd']:.1f}",
-        f"{row['precision']:.2f}",
-        f"{row['vendi']:.1f}",
-    ]
-
-
 def guards_table(choice: dict) -> str:
     "The ways to train a guard, each at its best, on the seed that chooses, in Markdown."
     strength = "strength of the push, in multiples of the proposed s"
