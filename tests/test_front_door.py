@@ -133,6 +133,9 @@ def test_others_may_add_networks_and_feature_spaces_of_their_own(monkeypatch):
     assert registry.build_network("Mine", {"width": 3}).width == 3
     with pytest.raises(ValueError, match="belongs to cpsample"):
         registry.networks.register(Mine, "UNet")
+    impostor = type("UNet", (), {"__module__": "somewhere.else"})
+    with pytest.raises(ValueError, match="belongs to cpsample"):
+        registry.networks.register(impostor)
 
 
 @pytest.mark.parametrize("space", list(registry.feature_spaces))
