@@ -8,8 +8,6 @@ __all__ = ['PARTS', 'STUDY', 'AuditSettings', 'References', 'references_of', 'wi
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #21994b6c
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from .membership_study import ARMS, MembershipSettings, kept_samples
 from .repeats import duplicate_groups
 from ..practice.datasets import load_fashion
 from ..practice.encoders import features
+from ..workshop.costs import seconds_of
 from ..workshop.neighbours import nearest, typical_distance
 from ..workshop.studies import Study, Workspace
 
@@ -139,13 +138,6 @@ def smooth_images(n: int, seed: int) -> Tensor:
     return x.clamp_(-1, 1)
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #6a320fbd
-def _seconds_of(work: Callable[[], object]) -> float:
-    "How long work() takes."
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def _one_product(x: Tensor, training: Tensor) -> None:
     "The matrix product of all images with all training images, 500 of them at a time."
     for part in x.split(500):
@@ -164,8 +156,8 @@ def _time_search(x: Tensor, training: Tensor, sizes: tuple[int, ...]) -> dict[st
     seconds = {}
     for size in sizes:
         part = training[:size]
-        search = _seconds_of(lambda: nearest(x, part, 2))
-        product = _seconds_of(lambda: x.flatten(1) @ part.flatten(1).T)
+        search = seconds_of(lambda: nearest(x, part, 2))
+        product = seconds_of(lambda: x.flatten(1) @ part.flatten(1).T)
         seconds[str(size)] = [search, product]
     return seconds
 
@@ -186,9 +178,9 @@ def measure_large(workspace: Workspace, settings: AuditSettings = AuditSettings(
     # In turn, so that a busy minute slows both.
     products, audits = [], []
     for _ in range(settings.repeats):
-        products.append(_seconds_of(lambda: _one_product(x, training)))
-        audits.append(_seconds_of(lambda: audit(x, training, space="pca-64", flips=False)))
-    mirrored = _seconds_of(lambda: audit(x, training, space="pca-64"))
+        products.append(seconds_of(lambda: _one_product(x, training)))
+        audits.append(seconds_of(lambda: audit(x, training, space="pca-64", flips=False)))
+    mirrored = seconds_of(lambda: audit(x, training, space="pca-64"))
 
     ratios = sorted(seconds / product for product, seconds in zip(products, audits))
     return {

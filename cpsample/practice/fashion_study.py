@@ -13,7 +13,6 @@ import copy
 import shutil
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +44,7 @@ from cpsample.practice.runs import (
     save_model,
     train_denoiser,
 )
-from ..workshop.costs import network_cost
+from ..workshop.costs import network_cost, seconds_of
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
 from ..workshop.studies import Study, Workspace, cached_stage
 
@@ -404,13 +403,6 @@ def _arm_numbers(x: Tensor, members: Tensor, test: Tensor) -> dict:
     return {"n": n, **copy_numbers(x, members), **measured}
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #c330efe7
-def _seconds_of(job: Callable[[], object]) -> float:
-    "How long a call takes."
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
 class _Training(NamedTuple):
     """A training whose cost is to be measured; the fields are arguments of `train`."""
 
@@ -469,7 +461,7 @@ def training_cost(trainings: dict[str, _Training], steps: int = 15) -> dict:
     times = {name: [] for name in trainings}
     for _ in range(steps):
         for name, steps_to_come in running.items():
-            times[name].append(_seconds_of(partial(next, steps_to_come)))
+            times[name].append(seconds_of(partial(next, steps_to_come)))
     seconds = {name: statistics.median(times[name]) * trainings[name].steps for name in trainings}
     return {
         "flops": flops,
@@ -500,8 +492,8 @@ def sampling_ratios(
     draw(model, n=n, seed=0)  # the first call does not count
     for pair in range(pairs):
         for name, one in guards.items():
-            guarded = _seconds_of(partial(draw, protect(model, one), n=n, seed=pair))
-            unguarded = _seconds_of(partial(draw, model, n=n, seed=pair))
+            guarded = seconds_of(partial(draw, protect(model, one), n=n, seed=pair))
+            unguarded = seconds_of(partial(draw, model, n=n, seed=pair))
             ratios[name].append(guarded / unguarded)
 
     # For the record.
