@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpsample.workshop.records import read_json, read_record
+from cpsample.workshop.files import write_tensors
+from cpsample.workshop.records import as_json, plain, read_json, read_record, read_tensors
 
 
 @dataclass
@@ -93,3 +97,37 @@ def test_whatever_json_holds_becomes_a_record_or_one_line(data, name):
             assert "\n" not in str(error)
         else:
             assert read_record(Outer, json.loads(json.dumps(asdict(record))), "f") == record
+
+
+def test_numbers_of_numpy_and_torch_are_written_as_numbers():
+    record = {"seed": np.int64(3), "lr": np.float32(0.5), "scale": torch.tensor(2), "at": Path("a")}
+    assert plain(record | {"shape": (1, np.int32(8))}) == {
+        "seed": 3,
+        "lr": 0.5,
+        "scale": 2,
+        "at": "a",
+        "shape": [1, 8],
+    }
+    for wrong in (object(), torch.ones(2), {1, 2}, np.ones(1), b"x"):
+        with pytest.raises(ValueError, match="^the record cannot be written as JSON: ") as caught:
+            as_json({"value": wrong}, "the record")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_kind_is_one_line(tmp_path):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(FileNotFoundError):
+        read_tensors(path, "model", "a model")
+
+    write_tensors({"w": torch.ones(2)}, path, {"model": '{"a": 1}', "guard": "{"})
+    tensors, record = read_tensors(path, "model", "a model")
+    assert record == {"a": 1} and torch.equal(tensors["w"], torch.ones(2))
+    assert read_tensors(path, "model", "a model", header_only=True) == ({}, {"a": 1})
+
+    whole = path.read_bytes()
+    spoiled = [b"", b"junk", whole[:7], whole[:60], whole[:-3], b"\xff" * 100]
+    for content, name in [(whole, "run"), (whole, "guard"), *[(part, "model") for part in spoiled]]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="t.safetensors") as caught:
+            read_tensors(path, name, "a checkpoint")
+        assert "\n" not in str(caught.value)
