@@ -98,7 +98,7 @@ def read_tensors(
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as {kind}: {reason}") from error
     if name not in header:
-        raise ValueError(f"{path} is not {kind}: its header does not hold {name!r}")
+        raise ValueError(f"{path} cannot be read as {kind}: its header has no {name!r}")
     return TensorFile(tensors, read_json(header[name], path))
 
 # %% ../../nbs/5_workshop/09_records.ipynb #rec00004
