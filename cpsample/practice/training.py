@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.ddpm import TrainStep, train
-from ..workshop.files import atomic, fingerprint, write_tensors
+from ..workshop.files import atomic, fingerprint, remove_leftovers, write_tensors
 from ..workshop.parallel import Together, unwrapped
 from ..workshop.records import as_json, plain, read_record, read_tensors
 
@@ -387,9 +387,7 @@ def _go_on(
     if not path:
         return [identity["steps"]]
 
-    # These are the temporary names of `atomic`, left by writes that were killed.
-    for leftover in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(path)
     if not Path(path).exists():
         return [identity["steps"]]
 
