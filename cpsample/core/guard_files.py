@@ -6,17 +6,18 @@
 __all__ = ['SETTINGS', 'guard_record', 'save_guard', 'load_guard']
 
 # %% ../../nbs/1_core/10_guard_files.ipynb #4694f46b
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .guard import Guard
 from .schedule import Schedule
-from ..workshop.files import atomic
+from ..workshop.files import atomic_together, write_tensors
+from ..workshop.parallel import unwrapped
+from ..workshop.records import as_json, read_record, read_tensors
 from ..workshop.registry import build_network, networks
 
 # %% ../../nbs/1_core/10_guard_files.ipynb #5c1b7f20
@@ -34,9 +35,10 @@ SETTINGS = {
 def guard_record(guard: Guard) -> dict[str, Any]:
     "All of a guard but its tensors: settings, and the names from which the rest is rebuilt."
     record = {name: getattr(guard, attribute) for name, attribute in SETTINGS.items()}
+    classifier = unwrapped(guard.classifier)
     record["schedule"] = guard.schedule.name
-    record["network"] = type(guard.classifier).__name__
-    record["config"] = getattr(guard.classifier, "config", None)
+    record["network"] = type(classifier).__name__
+    record["config"] = getattr(classifier, "config", None)
     return record
 
 # %% ../../nbs/1_core/10_guard_files.ipynb #893d7ad9
@@ -48,29 +50,68 @@ def save_guard(guard: Guard, path: Path | str) -> None:
 
     guard: its classifier has to be a module.
     path: of both files, without the endings.
-    Raises OSError when the folder cannot be written, ValueError when the classifier is no module.
+    Raises OSError when the folder cannot be written, ValueError when the classifier is no module,
+    has weights that are not finite, or what is said about the guard cannot be written as JSON.
     """
-    if not isinstance(guard.classifier, nn.Module):
+    classifier = unwrapped(guard.classifier)
+    if not isinstance(classifier, nn.Module):
         raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
+    weights = classifier.state_dict()
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise ValueError("the guard's weights hold NaN or infinity: it is not saved")
 
     # The weights under names of their own, so that ᾱ can stand beside them.
-    weights = guard.classifier.state_dict()
-    tensors = {f"classifier.{name}": weight.contiguous() for name, weight in weights.items()}
+    tensors = {f"classifier.{name}": weight for name, weight in weights.items()}
     tensors["abar"] = guard.schedule.abar
 
+    # Both files are there, or none.
     record = guard_record(guard)
-    with atomic(f"{path}.safetensors", mode=0o600) as temporary:
-        save_file(tensors, temporary, {"guard": json.dumps(record)})
-    with atomic(f"{path}.json", mode=0o600) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    header = {"guard": as_json(record, "the guard's record")}
+    paths = f"{path}.safetensors", f"{path}.json"
+    with atomic_together(paths, mode=0o600) as (for_machines, for_people):
+        write_tensors(tensors, for_machines, header)
+        for_people.write_text(as_json(record, indent=1) + "\n")
 
 # %% ../../nbs/1_core/10_guard_files.ipynb #3e9b6a14
-def _read_guard(path: Path, classifier: nn.Module | None = None) -> Guard:
-    "The guard in one file, or whatever error its contents lead to; see `load_guard`."
-    with safe_open(path, "pt") as file:
-        record = json.loads(file.metadata()["guard"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+@dataclass
+class _Report:
+    "What `calibrate` measures, in a file."
 
+    wanted: float
+    allowed: float
+    level: int
+    alpha: float
+    t_max: int
+    scale: float
+    proposed_scale: float
+    levels: list[int]
+    coverage: list[float]
+    false_alarms: list[float]
+    false_alarm_ci: list[list[float]]
+    n_train: int
+    n_held_out: int
+    seed: int
+
+
+@dataclass
+class _Record:
+    "What `guard_record` gives, in a file."
+
+    alpha: float
+    scale: float
+    form: str
+    t_max: int
+    made: dict[str, Any]
+    report: _Report | None
+    schedule: str
+    network: str
+    config: dict[str, Any] | None
+
+
+def _rebuilt(
+    tensors: dict[str, Tensor], record: dict[str, Any], classifier: nn.Module | None
+) -> Guard:
+    "The guard that a file holds, or whatever error its contents lead to; see `load_guard`."
     # A network of a known class is built anew, any other is the caller's.
     if classifier is None:
         if record["network"] not in networks:
@@ -78,7 +119,7 @@ def _read_guard(path: Path, classifier: nn.Module | None = None) -> Guard:
         classifier = build_network(record["network"], record["config"])
     schedule = Schedule(record["schedule"], tensors.pop("abar"))
     weights = {name.removeprefix("classifier."): weight for name, weight in tensors.items()}
-    classifier.load_state_dict(weights)
+    unwrapped(classifier).load_state_dict(weights)
 
     settings = {attribute: record[name] for name, attribute in SETTINGS.items()}
     return Guard(classifier, schedule, **settings)
@@ -96,8 +137,10 @@ def load_guard(path: Path | str, classifier: nn.Module | None = None) -> Guard:
     path = Path(f"{path}.safetensors")
     if not path.exists():
         raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
+    tensors, record = read_tensors(path, "guard", "a guard")
+    read_record(_Record, record, path)
     try:
-        return _read_guard(path, classifier)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        return _rebuilt(tensors, record, classifier)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a guard: {reason}") from error
