@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.ddpm import train
-from ..workshop.files import atomic, fingerprint, write_tensors
+from ..workshop.files import atomic, fingerprint, remove_leftovers, write_tensors
 from ..workshop.parallel import Together
 
 Loss = Callable[..., Tensor]  # loss(model, *batch, generator=...) -> scalar
@@ -215,14 +215,10 @@ def run_identity(
 # %% ../../nbs/2_practice/03_training.ipynb #aab0accf
 def _go_on(path: Path | str | None, state: TrainingState, identity: dict) -> None:
     "Load the checkpoint if there is one, and remove what killed writes left beside it."
-    if not path:
-        return
-    if Path(path).exists():
+    if path and Path(path).exists():
         load_checkpoint(path, state, identity)
-
-    # These are the temporary names of `atomic`.
-    for leftover in Path(path).parent.glob(f".{Path(path).name}.*.safetensors"):
-        leftover.unlink(missing_ok=True)
+    if path:
+        remove_leftovers(path)
 
 
 def _prepared(model: nn.Module, use_compile: bool, accelerator: Any) -> nn.Module:
