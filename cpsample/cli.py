@@ -545,9 +545,8 @@ _AuditN = Annotated[int, typer.Option("--number", "-n", help="Images to draw fro
 def images_of_run(
     run: Path, n: int, unguarded: bool, strength: float, seed: int, device: str | None
 ) -> tuple[Any, Any, Any]:
-    "(n images drawn from a run, its members, the others of its set or None), in [−1, 1]."
+    "(n images drawn from a run, its members, the others of its set or None)."
     from cpsample.core.ddpm import generate
-    from cpsample.core.images import pixels
     from cpsample.practice.runs import load_protected_run, members_of
 
     description, members, non_members = members_of(run)
@@ -556,14 +555,13 @@ def images_of_run(
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
-    return x, pixels(members), pixels(non_members) if len(non_members) else None
+    return x, members, non_members if len(non_members) else None
 
 
 def images_of_folders(
     generated: str, training: str | None, size: int | None, strict: bool
 ) -> tuple[Any, Any, None]:
-    "(generated images, training images, None), read and in [−1, 1]."
-    from cpsample.core.images import pixels
+    "(generated images, training images, None), as they are read."
     from cpsample.practice.datasets import read_data
 
     if training is None:
@@ -571,8 +569,8 @@ def images_of_folders(
             f"{generated} is no run: give the training images too, "
             "cpsample audit GENERATED TRAINING"
         )
-    known = pixels(read_data(training, size, strict=strict))
-    x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict=strict))
+    known = read_data(training, size, strict=strict)
+    x = read_data(generated, known.shape[-1], known.shape[1], strict=strict)
     return x, known, None
 
 
@@ -614,7 +612,6 @@ def audit_command(
     if max_copy_rate is not None and not 0 <= max_copy_rate <= 1:
         raise ValueError(f"--max-copy-rate must be between 0 and 1, got {max_copy_rate}")
 
-    from cpsample.core.images import pixels
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
     from cpsample.practice.datasets import read_data
@@ -627,7 +624,7 @@ def audit_command(
     else:
         x, known, unseen = images_of_folders(generated, training, size, strict)
     if held_out:
-        unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict=strict))
+        unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
 
     # Count, write the report, and say the numbers.
     audited = audit(
@@ -677,7 +674,6 @@ def attack_command(
     "Membership inference: how well are the training images of a run told apart from others?"
     import torch
 
-    from cpsample.core.images import pixels
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
@@ -702,7 +698,7 @@ def attack_command(
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        return pixels(images[order[:limit]]).to(place)
+        return images[order[:limit]].to(place)
 
     # Every attack asks both sides.
     members, test = drawn(members), drawn(test)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.ddpm import train
+from ..core.ddpm import checked_data, train
 from ..workshop.files import atomic, fingerprint, write_tensors
 from ..workshop.parallel import Together
 
@@ -281,11 +281,12 @@ def fit(
     training_options: of `train`: batch_size, lr, weights, warmup, clip.
     Raises ValueError when the file at `path` is not a checkpoint, or one of another run.
     """
+    data = checked_data(model, data)
     state = TrainingState.fresh(model, generator)
-    training_identity = run_identity(
+    whole_identity = run_identity(
         model, data, state.generator, steps=steps, beta=beta, **training_options
     )
-    whole_identity = training_identity | (identity or {})
+    whole_identity |= identity or {}
     _go_on(path, state, whole_identity)
 
     # Of several processes each computes its rows; the main one writes and talks.
