@@ -493,8 +493,12 @@ def fit_guard(
         classifier = _new_classifier(members, K, seed, width=width, depth=depth)
 
     # A run on disk brings a driver of its own, which can stop and go on.
-    options = dict(batch_size=batch_size, lr=lr, weights=weights)
-    options["generator"] = torch.Generator().manual_seed(seed)
+    options = dict(
+        batch_size=batch_size,
+        lr=lr,
+        weights=weights,
+        generator=torch.Generator().manual_seed(seed),
+    )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)
 

@@ -255,7 +255,7 @@ def run_identity(
         "steps": steps,
         "beta": beta,
         "seed": generator.initial_seed(),
-        "data": [fingerprint(tensor) for tensor in data],
+        "data": [fingerprint(tensor) for tensor in checked_data(model, data)],
         **_numbers(training_options),
     }
 
@@ -537,7 +537,6 @@ def fit(
     Raises ValueError when the file at `path` is not a checkpoint, or one of another run, and
     `TrainingStopped` (a KeyboardInterrupt) after such a signal, when there is a `path`.
     """
-    data = checked_data(model, data)
     state = TrainingState.fresh(model, generator)
     if watch:
         state.watched = watch.history
