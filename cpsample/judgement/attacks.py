@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core.calibration import certainties
+from ..core.calibration import calibration_levels, certainties
 from ..core.ddpm import Denoiser
 from ..core.guard import Guard
 from ..core.images import check_images, check_pair, precision_of
@@ -267,10 +267,10 @@ def oracle_attack(
     """The guard's certainty: whoever holds the guard needs no model.
 
     model: not asked.
-    level: the noise level (default: where the guard was calibrated).
+    level: the noise level (default: where the guard was calibrated, or would be).
     """
     if level is None:
-        level = guard.report["level"]
+        level = guard.report["level"] if guard.report else calibration_levels(guard)[1]
     return certainties(guard, x, [level])[0]
 
 
