@@ -875,9 +875,8 @@ _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed
 def images_of_run(
     run: Path, n: int, unguarded: bool, strength: float, seed: int, device: str | None
 ) -> tuple[Any, Any, Any]:
-    "(n images drawn from a run, its members, the others of its set or None), in [−1, 1]."
+    "(n images drawn from a run, its members, the others of its set or None)."
     from cpsample.core.ddpm import generate
-    from cpsample.core.images import pixels
     from cpsample.practice.runs import load_protected_run, members_of
 
     description, members, non_members = members_of(run)
@@ -887,14 +886,13 @@ def images_of_run(
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
-    return x, pixels(members), pixels(non_members) if len(non_members) else None
+    return x, members, non_members if len(non_members) else None
 
 
 def images_of_folders(
     generated: str, training: str | None, size: int | None, strict: bool
 ) -> tuple[Any, Any, None]:
-    "(generated images, training images, None), read and in [−1, 1]."
-    from cpsample.core.images import pixels
+    "(generated images, training images, None), as they are read."
     from cpsample.practice.datasets import read_data
 
     if training is None:
@@ -902,8 +900,8 @@ def images_of_folders(
             f"{generated} is no run: give the training images too, "
             "cpsample audit GENERATED TRAINING"
         )
-    known = pixels(read_data(training, size, strict=strict))
-    x = pixels(read_data(generated, known.shape[-1], known.shape[1], strict=strict))
+    known = read_data(training, size, strict=strict)
+    x = read_data(generated, known.shape[-1], known.shape[1], strict=strict)
     return x, known, None
 
 
@@ -961,7 +959,6 @@ def audit_command(
         refuse_ignored("it says what --max-copy-rate is about", test=test)
     strength = strength_of(strength, unguarded)
 
-    from cpsample.core.images import pixels
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
     from cpsample.practice.datasets import read_data
@@ -977,7 +974,7 @@ def audit_command(
 
     # Real images that nobody was trained on say how many false alarms there are.
     if held_out:
-        unseen = pixels(read_data(held_out, known.shape[-1], known.shape[1], strict=strict))
+        unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
 
     # Count.
     audited = audit(
@@ -1034,7 +1031,6 @@ def attack_command(
 
     import torch
 
-    from cpsample.core.images import pixels
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
@@ -1061,7 +1057,7 @@ def attack_command(
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        return pixels(images[order[:limit]]).to(place)
+        return images[order[:limit]].to(place)
 
     # Every attack asks both sides.
     members, test = drawn(members), drawn(test)
