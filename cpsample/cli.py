@@ -7,7 +7,7 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'one_line_errors', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line', 'PlainStream',
            'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
            'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
-           'drawn_members', 'described_run', 'check_source', 'check_run_folder', 'sample_sheet', 'train_command',
+           'drawn_members', 'described_run', 'check_source', 'write_description', 'sample_sheet', 'train_command',
            'guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
            'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
            'reproduce_experiment', 'reproduce_study', 'reproduce_command']
@@ -525,11 +525,17 @@ def check_source(data: str, start: Path | None, **of_folders: Any) -> None:
         raise ValueError(f"--from needs a file: give {start / 'model.safetensors'}")
 
 
-def check_run_folder(out: Path) -> None:
-    "Raise ValueError for a folder whose model is none that this program has trained."
+def write_description(out: Path, description: dict) -> None:
+    """Write run.json into the folder of a run.
+
+    Raises ValueError when the model that lies there is none that this program has trained.
+    """
+    from cpsample.workshop.files import save_json, writable
+
     is_run = any((out / name).exists() for name in ("run.json", "checkpoint.safetensors"))
     if (out / "model.safetensors").exists() and not is_run:
         raise ValueError(f"{out} holds a model that is no run's: choose another folder")
+    save_json(writable(out) / "run.json", description)
 
 
 def sample_sheet(out: Path, config: Any, shape: tuple, device: Any, step: int, model: Any) -> None:
@@ -570,7 +576,6 @@ def train_command(
 
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import load_model, train_denoiser
-    from cpsample.workshop.files import save_json, writable
 
     size = size or 32
     accelerator, place = processes(device)
@@ -585,10 +590,8 @@ def train_command(
         config = replace(config, schedule=base.schedule.name)
 
     # What was trained on has to be known later: the run describes itself.
-    check_run_folder(out)
-    writable(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
-    save_json(out / "run.json", described_run(data, size, images, x, **origin))
+    write_description(out, described_run(data, size, images, x, **origin))
 
     # Train, with a sheet of samples beside each checkpoint.
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
@@ -873,14 +876,17 @@ _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed
 
 # %% ../nbs/cli.ipynb #7bbf3684
 def images_of_run(
-    run: Path, n: int, unguarded: bool, strength: float, seed: int, device: str | None
+    run: Path, n: int, unguarded: bool, strength: float | None, seed: int, device: str | None
 ) -> tuple[Any, Any, Any]:
     "(n images drawn from a run, its members, the others of its set or None)."
     from cpsample.core.ddpm import generate
     from cpsample.practice.runs import load_protected_run, members_of
 
+    # What cannot be had is refused before images are read.
+    strength = strength_of(strength, unguarded)
+    place = on_device(device)
     description, members, non_members = members_of(run)
-    model, schedule, shape, _, place = load_protected_run(run, unguarded, strength, device=device)
+    model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
     check_memory(n, shape)
     steps = description["config"]["sample_steps"]
     x = generate(
@@ -953,11 +959,10 @@ def audit_command(
     device: Device = None,
 ) -> None:
     "Count copies of training images among generated ones, and write a report."
-    drawing = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-    is_run = draws_from_run(generated, drawing, TRAINING=training, size=size)
+    of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
+    is_run = draws_from_run(generated, of_runs, TRAINING=training, size=size)
     if max_copy_rate is None:
         refuse_ignored("it says what --max-copy-rate is about", test=test)
-    strength = strength_of(strength, unguarded)
 
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
@@ -965,10 +970,9 @@ def audit_command(
 
     # Where to, and three sets of images: drawn from a run, or read.
     outputs(out, ".html", ".json")
-    place = on_device(device)
     if is_run:
         run = Path(generated)
-        x, known, unseen = images_of_run(run, n or 1000, unguarded, strength, seed, place)
+        x, known, unseen = images_of_run(run, n or 1000, unguarded, strength, seed, device)
     else:
         x, known, unseen = images_of_folders(generated, training, size, strict)
 
@@ -976,13 +980,11 @@ def audit_command(
     if held_out:
         unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
 
-    # Count.
+    # Count, write the report, and say the numbers.
     audited = audit(
         x, known, unseen, space=space, flips=flips, seed=seed, progress=True, backend=backend
     )
     verdict = None if max_copy_rate is None else audited.verdict(max_copy_rate, test or "ratio")
-
-    # Write the report, and say the numbers.
     page, numbers = write_report(audited, out, verdict, command=command_line())
     print_audit(audited, unseen is not None)
     print(f"Report: {page}, {numbers}")
