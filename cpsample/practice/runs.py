@@ -36,7 +36,7 @@ from cpsample.core.guard import (
     protect,
 )
 from ..core.guard_files import load_guard, save_guard
-from ..core.images import pixels, split
+from ..core.images import bytes_or_floats, pixels, split
 from ..core.schedule import Schedule, make_schedule
 from .datasets import read_data
 from cpsample.practice.training import (
@@ -308,9 +308,11 @@ def check_same_run(folder: Path | str, about: dict) -> None:
     about: the description of the run that wants to go on there; it may have more steps.
     """
     # A lone description is of a run that never wrote anything: it binds nobody.
-    folder = Path(folder)
-    kept = [name for name in ("checkpoint", "model") if (folder / f"{name}.safetensors").exists()]
-    if not kept or not (folder / "run.json").exists():
+    names = ("run.json", "checkpoint.safetensors", "model.safetensors")
+    described, checkpoint, model = (Path(folder, name).exists() for name in names)
+    if model and not (described or checkpoint):
+        raise ValueError(f"{folder} holds a model that is no run's: choose another folder")
+    if not described or not (checkpoint or model):
         return
     before, now = run_of(folder), plain(about)
     found = differences(_decisive(before), _decisive(now))
@@ -430,6 +432,11 @@ class TrainedDenoiser(NamedTuple):
     losses: list[float]
 
 # %% ../../nbs/2_practice/04_runs.ipynb #origin01
+def _weights_known_by(model: nn.Module) -> tuple[str, str]:
+    "What checkpoints know the start of a fine-tuning by: all weights; in version 0.1 the first."
+    return weights_fingerprint(model), fingerprint(next(model.parameters()))
+
+
 def _fit_options(config: Config) -> dict[str, Any]:
     "What a configuration says to `fit`, by the same names."
     names = ("every", "beta", "batch_size", "lr", "warmup", "clip")
@@ -499,17 +506,17 @@ def train_denoiser(
     when another program uses the folder.
     """
     check_config(config)
+    images = bytes_or_floats(images)
     schedule = make_schedule(config.schedule)
     device = _device_of(accelerator, device)
     model = _denoiser(config, images.shape[1:], start)
     _model_header(model, schedule, made={})  # what cannot be written is refused now
 
     # A fine-tuned model is another run than a fresh one: the weights it starts from count.
-    identity = {"schedule": config.schedule, "mirror": config.mirror, "start": None}
-    older, checkpoint = {}, Path(folder) / "checkpoint.safetensors"
+    identity, older = {"schedule": config.schedule, "mirror": config.mirror, "start": None}, {}
     if start is not None:
-        identity["start"] = weights_fingerprint(model)
-        older["start"] = fingerprint(next(model.parameters()))
+        identity["start"], older["start"] = _weights_known_by(model)
+    checkpoint = Path(folder) / "checkpoint.safetensors"
 
     # On most machines convolutions are faster when the channels of a pixel lie side by side.
     with run_locked(folder, about, accelerator):
@@ -603,7 +610,8 @@ def _images_of_guard(
     config: Config, members: Tensor, non_members: Tensor, device: str | torch.device
 ) -> _GuardImages:
     "Of the non-members a quarter is kept for calibration, the rest teaches."
-    members = pixels(members).to(device)
+    members = pixels(bytes_or_floats(members, "members")).to(device)
+    non_members = bytes_or_floats(non_members, "other images")
     non_members = pixels(_shuffled(non_members, config.seed)).to(device)
     n_held_out = len(non_members) // 4
     covered = torch.cat([members, members.flip(-1)]) if config.mirror else members

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.ddpm import TrainStep, train
+from ..core.ddpm import TrainStep, checked_data, train
 from ..workshop.files import atomic, fingerprint, remove_leftovers, write_tensors
 from ..workshop.parallel import Together, unwrapped
 from ..workshop.records import as_json, plain, read_record, read_tensors
@@ -264,7 +264,7 @@ def run_identity(
         "steps": steps,
         "beta": beta,
         "seed": generator.initial_seed(),
-        "data": [fingerprint(tensor) for tensor in data],
+        "data": [fingerprint(tensor) for tensor in checked_data(model, data)],
         **_numbers(training_options),
     }
 
