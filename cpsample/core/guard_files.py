@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .guard import Guard
+from .guard import Guard, check_weights
 from .schedule import Schedule
 from ..workshop.files import atomic
 from ..workshop.registry import build_network, networks
@@ -48,10 +48,12 @@ def save_guard(guard: Guard, path: Path | str) -> None:
 
     guard: its classifier has to be a module.
     path: of both files, without the endings.
-    Raises OSError when the folder cannot be written, ValueError when the classifier is no module.
+    Raises OSError when the folder cannot be written, ValueError when the classifier is no module or
+    holds NaN.
     """
     if not isinstance(guard.classifier, nn.Module):
         raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
+    check_weights(guard.classifier)
 
     # The weights under names of their own, so that ᾱ can stand beside them.
     weights = guard.classifier.state_dict()
