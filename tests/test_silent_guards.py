@@ -330,9 +330,12 @@ def test_logits_of_another_form_are_refused(logits, words, schedule):
 
 def test_a_guard_in_training_mode_is_refused(schedule):
     guard = Guard(network(), schedule, alpha=0.4, scale=1.0)
-    guard.classifier.train()
-    with refused("training mode, where dropout"):
-        protect(zero_eps, guard)(X, 5)
+    for part in (guard.classifier, guard.classifier.blocks[0]):
+        part.train()
+        with refused("training mode, where dropout"):
+            protect(zero_eps, guard)(X, 5)
+        guard.classifier.eval()
+    protect(zero_eps, guard)(X, 5)
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (3, 1, 8, 8), (3, 4, 4), (3, 1, 16, 1), (3, 2, 8)])

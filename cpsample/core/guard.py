@@ -375,7 +375,8 @@ def refuse_training(network: Denoiser, answer: Tensor) -> None:
 def _check_usable(guard: Guard, x_t: Tensor) -> None:
     "Raise ValueError when a guard learned images of another shape, or is in training mode."
     _check_shape(guard, x_t.shape[1:])
-    if getattr(guard.classifier, "training", False):
+    parts = guard.classifier.modules() if isinstance(guard.classifier, nn.Module) else ()
+    if any(part.training for part in parts):
         raise ValueError(
             "the guard's classifier is in training mode, where dropout makes it less certain: "
             "call guard.classifier.eval()"
