@@ -452,6 +452,15 @@ def test_save_and_load_give_the_same_guard(tmp_path, unusual):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "g.safetensors"]
 
 
+@pytest.mark.parametrize("written, read", [("g", "g.safetensors"), ("g.safetensors", "g")])
+def test_the_ending_may_be_given_or_not(written, read, tmp_path, unusual):
+    save_guard(unusual, tmp_path / written)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "g.safetensors"]
+    assert load_guard(tmp_path / read).alpha == unusual.alpha
+    with pytest.raises(FileNotFoundError, match=r"no guard at .*/h.safetensors"):
+        load_guard(str(tmp_path / "h.safetensors"))
+
+
 def test_names_in_the_file_are_those_of_last_year(tmp_path, unusual):
     "Files outlive attributes: rename those as you like, but never these."
     save_guard(unusual, tmp_path / "g")
