@@ -31,7 +31,7 @@ from cpsample.core.classifier import (
     training_set,
 )
 from .ddpm import Denoiser, has_finite_weights, run, seeded, train
-from .images import pixels, to_bytes
+from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, abar_at, same_levels, signal_noise
 from ..workshop.files import fingerprint
 
@@ -616,6 +616,12 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     return settings
 
 
+def _check_counts(K: int, steps: int) -> None:
+    "Raise ValueError unless there is a label, and a step to learn it in."
+    if K < 1 or steps < 1:
+        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+
+
 def _new_classifier(members: Tensor, K: int, seed: int, **size: int) -> nn.Module:
     "A fresh `MLPClassifier` of K labels for images like these, on their device."
     build = partial(MLPClassifier, members.shape[1:], K, **size)
@@ -665,20 +671,27 @@ def fit_guard(
     t_max = settings["t_max"]
     t_power = settings.pop("t_power")
     K = settings.pop("K")
-    if K < 1 or steps < 1:
-        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+    _check_counts(K, steps)
     check_settings(**settings, T=schedule.T)
 
     # What to learn and at which noise levels, and a network to learn it.
     one_sided = settings["form"] == "member"
-    x, targets, weights = training_set(members, reference, K, one_sided=one_sided, seed=seed)
+    dtype = precision_of(classifier)
+    x, targets, weights = training_set(
+        members, reference, K, one_sided=one_sided, seed=seed, dtype=dtype
+    )
+    members = x[: len(members)]
     loss = partial(label_loss, schedule=schedule, t_max=t_max, t_power=t_power)
     if classifier is None:
         classifier = _new_classifier(members, K, seed, width=width, depth=depth)
 
     # A run on disk brings a driver of its own, which can stop and go on.
-    order = torch.Generator().manual_seed(seed)
-    options = dict(batch_size=batch_size, lr=lr, weights=weights, generator=order)
+    options = dict(
+        batch_size=batch_size,
+        lr=lr,
+        weights=weights,
+        generator=torch.Generator().manual_seed(seed),
+    )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)
 
