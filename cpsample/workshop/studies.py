@@ -220,18 +220,19 @@ def bring_tensors(name: str, workspace: Workspace, out: Path) -> None:
             shutil.copyfile(made, temporary)
 
 
-def results_on_file(name: str, out: Path) -> dict | None:
-    """The results that are on file in out/NAME.json, or None.
+def results_on_file(study: Study, out: Path) -> dict | None:
+    """The results of a study that are on file in out/NAME.json, or None.
 
     Raises ValueError when that file is somebody else's.
     """
-    path, what = out / f"{name}.json", f"results of {name}"
-    record = kept_record(path, what, "name")
-    if record is not None and record["name"] != name:
-        raise ValueError(
-            f"{printable(path)} holds results of {printable(record['name'])}: choose another folder"
-        )
-    return record
+    path, what = out / f"{study.name}.json", f"results of {study.name}"
+    record = kept_record(path, what)
+
+    # A file without a name may be of an early version, which had the parts alone.
+    has_parts = not callable(study.parts) and record and set(record) <= set(study.parts)
+    if record is None or record.get("name") == study.name or has_parts:
+        return record
+    raise ValueError(f"{printable(path)} is there and is not {what}: choose another folder")
 
 
 def run_study(
@@ -246,7 +247,7 @@ def run_study(
     """
     parts = study.check(list(parts))
     path, command = writable(out) / f"{study.name}.json", command or "run_study"
-    record = results_on_file(study.name, out)
+    record = results_on_file(study, out)
     if callable(study.parts):
         record = {"name": study.name, **measured(study.parts, workspace, command)}
         save_json(path, record)
