@@ -77,26 +77,6 @@ def save_guard(guard: Guard, path: Path | str) -> None:
 
 # %% ../../nbs/1_core/10_guard_files.ipynb #3e9b6a14
 @dataclass
-class _Report:
-    "What `calibrate` measures, in a file."
-
-    wanted: float
-    allowed: float
-    level: int
-    alpha: float
-    t_max: int
-    scale: float
-    proposed_scale: float
-    levels: list[int]
-    coverage: list[float]
-    false_alarms: list[float]
-    false_alarm_ci: list[list[float]]
-    n_train: int
-    n_held_out: int
-    seed: int
-
-
-@dataclass
 class _Record:
     "What `guard_record` gives, in a file."
 
@@ -105,7 +85,7 @@ class _Record:
     form: str
     t_max: int
     made: dict[str, Any]
-    report: _Report | None
+    report: dict[str, Any] | None
     schedule: str
     network: str
     config: dict[str, Any] | None
@@ -124,6 +104,9 @@ def _rebuilt(
     weights = {name.removeprefix("classifier."): weight for name, weight in tensors.items()}
     unwrapped(classifier).load_state_dict(weights)
 
+    # A report says at which gate it was measured: that tells whether it is still true.
+    if record["report"] is not None:
+        float(record["report"]["alpha"])
     settings = {attribute: record[name] for name, attribute in SETTINGS.items()}
     return Guard(classifier, schedule, **settings)
 
