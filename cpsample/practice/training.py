@@ -121,11 +121,22 @@ def save_checkpoint(path: Path | str, state: TrainingState, identity: dict) -> N
 SINCE_0_2 = ("guard", "continued")  # what the identities of version 0.1 do not hold
 
 
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    "The tensors whose names begin with `name` and a dot, without that."
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
 def _read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     "The tensors of a checkpoint and its identity. Raises ValueError for any other file."
     tensors, identity = read_tensors(path, NAMES_ON_DISK["identity"], "a checkpoint")
     needed = {"generator", NAMES_ON_DISK["torch_random_state"], "losses"}
-    if needed - tensors.keys() or not isinstance(identity, dict):
+    is_whole = needed <= tensors.keys() and isinstance(identity, dict)
+
+    # After a step there are means of the optimiser, too.
+    if is_whole and len(tensors["losses"]):
+        is_whole = tensors["losses"].dim() == 1 and bool(_part(tensors, "optimizer"))
+    if not is_whole:
         raise ValueError(f"{path} cannot be read as a checkpoint: a part of it is missing")
     return tensors, identity
 
@@ -161,12 +172,6 @@ def _check_identity(path: Path | str, saved: dict, identity: dict, older: dict) 
         )
 
 # %% ../../nbs/2_practice/03_training.ipynb #f39a9e08
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    "The tensors whose names begin with `name` and a dot, without that."
-    start = f"{name}."
-    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-
 def _like_weight(value: Tensor, weight: Tensor) -> Tensor:
     """Adam's `value` for a weight, moved to the weight's device.
 
