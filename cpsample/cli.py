@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'in_one_line', 'sentence',
-           'one_line_errors', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line', 'PlainStream',
-           'plain_streams', 'one_of', 'between', 'chosen_from', 'device_name', 'refuse_ignored', 'strength_of', 'demo',
-           'on_device', 'processes', 'given', 'training_config', 'drawn_members', 'described_run', 'sample_sheet',
-           'train_command', 'guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'images_of_run',
-           'images_of_folders', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
-           'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
+           'PlainStream', 'plain_streams', 'one_of', 'between', 'chosen_from', 'device_name', 'refuse_ignored',
+           'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config', 'drawn_members',
+           'described_run', 'sample_sheet', 'train_command', 'guard_of_run', 'guard_command', 'check_memory',
+           'sample_command', 'images_of_run', 'images_of_folders', 'end_with', 'print_audit', 'audit_command',
+           'attack_scores', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -88,10 +88,20 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def share_cores() -> None:
+    """Let threads that wait sleep, unless the environment says otherwise; before torch is loaded.
+
+    OpenMP's threads keep their cores while they wait for one another. On a machine that has other
+    work a small network then takes twenty times as long (data/results/threads.json).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 class OneLineErrors(typer.core.TyperGroup):
     "The commands of one program: options are read, and commands run, within `one_line_errors`."
 
     def main(self, args: Any = None, **more: Any) -> Any:
+        share_cores()
         words = list(sys.argv[1:] if args is None else args)
         if "--debug" in words:
             words = ["--debug", *(word for word in words if word != "--debug")]
