@@ -19,7 +19,7 @@ from torch import Tensor
 from .ddpm import Denoiser
 from .images import check_images, unique_rows
 from .schedule import Schedule, signal_noise, x0_to_eps
-from ..workshop.neighbours import nearest
+from ..workshop.neighbours import at_least_float32, nearest
 
 # %% ../../nbs/1_core/06_copying.ipynb #a8f29399
 def ideal_denoiser(x_train: Tensor, schedule: Schedule) -> Denoiser:
@@ -170,6 +170,14 @@ def neighbourhood_test(
     return CopyReport(neighbourhood_score(distances, factor), nearest_row, threshold)
 
 # %% ../../nbs/1_core/06_copying.ipynb #d1da383d
+def _directions(features: Tensor, name: str) -> Tensor:
+    "Features [n, D] scaled to length 1, in float32 or float64. Raises ValueError if that fails."
+    features = at_least_float32(check_images(features, name))
+    if not torch.isfinite(features.norm(dim=1)).all():
+        raise ValueError(f"{name} are too large to be squared: scale them down first")
+    return F.normalize(features, dim=1)
+
+
 def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.97) -> CopyReport:
     """Cosine test: copies have features that point the same way as a training image's.
 
@@ -177,16 +185,16 @@ def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.9
     features [n, D]: of the images to judge.
     train_features [N, D]: of the training images.
     threshold: a similarity above it is a copy.
-    Raises ValueError for NaN.
+    Raises ValueError for NaN, and for features too large to be squared.
     Source: CPSample, section 5 (0.97 on CIFAR-10).
     """
-    check_images(features, "features")
-    check_images(train_features, "training features")
+    directions = _directions(features, "features")
+    train_directions = _directions(train_features, "training features")
 
     # A tile of the training set at a time stays in the processor's cache.
-    tiles = F.normalize(train_features, dim=1).split(1024)
+    tiles = train_directions.to(directions.dtype).split(1024)
     scores, nearest_rows = [], []
-    for part in F.normalize(features, dim=1).split(512):
+    for part in directions.split(512):
         in_tiles = [(part @ tile.T).max(1) for tile in tiles]
         similarity = torch.stack([best.values for best in in_tiles])  # [tiles, n]
         row_in_tile = torch.stack([best.indices for best in in_tiles])

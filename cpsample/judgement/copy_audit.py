@@ -7,6 +7,7 @@ __all__ = ['TESTS', 'CHANGES', 'SPACE_OF_SHAPE', 'copy_reports', 'auth_pct', 'c_
            'Verdict', 'Audit', 'audit']
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #0fec8014
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 import cpsample
@@ -26,7 +28,12 @@ from .repeats import duplicate_groups, principal_axes, project
 from ..practice.encoders import features, inception
 from ..practice.quality_measures import kid, mifid, precision_recall
 from ..workshop.files import fingerprint
-from ..workshop.neighbours import nearest, nearest_groups, typical_distance
+from cpsample.workshop.neighbours import (
+    at_least_float32,
+    nearest,
+    nearest_groups,
+    typical_distance,
+)
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #9e6d54b5
 TESTS = {
@@ -111,7 +118,10 @@ def c_t(
     Source: Meehan et al. 2020.
     """
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
-    kmeans.fit(f_train.double().numpy())
+    with warnings.catch_warnings():
+        # Of fewer different rows than cells, some cells are empty, and left out below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        kmeans.fit(f_train.double().numpy())
 
     d, cell = _distances_and_cells(f, f_train, kmeans)
     d_held_out, cell_held_out = _distances_and_cells(f_held_out, f_train, kmeans)
@@ -261,7 +271,7 @@ def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) ->
 
     size = tuple(training.shape[1:])
     for name, x in sets.items():
-        check_images(x, f"{name} images")
+        sets[name] = at_least_float32(check_images(x, f"{name} images"))
         if x.dim() != 4 or x.shape[1:] != size:
             raise ValueError(
                 f"{name} images are {tuple(x.shape[1:])}, training images {size}: "
@@ -388,6 +398,7 @@ def audit(
     training images.
     """
     sets = _check_sets(generated, training, held_out)
+    training = sets["training"]
 
     # Near-duplicates among the training images count as one image.
     duplicates = _find_duplicates(training, flips)
@@ -422,4 +433,4 @@ def audit(
     ratio = reports["generated"]["ratio"]
     closest = ratio.score.argsort()[:12]
     originals = training[ratio.nearest[closest]]
-    return Audit(record, torch.stack([generated[closest], originals]), distances)
+    return Audit(record, torch.stack([sets["generated"][closest], originals]), distances)
