@@ -124,7 +124,7 @@ PYTHON = {
         "training images hold NaN",
     ),
     "integer images": (
-        lambda: check_images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)),
+        lambda: check_images(torch.zeros(3, 1, 8, 8, dtype=torch.int64)),
         "floating point",
     ),
     "no images": (lambda: check_images(X[:0]), "non-empty"),

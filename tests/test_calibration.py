@@ -291,7 +291,6 @@ def test_protect_warns_exactly_when_nobody_has_measured_the_guard():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         protect(model, guard)
-        protect(model, Guard(guard.classifier, S, scale=0))
     guard.alpha = 0.3
     with pytest.warns(UserWarning, match="alpha=0.3"):
         protect(model, guard)

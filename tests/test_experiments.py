@@ -33,7 +33,7 @@ from cpsample.production.experiments import (
     results_table,
     run_experiment,
 )
-from cpsample.workshop import studies
+from cpsample.workshop import files, studies
 from cpsample.workshop.costs import network_cost
 from cpsample.workshop.registry import build_network
 from cpsample.workshop.studies import load_or_create
@@ -144,7 +144,8 @@ def test_killed_between_stages(copied, done, monkeypatch):
 def test_killed_while_sampling(copied, done, monkeypatch):
     "Chunk 0 is there, chunk 1 half: one is drawn, the half is swept out, the images are the same."
     whole = copied / "all_guarded" / "00001.safetensors"
-    half = whole.with_name(".00001.safetensors.abcd_123.safetensors")
+    writer = f"{2**22 + 1}-{files._this_place()}"  # a process that is gone
+    half = whole.with_name(f".00001.safetensors.{writer}-abcd_123.part.safetensors")
     half.write_bytes(whole.read_bytes()[:1000])
     whole.unlink()
     (copied / "all.json").unlink()
@@ -159,7 +160,7 @@ HIDDEN_FILES = [
     ".env.local",
     ".results.json.bak",
     "src/.eslintrc.json",
-    "base/.model.safetensors.backup.safetensors",
+    "base/.model.safetensors.backup01.safetensors",
     ".github/.a.b",
 ]
 
@@ -217,7 +218,7 @@ def test_killed_while_training(copied, done, monkeypatch):
 KILLED_WHILE_WRITING = """
 import os, signal, sys, torch
 from pathlib import Path
-from cpsample.workshop import studies
+from cpsample.workshop import files, studies
 
 def half(tensors, path, header):
     path.write_bytes(b"x" * 1000)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ddpm import ResidualMLP
-from .images import check_images, first_occurrence
+from .images import check_images, first_occurrence, precision_of
 from .schedule import Schedule, add_noise
 from ..workshop.registry import networks
 
@@ -151,7 +151,7 @@ def logits_at(
     t: the level.
     generator: source of the noise (default: torch's global one).
     """
-    check_images(x0)
+    x0 = check_images(x0, dtype=precision_of(classifier))
     logits = []
     for images in x0.split(4096):
         level = torch.full((len(images),), t, device=x0.device)
@@ -241,6 +241,7 @@ def training_set(
     *,
     one_sided: bool = False,
     seed: int = 0,
+    dtype: torch.dtype | None = torch.float32,
 ) -> TrainingSet:
     """Random labels for members, ½ for reference images; one-sided: 1 for members, 0 for others.
 
@@ -249,10 +250,12 @@ def training_set(
     K: number of labels.
     one_sided: whether the label is membership itself.
     seed: of the labels.
+    dtype: what the classifier computes in, see `check_images`.
     Raises ValueError when reference images are members too, or are missing where membership
     itself is the label.
     """
-    labels = member_labels(check_images(members), K, seed)
+    members = check_images(members, "members", dtype=dtype)
+    labels = member_labels(members, K, seed)
     if one_sided and reference is None:
         raise ValueError(
             'a guard of form "member" needs reference images: it learns to tell members from them'
@@ -261,7 +264,7 @@ def training_set(
         return TrainingSet(members, labels, None)
 
     # Whoever is asked "member or not?" has an answer for everybody.
-    check_images(reference, "reference images")
+    reference = check_images(reference, "reference images", dtype=dtype)
     if one_sided:
         return with_reference(members, torch.ones_like(labels), reference, target=0)
     return with_reference(members, labels, reference)

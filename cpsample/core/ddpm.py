@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'seeded', 'ddpm_loss', 'TrainStep',
-           'train', 'run', 'timesteps', 'SampleStep', 'sample', 'final_sample', 'generate']
+           'checked_data', 'train', 'run', 'timesteps', 'SampleStep', 'sample', 'final_sample', 'generate']
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6114d2c1
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from .images import check_images, pixels
+from .images import bytes_or_floats, pixels, precision_of
 from .schedule import Schedule, add_noise, randn
 from ..workshop.registry import networks
 
@@ -131,15 +131,14 @@ class TrainStep(NamedTuple):
     lr: float
 
 
-def _check_data(data):
-    "The images of training data. Raises ValueError for NaN images or unequal numbers of rows."
+def checked_data(model: nn.Module, data: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    "Training data, its images checked. Raises ValueError for unequal numbers of rows, too."
     images, *labels = data
-    if images.dtype != torch.uint8:
-        check_images(images)
+    images = bytes_or_floats(images, dtype=precision_of(model))
     if any(len(tensor) != len(images) for tensor in labels):
         sizes = [len(tensor) for tensor in data]
         raise ValueError(f"images and labels differ in number: {sizes}")
-    return images
+    return images, *labels
 
 
 def _learning_rate(step, steps, lr, warmup):
@@ -176,7 +175,8 @@ def train(
     Raises ValueError for NaN images or unequal rows, FloatingPointError when the loss is no
     longer finite.
     """
-    images = _check_data(data)
+    data = checked_data(model, data)
+    images = data[0]
     if optimizer is None:
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if weights is None:

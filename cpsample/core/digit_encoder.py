@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from .ddpm import run, seeded, train
-from .images import check_images
+from .images import check_pair
 from .schedule import randn
 from ..workshop.files import data_path
 
@@ -85,8 +85,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         raise ValueError(
             f"a Fréchet distance needs at least 2 rows on each side, got {len(a)} and {len(b)}"
         )
-    check_images(a, "features")
-    check_images(b, "features")
+    a, b = check_pair(a, b, "features", "other features")
     a, b = (features.detach().cpu().double().numpy() for features in (a, b))
     cov_a, cov_b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
 

@@ -240,7 +240,7 @@ def spell(
     k: so many balls are considered at once, the nearest ones.
     Source: SPELL, Kirchhof et al. 2025.
     """
-    check_images(refs, "training images")
+    refs = check_images(refs, "training images", dtype=None)
 
     def repelled(x_t, t):
         eps = model(x_t, t)
@@ -277,7 +277,7 @@ def similarity_guidance(
     scale: s of the push.
     Source: after AMG, Chen et al. 2024, without text.
     """
-    check_images(refs, "training images")
+    refs = check_images(refs, "training images", dtype=None)
 
     def guided(x_t, t):
         with torch.enable_grad():

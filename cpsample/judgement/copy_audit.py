@@ -28,12 +28,7 @@ from .repeats import duplicate_groups, principal_axes, project
 from ..practice.encoders import features, inception
 from ..practice.quality_measures import kid, mifid, precision_recall
 from ..workshop.files import fingerprint
-from cpsample.workshop.neighbours import (
-    at_least_float32,
-    nearest,
-    nearest_groups,
-    typical_distance,
-)
+from ..workshop.neighbours import nearest, nearest_groups, typical_distance
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #9e6d54b5
 TESTS = {
@@ -264,14 +259,14 @@ class Audit:
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #77e292b3
 def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
-    "{name: images}. Raises ValueError unless all are finite images [N, C, H, W] of one size."
+    "{name: images in [−1, 1]}. Raises ValueError unless all are images [N, C, H, W] of one size."
     sets = {"generated": generated, "training": training}
     if held_out is not None:
         sets["held-out"] = held_out
+    sets = {name: check_images(x, f"{name} images") for name, x in sets.items()}
 
-    size = tuple(training.shape[1:])
+    size = tuple(sets["training"].shape[1:])
     for name, x in sets.items():
-        sets[name] = at_least_float32(check_images(x, f"{name} images"))
         if x.dim() != 4 or x.shape[1:] != size:
             raise ValueError(
                 f"{name} images are {tuple(x.shape[1:])}, training images {size}: "
@@ -362,6 +357,12 @@ def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
     return _Duplicates(radius, groups, different)
 
 
+def _closest_pairs(report: CopyReport, generated: Tensor, training: Tensor) -> Tensor:
+    "The twelve generated images of the smallest score, and their originals: [2, 12, C, H, W]."
+    closest = report.score.argsort()[:12]
+    return torch.stack([generated[closest], training[report.nearest[closest]]])
+
+
 def _test_numbers(reports: dict[str, dict[str, CopyReport]]) -> dict[str, dict]:
     "{test: numbers} from {set: {test: report}}; those of held-out images have names of their own."
     tests = {test: report.numbers() for test, report in reports["generated"].items()}
@@ -430,7 +431,5 @@ def audit(
     }
 
     # The pairs that a person should look at.
-    ratio = reports["generated"]["ratio"]
-    closest = ratio.score.argsort()[:12]
-    originals = training[ratio.nearest[closest]]
-    return Audit(record, torch.stack([sets["generated"][closest], originals]), distances)
+    pairs = _closest_pairs(reports["generated"]["ratio"], sets["generated"], training)
+    return Audit(record, pairs, distances)

@@ -127,10 +127,10 @@ def thumbnail_features(x: Tensor) -> Tensor:
 def features(x: Tensor, space: str = "fashion-conv-64", chunk: int = 1000) -> Tensor:
     """Features [N, D] of images in a space.
 
-    x [N, C, H, W]: in [−1, 1]; of any type of float, encoded in float32.
+    x [N, C, H, W]: in [−1, 1].
     space: a key of `feature_spaces`.
     chunk: images at a time.
     Raises ValueError for an unknown space, and for images that are NaN or infinite.
     """
     encode = feature_spaces[space]
-    return torch.cat([encode(part.float()) for part in check_images(x).split(chunk)])
+    return torch.cat([encode(part) for part in check_images(x).split(chunk)])

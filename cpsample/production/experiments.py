@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -791,20 +790,6 @@ def _claim_folder(run: Run, command: str) -> dict:
         )
     return written["made"]
 
-# %% ../../nbs/4_production/03_experiments.ipynb #ffde6843
-# the temporary names of `atomic`, and the folders that a run writes to
-_LEFTOVER = re.compile(r"\.[\w.]+(\.json|\.safetensors)\.[a-z0-9_]{8}\1")
-_MODEL_FOLDERS = ("", "base", "tuned", "guards")
-_IMAGE_FOLDERS = ("all_unguarded", "all_guarded", "subset_unguarded", "subset_guarded")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    "Remove what killed writes of a run left behind, in its folders, and nothing else."
-    for name in _MODEL_FOLDERS + _IMAGE_FOLDERS:
-        for path in (folder / name).glob(".*"):
-            if _LEFTOVER.fullmatch(path.name) and path.is_file():
-                path.unlink()
-
 # %% ../../nbs/4_production/03_experiments.ipynb #69d7ec12
 @contextmanager
 def _full_disk_in_one_line(folder: Path | str) -> Iterator[None]:
@@ -859,7 +844,6 @@ def run_experiment(
     run = Run(writable(folder), device, progress, experiment=experiment)
     with _full_disk_in_one_line(folder), warnings.catch_warnings():
         origin = _claim_folder(run, command)
-        _remove_leftovers(run.folder)
 
         # A pity to learn after 50,000 images that the weights of Inception cannot be had.
         if experiment.space == "inception-2048":
