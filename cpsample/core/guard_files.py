@@ -62,7 +62,6 @@ def save_guard(guard: Guard, path: Path | str) -> None:
         raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
     check_weights(classifier)
 
-    path = str(path).removesuffix(".safetensors")
     # The weights under names of their own, so that ᾱ can stand beside them.
     weights = classifier.state_dict()
     tensors = {f"classifier.{name}": weight for name, weight in weights.items()}
