@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .classifier import certainty, log_odds, logits_at
 from .copying import proportion_ci
-from .guard import Guard, check_settings, push
+from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
 
@@ -98,6 +98,7 @@ def propose_scale(
     level: the noise level at which they are pushed.
     alpha: the gate (default: the guard's).
     seed: of the noise.
+    Warns (`IdleGuardWarning`) when no s would move some of them.
     """
     gate = log_odds(guard.alpha if alpha is None else alpha, below=1)
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +112,9 @@ def propose_scale(
 
     # How far a push of s = 1 brings it down, to first order; never 0, since it divides.
     direction = push(guard.classifier, x_t, t, form=guard.form).flatten(1)
-    fall = (1 - guard.schedule.abar[level]) * direction.square().sum(1).clamp(min=1e-12)
+    length = direction.square().sum(1)
+    warn_of_vanished(int((length == 0).sum()), len(length), guard.form)
+    fall = (1 - guard.schedule.abar[level]) * length.clamp(min=1e-12)
     return (excess / fall).median().item()
 
 # %% ../../nbs/1_core/09_calibration.ipynb #7ab4c5d2

@@ -50,6 +50,7 @@ from ..practice.encoders import features
 from ..practice.quality_measures import kid, precision_recall
 from ..practice.runs import load_model, save_model
 from ..practice.unet import UNet, UNetClassifier
+from ..workshop.studies import check_settings
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #5bd17add
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +218,14 @@ def public_model(
 
     missing: for ambient diffusion, the share of pixels that it learns to fill in.
     folder: where it is kept, and found again (default: nowhere).
+    Raises ValueError when the one that is kept there has learned otherwise.
     """
     path = folder and folder / f"public-{missing}.safetensors"
+    known = {name: getattr(situation, name) for name in ("data", "public_steps", "batch", "small")}
     if path and path.exists():
-        return load_model(path)[0]
+        kept = load_model(path)
+        check_settings(path, kept.made.get("situation"), known)
+        return kept.model
 
     # Ambient diffusion's network sees the mask in a channel of its own.
     channels, loss = 1, ddpm_loss
@@ -231,7 +236,7 @@ def public_model(
     gentle = replace(situation, lr=2e-3)
     _fit_denoiser(network, loss, (images,), steps=situation.public_steps, situation=gentle)
     if path:
-        save_model(network, SCHEDULE, path, {"missing": missing})
+        save_model(network, SCHEDULE, path, {"missing": missing, "situation": known})
     return network
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #26e478e5
