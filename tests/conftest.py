@@ -1,6 +1,12 @@
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests and the processes they start compute with one thread each: two threads that wait for one
+# another on busy cores make a small network hundreds of times slower. Read when torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from torch import nn
 

@@ -165,12 +165,12 @@ def test_those_who_hold_the_guard():
         return x_t.mean((1, 2, 3))[:, None] * 10 + t[:, None] / 100
 
     guard = Guard(classifier, SCHEDULE, report={"level": 50, "alpha": 0.05})
-    bright = torch.ones(2, 1, 4, 4) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    bright = torch.ones(2, 1, 4, 4) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
     at_50 = oracle_attack(None, bright, guard)
     at_400 = oracle_attack(None, bright, guard, level=400)
-    assert at_50[1] > at_50[0] + 10
-    assert abs(at_50[0] - 10.5) < 2
-    assert at_400[0] != at_50[0]
+    assert at_50[1] > at_50[0] + 6
+    assert abs(at_50[1] - 10.5) < 2
+    assert at_400[1] != at_50[1]
 
 
 @pytest.mark.parametrize("T", [10, 100, 4000])

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
     for junk in (b"junk", path.read_bytes()[:-9]):
         path.write_bytes(junk)
-        with pytest.raises(ValueError, match="is not a checkpoint"):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
             go()
 
 

@@ -206,7 +206,7 @@ def test_mistakes_in_training(tmp_path, run):
     unknown = "neither a folder, nor a .npy or .npz file, nor a known data set"
     refused(unknown, "train", "cats", *out)
     refused("cannot split", "train", "fashion-small", "--images", 9999, *out)
-    refused("at least 1", "train", "fashion-small", "--steps", 0, *out)
+    refused("--steps must be between 1", "train", "fashion-small", "--steps", 0, *out)
     refused("no model at", "train", "fashion-small", "--from", tmp_path / "none", *out)
     refused("/dev/null", *TRAIN, "--out", "/dev/null/r")
     assert not (tmp_path / "r").exists()
@@ -219,11 +219,11 @@ def test_mistakes_in_training(tmp_path, run):
 def test_mistakes_afterwards(tmp_path, run):
     refused("holds no run", "guard", tmp_path)
     refused("holds no run", "sample", tmp_path)
-    refused("at least 1, got 0", "sample", run, "-n", 0)
-    refused("at least 1, got -3", "audit", run, "-n", -3)
+    refused("--number must be between 1", "sample", run, "-n", 0)
+    refused("--number must be between 1", "audit", run, "-n", -3)
     refused("between 0 and 1, got 1.5", "audit", run, "--max-copy-rate", 1.5)
-    refused("between 2 and T=1000", "sample", run, "--steps", 1)
-    refused("scale must be finite and at least 0", "sample", run, "--strength", -1)
+    refused("between 2 and 1,000", "sample", run, "--steps", 1)
+    refused("--strength must be between", "sample", run, "--strength", -1)
     refused("unknown preset", "guard", run, "--preset", "best")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_levels',
-           'share_above', 'share_interval', 'first_silent_level', 'distinct_images', 'check_demands',
+           'share_above', 'share_interval', 'first_silent_level', 'distinct_images', 'images_for', 'check_demands',
            'refuse_uncovered', 'adopt', 'calibrate', 'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .classifier import certainty, log_odds, logits_at
 from .copying import proportion_ci
-from .guard import Guard, check_settings, push
+from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
 
@@ -98,6 +98,7 @@ def propose_scale(
     level: the noise level at which they are pushed.
     alpha: the gate (default: the guard's).
     seed: of the noise.
+    Warns (`IdleGuardWarning`) when no s would move some of them.
     """
     gate = log_odds(guard.alpha if alpha is None else alpha, below=1)
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +112,9 @@ def propose_scale(
 
     # How far a push of s = 1 brings it down, to first order; never 0, since it divides.
     direction = push(guard.classifier, x_t, t, form=guard.form).flatten(1)
-    fall = (1 - guard.schedule.abar[level]) * direction.square().sum(1).clamp(min=1e-12)
+    length = direction.square().sum(1)
+    warn_of_vanished(int((length == 0).sum()), len(length), guard.form)
+    fall = (1 - guard.schedule.abar[level]) * length.clamp(min=1e-12)
     return (excess / fall).median().item()
 
 # %% ../../nbs/1_core/09_calibration.ipynb #7ab4c5d2
@@ -154,8 +157,14 @@ def first_silent_level(levels: Sequence[int], coverage: Sequence[float], stride:
 # %% ../../nbs/1_core/09_calibration.ipynb #b1f36e09
 def distinct_images(x: Tensor, name: str) -> Tensor:
     "x [N, ...] without exact repeats. Raises ValueError when it is no batch of finite images."
-    check_images(x, name)
+    x = check_images(x, name, dtype=None)
     return x[unique_rows(x)]
+
+
+def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    "Distinct members and held-out images, checked, in the precision of the guard's classifier."
+    held_out = check_images(held_out, "held-out images", dtype=None)
+    return guard.cast(distinct_images(members, "training images")), guard.cast(held_out)
 
 
 def check_demands(wanted: float, allowed: float, level: int, top: int) -> None:
@@ -218,8 +227,7 @@ def calibrate(
     Raises ValueError, and leaves the guard as it was, when it does not cover its members. With
     an alpha from `choose_alpha` that happens only at its widest gate, `loosest` (0.4).
     """
-    members = distinct_images(members, "training images")
-    held_out = check_images(held_out, "held-out images")
+    members, held_out = images_for(guard, members, held_out)
     levels, level = calibration_levels(guard, level, stride)
     check_demands(wanted, allowed, level, trained_below(guard))
 

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from .ddpm import Denoiser
-from .images import check_images, unique_rows
+from .images import check_images, check_pair, unique_rows
 from .schedule import Schedule, signal_noise, x0_to_eps
 from ..workshop.neighbours import nearest
 
@@ -30,7 +30,7 @@ def ideal_denoiser(x_train: Tensor, schedule: Schedule) -> Denoiser:
     x_train [N, ...]: the set.
     Raises ValueError for NaN.
     """
-    flat = check_images(x_train, "training images").flatten(1)  # [N, D]
+    flat = check_images(x_train, "training images", dtype=None).flatten(1)  # [N, D]
 
     def model(x_t, t):
         x = x_t.flatten(1)  # [B, D]
@@ -110,8 +110,7 @@ class CopyReport:
 # %% ../../nbs/1_core/06_copying.ipynb #c8217443
 def _distinct_neighbours(x, x_train, k, test):
     "Distances [n, k] to the nearest distinct training images, and the nearest one's row [n]."
-    check_images(x)
-    check_images(x_train, "training images")
+    x, x_train = check_pair(x, x_train, "images", "training images")
     distinct = unique_rows(x_train).to(x.device)
     if len(distinct) < 2:
         raise ValueError(f"the {test} test needs at least two distinct training images")
@@ -170,6 +169,13 @@ def neighbourhood_test(
     return CopyReport(neighbourhood_score(distances, factor), nearest_row, threshold)
 
 # %% ../../nbs/1_core/06_copying.ipynb #d1da383d
+def _directions(features: Tensor, name: str) -> Tensor:
+    "Features [n, D] scaled to length 1. Raises ValueError where that fails."
+    if not torch.isfinite(features.norm(dim=1)).all():
+        raise ValueError(f"{name} are too large to be squared: scale them down first")
+    return F.normalize(features, dim=1)
+
+
 def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.97) -> CopyReport:
     """Cosine test: copies have features that point the same way as a training image's.
 
@@ -177,16 +183,17 @@ def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.9
     features [n, D]: of the images to judge.
     train_features [N, D]: of the training images.
     threshold: a similarity above it is a copy.
-    Raises ValueError for NaN.
+    Raises ValueError for NaN, and for features too large to be squared.
     Source: CPSample, section 5 (0.97 on CIFAR-10).
     """
-    check_images(features, "features")
-    check_images(train_features, "training features")
+    features, train_features = check_pair(features, train_features, "features", "training features")
+    directions = _directions(features, "features")
+    train_directions = _directions(train_features, "training features")
 
     # A tile of the training set at a time stays in the processor's cache.
-    tiles = F.normalize(train_features, dim=1).split(1024)
+    tiles = train_directions.split(1024)
     scores, nearest_rows = [], []
-    for part in F.normalize(features, dim=1).split(512):
+    for part in directions.split(512):
         in_tiles = [(part @ tile.T).max(1) for tile in tiles]
         similarity = torch.stack([best.values for best in in_tiles])  # [tiles, n]
         row_in_tile = torch.stack([best.indices for best in in_tiles])

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .guard import Guard
+from .guard import Guard, check_weights
 from .schedule import Schedule
 from ..workshop.files import atomic
 from ..workshop.registry import build_network, networks
@@ -47,12 +47,15 @@ def save_guard(guard: Guard, path: Path | str) -> None:
     to be read. A guard tells who was in the training set: keep it as secret as that set.
 
     guard: its classifier has to be a module.
-    path: of both files, without the endings.
-    Raises OSError when the folder cannot be written, ValueError when the classifier is no module.
+    path: of both files, without the endings; ".safetensors" at its end is taken off.
+    Raises OSError when the folder cannot be written, ValueError when the classifier is no module or
+    holds NaN.
     """
     if not isinstance(guard.classifier, nn.Module):
         raise ValueError("only a guard whose classifier is a torch.nn.Module can be saved")
+    check_weights(guard.classifier)
 
+    path = str(path).removesuffix(".safetensors")
     # The weights under names of their own, so that ᾱ can stand beside them.
     weights = guard.classifier.state_dict()
     tensors = {f"classifier.{name}": weight.contiguous() for name, weight in weights.items()}
@@ -87,13 +90,14 @@ def _read_guard(path: Path, classifier: nn.Module | None = None) -> Guard:
 def load_guard(path: Path | str, classifier: nn.Module | None = None) -> Guard:
     """Read `path`.safetensors as written by `save_guard`.
 
-    path: without the ending.
+    path: with or without the ending.
     classifier: an instance to fill with the weights, when its class is not one of `networks`
         (default: rebuilt).
     Raises FileNotFoundError, or ValueError when the file is no guard or its network is unknown
     or another one.
     """
-    path = Path(f"{path}.safetensors")
+    name = str(path).removesuffix(".safetensors")
+    path = Path(f"{name}.safetensors")
     if not path.exists():
         raise FileNotFoundError(f"no guard at {path}: save_guard(guard, path) writes one")
     try:

@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core.calibration import certainties
+from ..core.calibration import calibration_levels, certainties
 from ..core.ddpm import Denoiser
 from ..core.guard import Guard
-from ..core.images import check_images
+from ..core.images import check_images, check_pair, precision_of
 from ..core.schedule import Schedule, add_noise, eps_to_x0, randn
 from ..workshop.neighbours import nearest
 
@@ -207,7 +207,8 @@ def scores_of(attack: Attack, model: Denoiser, x: Tensor, *, chunk: int = 500) -
     x [N, ...]: images, in [−1, 1]; ValueError if there are none, or NaN.
     chunk: so many are asked about at a time.
     """
-    return torch.cat([attack(model, part) for part in check_images(x).split(chunk)])
+    x = check_images(x, dtype=precision_of(model))
+    return torch.cat([attack(model, part) for part in x.split(chunk)])
 
 # %% ../../nbs/3_judgement/02_attacks.ipynb #8cb5f5c8
 def _along_noise(
@@ -266,10 +267,10 @@ def oracle_attack(
     """The guard's certainty: whoever holds the guard needs no model.
 
     model: not asked.
-    level: the noise level (default: where the guard was calibrated).
+    level: the noise level (default: where the guard was calibrated, or would be).
     """
     if level is None:
-        level = guard.report["level"]
+        level = guard.report["level"] if guard.report else calibration_levels(guard)[1]
     return certainties(guard, x, [level])[0]
 
 
@@ -296,4 +297,5 @@ def nearest_sample_attack(model: Denoiser | None, x: Tensor, samples: Tensor) ->
     x [N, ...]: images.
     samples [n, ...]: of the model.
     """
+    x, samples = check_pair(x, samples, "images", "samples")
     return -nearest(x, samples)[0][:, 0]

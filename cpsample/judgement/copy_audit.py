@@ -7,6 +7,7 @@ __all__ = ['TESTS', 'CHANGES', 'SPACE_OF_SHAPE', 'copy_reports', 'auth_pct', 'c_
            'Verdict', 'Audit', 'audit']
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #0fec8014
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 import cpsample
@@ -111,7 +113,10 @@ def c_t(
     Source: Meehan et al. 2020.
     """
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
-    kmeans.fit(f_train.double().numpy())
+    with warnings.catch_warnings():
+        # Of fewer different rows than cells, some cells are empty, and left out below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        kmeans.fit(f_train.double().numpy())
 
     d, cell = _distances_and_cells(f, f_train, kmeans)
     d_held_out, cell_held_out = _distances_and_cells(f_held_out, f_train, kmeans)
@@ -254,14 +259,14 @@ class Audit:
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #77e292b3
 def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
-    "{name: images}. Raises ValueError unless all are finite images [N, C, H, W] of one size."
+    "{name: images in [−1, 1]}. Raises ValueError unless all are images [N, C, H, W] of one size."
     sets = {"generated": generated, "training": training}
     if held_out is not None:
         sets["held-out"] = held_out
+    sets = {name: check_images(x, f"{name} images") for name, x in sets.items()}
 
-    size = tuple(training.shape[1:])
+    size = tuple(sets["training"].shape[1:])
     for name, x in sets.items():
-        check_images(x, f"{name} images")
         if x.dim() != 4 or x.shape[1:] != size:
             raise ValueError(
                 f"{name} images are {tuple(x.shape[1:])}, training images {size}: "
@@ -352,6 +357,12 @@ def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
     return _Duplicates(radius, groups, different)
 
 
+def _closest_pairs(report: CopyReport, generated: Tensor, training: Tensor) -> Tensor:
+    "The twelve generated images of the smallest score, and their originals: [2, 12, C, H, W]."
+    closest = report.score.argsort()[:12]
+    return torch.stack([generated[closest], training[report.nearest[closest]]])
+
+
 def _test_numbers(reports: dict[str, dict[str, CopyReport]]) -> dict[str, dict]:
     "{test: numbers} from {set: {test: report}}; those of held-out images have names of their own."
     tests = {test: report.numbers() for test, report in reports["generated"].items()}
@@ -388,6 +399,7 @@ def audit(
     training images.
     """
     sets = _check_sets(generated, training, held_out)
+    training = sets["training"]
 
     # Near-duplicates among the training images count as one image.
     duplicates = _find_duplicates(training, flips)
@@ -419,7 +431,5 @@ def audit(
     }
 
     # The pairs that a person should look at.
-    ratio = reports["generated"]["ratio"]
-    closest = ratio.score.argsort()[:12]
-    originals = training[ratio.nearest[closest]]
-    return Audit(record, torch.stack([generated[closest], originals]), distances)
+    pairs = _closest_pairs(reports["generated"]["ratio"], sets["generated"], training)
+    return Audit(record, pairs, distances)

@@ -23,7 +23,7 @@ from ..core.calibration import calibrate
 from ..core.ddpm import Denoiser, ddpm_loss, seeded
 from ..core.guard import GUARDS, Guard, fit_guard, protect
 from ..core.guard_files import load_guard, save_guard
-from ..core.images import pixels, split
+from ..core.images import bytes_or_floats, split
 from ..core.schedule import Schedule, make_schedule
 from .datasets import read_data
 from .training import AfterCheckpoint, Loss, fit, half_precision, mirrored
@@ -265,6 +265,7 @@ def train_denoiser(
     progress: show a bar.
     Raises ValueError when the checkpoint is of another run.
     """
+    images = bytes_or_floats(images)
     schedule = make_schedule(config.schedule)
     device = device if accelerator is None else accelerator.device
 
@@ -416,8 +417,9 @@ def fit_run_guard(
     checkpoint = Path(f"{path}.checkpoint.safetensors")
 
     # A quarter of the non-members is kept for calibration, the rest teaches.
-    members = pixels(members).to(device)
-    non_members = pixels(_shuffled(non_members, config.seed)).to(device)
+    members = bytes_or_floats(members, "members").to(device)
+    non_members = bytes_or_floats(non_members, "other images")
+    non_members = _shuffled(non_members, config.seed).to(device)
     n_held_out = len(non_members) // 4
     held_out, reference = non_members[:n_held_out], non_members[n_held_out:]
 

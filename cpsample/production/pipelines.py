@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core.ddpm import Denoiser
 from ..core.guard import Classifier, Corrector, Guard
-from ..core.images import first_occurrence, pixels
+from ..core.images import bytes_or_floats, first_occurrence, pixels
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
@@ -306,6 +306,7 @@ def encode(
     Raises OSError when the folder is full.
     """
     vae = getattr(pipe, "vae", None)
+    images = bytes_or_floats(images)
     if vae is None:
         return pixels(images)
 
@@ -421,7 +422,7 @@ def fit_named_pipeline_guard(
     pipe = _load_without_captions(name, device)
     channels, height, width = image_shape(pipe)
     folders = (data, reference)
-    members, others = [pixels(read_data(str(folder), height, channels)) for folder in folders]
+    members, others = [read_data(str(folder), height, channels) for folder in folders]
 
     # Arrays of images come as they are; only folders of pictures are cut to size.
     for images, folder in zip((members, others), folders):

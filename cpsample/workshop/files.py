@@ -301,7 +301,12 @@ def writable(folder: Path | str) -> Path:
             f"there is no home folder for {printable(folder)}: give the path without ~ "
             "(set CPSAMPLE_CACHE to a folder for downloads)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    # What the system says of a file in the place of a folder is not helpful.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        words = f"{printable(folder)} cannot be a folder: it is a file, or lies below one"
+        raise OSError(words) from None
     with tempfile.TemporaryFile(dir=folder):
         pass
     return folder
@@ -410,10 +415,11 @@ def _commit() -> str:
     return f"{head}-dirty" if differs else head
 
 
-def provenance() -> dict[str, str]:
-    "Where and when a result was made: commit, hardware, date."
+def provenance() -> dict[str, Any]:
+    "Where and when a result was made: commit, hardware, threads of a process, date."
     return {
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }
