@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'in_one_line', 'sentence',
-           'one_line_errors', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line', 'PlainStream',
-           'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
-           'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
+           'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
+           'PlainStream', 'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from',
+           'device_name', 'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
            'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command', 'typed', 'guard_of_run',
-           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
-           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
-           'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
+           'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -93,10 +93,20 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def share_cores() -> None:
+    """Let threads that wait sleep, unless the environment says otherwise; before torch is loaded.
+
+    OpenMP's threads keep their cores while they wait for one another. On a machine that has other
+    work a small network then takes twenty times as long (data/results/threads.json).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 class OneLineErrors(typer.core.TyperGroup):
     "The commands of one program: options are read, and commands run, within `one_line_errors`."
 
     def main(self, args: Any = None, **more: Any) -> Any:
+        share_cores()
         words = list(sys.argv[1:] if args is None else args)
         if "--debug" in words:
             words = ["--debug", *(word for word in words if word != "--debug")]
@@ -661,6 +671,7 @@ def guard_of_run(
     **settings: Any,
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
+    from cpsample.core.copying import refuse_shared
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import (
         Config,
@@ -677,6 +688,7 @@ def guard_of_run(
     _, schedule, _ = load_model(run / "model.safetensors")
     if reference:
         non_members = read_data(str(reference), description["size"], description["channels"])
+        refuse_shared(non_members, members, f"images of --reference {reference}")
     if not len(non_members):
         raise ValueError(
             "the run used all its images, so there are none to stay undecided about: "
@@ -891,24 +903,47 @@ _AuditN = Annotated[
 _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed.")]
 
 # %% ../nbs/cli.ipynb #7bbf3684
+def strangers_of_run(members: Any, non_members: Any, held_out: str | None, strict: bool) -> Any:
+    "Images that a run's model never saw: those that were named, or the others of its set, or None."
+    from cpsample.core.copying import leave_out_shared, refuse_shared
+    from cpsample.practice.datasets import read_data
+
+    if held_out is None:
+        return (
+            leave_out_shared(non_members, members, "held-out images") if len(non_members) else None
+        )
+    channels, size = members.shape[1], members.shape[-1]
+    strangers = read_data(held_out, size, channels, strict=strict)
+    refuse_shared(strangers, members, f"images of --held-out {held_out}")
+    return strangers
+
+
 def images_of_run(
-    run: Path, n: int, unguarded: bool, strength: float | None, seed: int, device: str | None
+    run: Path,
+    n: int,
+    unguarded: bool,
+    strength: float | None,
+    seed: int,
+    device: str | None,
+    held_out: str | None,
+    strict: bool,
 ) -> tuple[Any, Any, Any]:
-    "(n images drawn from a run, its members, the others of its set or None)."
+    "(n images drawn from a run, its members, images that its model never saw or None)."
     from cpsample.core.ddpm import generate
     from cpsample.practice.runs import load_protected_run, members_of
 
-    # What cannot be had is refused before images are read.
+    # Whatever may be refused comes before the images are drawn.
     strength = strength_of(strength, unguarded)
     place = on_device(device)
     description, members, non_members = members_of(run)
+    strangers = strangers_of_run(members, non_members, held_out, strict)
     model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
     check_memory(n, shape)
     steps = description["config"]["sample_steps"]
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
-    return x, members, non_members if len(non_members) else None
+    return x, members, strangers
 
 
 def images_of_folders(
@@ -988,13 +1023,12 @@ def audit_command(
     outputs(out, ".html", ".json")
     if is_run:
         run = Path(generated)
-        x, known, unseen = images_of_run(run, n or 1000, unguarded, strength, seed, device)
+        drawing = (n or 1000, unguarded, strength, seed, device)
+        x, known, unseen = images_of_run(run, *drawing, held_out, strict)
     else:
         x, known, unseen = images_of_folders(generated, training, size, strict)
-
-    # Real images that nobody was trained on say how many false alarms there are.
-    if held_out:
-        unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
+        if held_out:
+            unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
 
     # Count, write the report, and say the numbers.
     audited = audit(
@@ -1049,6 +1083,7 @@ def attack_command(
 
     import torch
 
+    from cpsample.core.copying import leave_out_shared, refuse_shared
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
@@ -1064,6 +1099,9 @@ def attack_command(
     model, schedule, _, guard, _ = protected
     if others:
         test = read_data(others, description["size"], description["channels"])
+        refuse_shared(test, members, f"images of --others {others}")
+        taught = divide_non_members(members, non_members).for_guard
+        test = leave_out_shared(test, taught, "images for tests", "images for the guard")
     else:
         test = divide_non_members(members, non_members).test
     if len(test) < 20:

@@ -423,10 +423,11 @@ def _commit() -> str:
     return f"{head}-dirty" if differs else head
 
 
-def provenance() -> dict[str, str]:
-    "Where and when a result was made: commit, hardware, date."
+def provenance() -> dict[str, Any]:
+    "Where and when a result was made: commit, hardware, threads of a process, date."
     return {
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }
