@@ -1081,6 +1081,8 @@ def strangers_for_attack(run: Path, others: str | None) -> Any:
     description, members, non_members = members_of(run)
     divided = divide_non_members(members, non_members)
     test = divided.test
+
+    # What is given may be neither a member nor one that taught the guard.
     if others:
         test = read_data(others, description["size"], description["channels"])
         refuse_shared(test, members, f"images of --others {others}")
