@@ -700,6 +700,8 @@ def guard_of_run(
     # The run's own configuration says how its guard is trained.
     config = replace(Config(**description["config"]), **given(guard_steps=steps))
     writable(run)
+
+    # The rest of the non-members is for whoever attacks.
     for_guard = divide_non_members(members, non_members).for_guard
     return fit_run_guard(
         config,
