@@ -9,7 +9,7 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'device_name', 'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
            'drawn_members', 'described_run', 'check_source', 'write_description', 'sample_sheet', 'train_command',
            'guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
-           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
+           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'judges_of', 'attack_command',
            'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
@@ -110,6 +110,8 @@ class OneLineErrors(typer.core.TyperGroup):
         if "--debug" in words:
             words = ["--debug", *(word for word in words if word != "--debug")]
         with one_line_errors(), plain_streams():
+            if "" in words:
+                raise ValueError("an argument is empty: is a variable of the shell not set?")
             return super().main(words, **more)
 
     def make_context(self, *args: Any, **more: Any) -> Any:
@@ -1028,6 +1030,28 @@ def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) 
     return scores
 
 
+def judges_of(others: str | None, description: dict, members: Any, non_members: Any) -> Any:
+    """Images that neither the model of a run nor its guard has seen, at least 20.
+
+    others: where they are (default: what the guard left of the run's own set).
+    Raises ValueError when there are fewer.
+    """
+    from cpsample.practice.datasets import read_data
+    from cpsample.practice.runs import divide_non_members
+
+    if others:
+        test = read_data(others, description["size"], description["channels"])
+    else:
+        test = divide_non_members(members, non_members).test
+    if len(test) < 20:
+        holder = f"{others} holds" if others else "the run left over"
+        raise ValueError(
+            "at least 20 images are needed that neither the model nor its guard has seen, "
+            f"and {holder} {len(test)}: give more with --others"
+        )
+    return test
+
+
 @app.command("attack")
 def attack_command(
     run: Run,
@@ -1045,8 +1069,7 @@ def attack_command(
 
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
-    from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
+    from cpsample.practice.runs import load_protected_run, members_of
     from cpsample.workshop.files import save_json
 
     # Members, and others that neither the model nor its guard has seen.
@@ -1056,15 +1079,7 @@ def attack_command(
     description, members, non_members = members_of(run)
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
-    if others:
-        test = read_data(others, description["size"], description["channels"])
-    else:
-        test = divide_non_members(members, non_members).test
-    if len(test) < 20:
-        raise ValueError(
-            "there are not enough images that neither the model nor its guard has seen: "
-            "give --others"
-        )
+    test = judges_of(others, description, members, non_members)
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."
