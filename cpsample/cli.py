@@ -111,6 +111,8 @@ class OneLineErrors(typer.core.TyperGroup):
         if "--debug" in words:
             words = ["--debug", *(word for word in words if word != "--debug")]
         with one_line_errors(), plain_streams():
+            if "" in words:
+                raise ValueError("an argument is empty: is a variable of the shell not set?")
             return super().main(words, **more)
 
     def make_context(self, *args: Any, **more: Any) -> Any:
@@ -1092,9 +1094,10 @@ def strangers_for_attack(run: Path, others: str | None) -> Any:
             test, divided.for_guard, "images for tests", of="images for the guard"
         )
     if len(test) < 20:
+        holder = f"{others} holds" if others else f"{run} left over"
         raise ValueError(
-            "there are not enough images that neither the model nor its guard has seen: "
-            "give --others"
+            "at least 20 images are needed that neither the model nor its guard has seen, "
+            f"and {holder} {len(test)}: give more with --others"
         )
     return test
 
