@@ -7,8 +7,8 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
            'PlainStream', 'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from',
            'device_name', 'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
-           'drawn_members', 'described_run', 'check_source', 'write_description', 'sample_sheet', 'train_command',
-           'guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
+           'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command', 'typed', 'guard_of_run',
+           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
            'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
            'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
@@ -80,10 +80,11 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise  # an end that was asked for
-    except KeyboardInterrupt:
-        words = "interrupted; files appear only when they are complete"
+    except KeyboardInterrupt as stop:
+        # Training says where it can go on, and which signal it was that stopped it.
+        words = str(stop) or "interrupted; files appear only when they are complete"
         print(f"cpsample: {words}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(stop, "status", 130)) from None
     except Exception as error:
         # A wrong option needs no traceback.
         if debug and not hasattr(error, "format_message"):
@@ -535,19 +536,6 @@ def check_source(data: str, start: Path | None, **of_folders: Any) -> None:
         raise ValueError(f"--from needs a file: give {start / 'model.safetensors'}")
 
 
-def write_description(out: Path, description: dict) -> None:
-    """Write run.json into the folder of a run.
-
-    Raises ValueError when the model that lies there is none that this program has trained.
-    """
-    from cpsample.workshop.files import save_json, writable
-
-    is_run = any((out / name).exists() for name in ("run.json", "checkpoint.safetensors"))
-    if (out / "model.safetensors").exists() and not is_run:
-        raise ValueError(f"{out} holds a model that is no run's: choose another folder")
-    save_json(writable(out) / "run.json", description)
-
-
 def sample_sheet(out: Path, config: Any, shape: tuple, device: Any, step: int, model: Any) -> None:
     "Write twenty images, drawn by the model as it is after so many steps, as a picture."
     from cpsample.core.ddpm import generate
@@ -585,7 +573,8 @@ def train_command(
     check_source(data, start, size=size, grey=grey)
 
     from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import load_model, train_denoiser
+    from cpsample.practice.runs import model_to_tune, train_denoiser
+    from cpsample.workshop.files import writable
 
     size = size or 32
     accelerator, place = processes(device)
@@ -595,13 +584,14 @@ def train_command(
     # Which images, and which model to start from.
     x = read_data(data, size, 1 if grey else 3, strict=strict)
     members = x if images is None else drawn_members(x, images, seed)
-    base = load_model(start) if start else None
-    if base:
-        config = replace(config, schedule=base.schedule.name)
+    base = None
+    if start:
+        base, config = model_to_tune(start, config)
 
-    # What was trained on has to be known later: the run describes itself.
+    # What was trained on has to be known later: the run describes itself, once it is accepted.
+    writable(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
-    write_description(out, described_run(data, size, images, x, **origin))
+    about = described_run(data, size, images, x, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
@@ -609,7 +599,9 @@ def train_command(
         config,
         members,
         out,
-        start=base and base.model,
+        about=about,
+        extend=True,
+        start=base,
         after_checkpoint=sheet,
         accelerator=accelerator,
         device=place,
@@ -654,15 +646,29 @@ _GuardTMax = Annotated[
         "1000 where few images come again and again).",
     ),
 ]
+_GuardWanted = Annotated[
+    float | None,
+    typer.Option(
+        callback=between(0.01, 1),
+        help="Share of the training images that it has to cover (default: 0.95).",
+    ),
+]
 
 # %% ../nbs/cli.ipynb #6b7c12c5
+def typed(*words: Any, **options: Any) -> str:
+    "A command as one would type it, with those of its options that are not None."
+    for name, value in given(**options).items():
+        words += f"--{name.replace('_', '-')}", value
+    return "cpsample " + shlex.join(str(word) for word in words if word is not None)
+
+
 def guard_of_run(
     run: Path,
     reference: Path | None,
     steps: int | None,
     preset: str,
     device: str | None,
-    **settings,
+    **settings: Any,
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
     from cpsample.practice.datasets import read_data
@@ -704,42 +710,8 @@ def guard_of_run(
     )
 
 
-@app.command("guard")
-def guard_command(
-    run: _GuardRun = None,
-    reference: _GuardReference = None,
-    steps: _TrainSteps = None,
-    preset: _GuardPreset = "default",
-    pipeline: _GuardPipeline = None,
-    data: _GuardData = None,
-    out: _GuardOut = None,
-    t_max: _GuardTMax = None,
-    device: Device = None,
-) -> None:
-    """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
-
-    Keep it as secret as the images.
-    """
-    if (run is None) == (pipeline is None):
-        raise ValueError("give the folder of a run, or --pipeline, and not both")
-    if run is not None:
-        reason = "a run knows its images, and its guard lies in its folder"
-        refuse_ignored(reason, data=data, out=out)
-
-    # A pipeline has its own space; a run has its own images.
-    settings = given(t_max=t_max)
-    if run is None:
-        from cpsample.production.pipelines import fit_named_pipeline_guard
-
-        out = out or Path("guard")
-        outputs(out, ".safetensors", ".json")
-        settings |= {"steps": steps or 4000, "preset": preset, "device": on_device(device)}
-        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
-    else:
-        out = run / "guard"
-        guard = guard_of_run(run, reference, steps, preset, device, **settings)
-
-    # What calibration measured, at the level where it was asked to cover the members.
+def print_coverage(guard: Any, out: Path) -> None:
+    "What calibration measured, at the level where it was asked to cover the members."
     report = guard.report
     if report is None:
         print(f"As printed in the paper, and not calibrated: {out}.safetensors")
@@ -752,6 +724,50 @@ def guard_command(
         f"{false_alarms:.1%} of {report['n_held_out']} others at t = {report['level']}: "
         f"{out}.safetensors"
     )
+
+
+@app.command("guard")
+def guard_command(
+    run: _GuardRun = None,
+    reference: _GuardReference = None,
+    steps: _TrainSteps = None,
+    preset: _GuardPreset = "default",
+    pipeline: _GuardPipeline = None,
+    data: _GuardData = None,
+    out: _GuardOut = None,
+    t_max: _GuardTMax = None,
+    wanted: _GuardWanted = None,
+    device: Device = None,
+) -> None:
+    """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
+
+    Keep it as secret as the images.
+    """
+    if (run is None) == (pipeline is None):
+        raise ValueError("give the folder of a run, or --pipeline, and not both")
+    if run is not None:
+        reason = "a run knows its images, and its guard lies in its folder"
+        refuse_ignored(reason, data=data, out=out)
+
+    # A pipeline has its own space; a run has its own images. Either can be continued.
+    settings = given(t_max=t_max, wanted=wanted)
+    asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
+    if preset != "default":
+        asked["preset"] = preset
+    settings["command"] = typed("guard", run, pipeline=pipeline, **asked)
+    if run is None:
+        from cpsample.production.pipelines import fit_named_pipeline_guard
+
+        out = out or Path("guard")
+        outputs(out, ".safetensors", ".json")
+        steps = 4000 if steps is None else steps
+        settings |= {"steps": steps, "preset": preset, "device": on_device(device)}
+        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
+    else:
+        out = run / "guard"
+        guard = guard_of_run(run, reference, steps, preset, device, **settings)
+
+    print_coverage(guard, out)
 
 # %% ../nbs/cli.ipynb #a89fc172
 _SampleN = Annotated[int, typer.Option("--number", "-n", callback=_MANY, help="How many images.")]

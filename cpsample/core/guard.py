@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'GUARDS', 'push', 'check_settings', 'check_weights', 'frozen_copy', 'Guard', 'members_identity',
            'check_guard_fits', 'UncalibratedGuardWarning', 'IdleGuardWarning', 'warn_of_guard', 'warn_of_vanished',
            'Correction', 'level_per_row', 'rows_to_ask', 'refuse_copies', 'refuse_training', 'Corrector', 'Protected',
-           'protect', 'preset_settings', 'fit_guard']
+           'protect', 'PresetKind', 'preset_kind', 'preset_settings', 'fit_guard']
 
 # %% ../../nbs/1_core/08_guard.ipynb #4694f46b
 import copy
@@ -596,6 +596,27 @@ GUARDS = {
     "paper": dict(K=1, alpha=0.001, scale=1000.0, form="away", t_max=1000, t_power=1.0),
 }
 
+# %% ../../nbs/1_core/08_guard.ipynb #kinds002
+class PresetKind(NamedTuple):
+    """How the guards of a preset are taught and set up.
+
+    takes_reference: whether they learn to stay undecided about images that are no members.
+    is_calibrated: whether gate and strength are measured, or used as printed.
+    """
+
+    takes_reference: bool = True
+    is_calibrated: bool = True
+
+
+_PRESET_KINDS = {"paper": PresetKind(takes_reference=False, is_calibrated=False)}
+
+
+def preset_kind(preset: str) -> PresetKind:
+    "How the guards of a preset are taught and set up. Raises ValueError for an unknown preset."
+    if preset not in GUARDS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
+    return _PRESET_KINDS.get(preset, PresetKind())
+
 # %% ../../nbs/1_core/08_guard.ipynb #84e2d6b0
 def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, Any]:
     """The settings of a preset, with changes.
@@ -605,8 +626,7 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     T: number of noise levels of the schedule.
     Raises ValueError for an unknown preset or unknown settings.
     """
-    if preset not in GUARDS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(GUARDS)}")
+    preset_kind(preset)  # refuses unknown ones
     settings = dict(GUARDS[preset])
     unknown = changes.keys() - settings.keys()
     if unknown:

@@ -26,7 +26,14 @@ from ..core.copying import copy_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, MLPDenoiser, ddpm_loss, generate, run, seeded, train
 from ..core.demo import DEFAULTS
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
+from cpsample.core.guard import (
+    GUARDS,
+    Guard,
+    UncalibratedGuardWarning,
+    fit_guard,
+    preset_kind,
+    protect,
+)
 from ..core.images import load_digits, pixels, split
 from ..core.schedule import Schedule, make_schedule
 from cpsample.judgement.attacks import (
@@ -332,7 +339,7 @@ def guard_of(preset: str, world: World) -> Guard:
     world.guards[preset] = fit_guard(
         world.members,
         SCHEDULE,
-        None if preset == "paper" else world.reference,
+        world.reference if preset_kind(preset).takes_reference else None,
         preset=preset,
         steps=situation.guard_steps,
         batch_size=situation.guard_batch,

@@ -280,12 +280,18 @@ def save_picture(path: Path | str, fig: Any) -> None:
 def write_tensors(tensors: dict[str, Tensor], path: Path | str, header: dict[str, str]) -> None:
     """Write tensors as safetensors, straight to `path` (use a path from `atomic`).
 
+    tensors: by their names; two of them may share their memory, as tied weights do.
     header: texts that stand before the tensors.
     Raises OSError when that fails, on a full disk for example.
     """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Tied weights have two names for one memory; in a file each name has its own.
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
     try:
-        save_file(contiguous, path, header)
+        save_file(separate, path, header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -320,11 +326,12 @@ class NoLockWarning(UserWarning):
 def locked(folder: Path | str) -> Iterator[None]:
     """Keep other programs out of a folder, for as long as the block runs.
 
-    folder: that exists and can be written. Of several processes of one run only one may lock it.
+    folder: that exists and can be written. Of several processes of one run only one may lock it,
+        and that one may lock it again.
     Raises OSError, at once, when it is locked already.
     """
     # Where nothing can be locked, on some network shares, the program runs all the same.
-    lock = filelock.FileLock(Path(folder) / ".cpsample.lock", timeout=0)
+    lock = filelock.FileLock(Path(folder) / ".cpsample.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -341,8 +348,9 @@ def locked(folder: Path | str) -> Iterator[None]:
     finally:
         # Removed first: whoever opens it meanwhile sees that it is gone, and makes a new one.
         if lock.is_locked:
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)
+            if lock.lock_counter == 1:
+                with contextlib.suppress(OSError):
+                    os.unlink(lock.lock_file)
             lock.release()
 
 # %% ../../nbs/5_workshop/01_files.ipynb #db76ff6d
