@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'CHANGES', 'RENDERINGS', 'SPACE_OF_SHAPE', 'copy_reports', 'auth_pct', 'c_t', 'renderings_of', 'plant',
-           'sensitivity', 'feature_space', 'Verdict', 'Audit', 'audit']
+           'sensitivity', 'feature_space', 'Verdict', 'contradiction', 'Audit', 'audit']
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #0fec8014
 import warnings
@@ -21,7 +21,14 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 import cpsample
-from ..core.copying import CopyReport, cosine_test, neighbourhood_score, ratio_score
+from cpsample.core.copying import (
+    CopyReport,
+    cosine_test,
+    neighbourhood_score,
+    ratio_score,
+    refuse_shared,
+    warn_of_near,
+)
 from ..core.digit_encoder import frechet_distance
 from ..core.images import check_images, warn_of_difference
 from .repeats import duplicate_groups, principal_axes, project
@@ -258,6 +265,28 @@ class Verdict(NamedTuple):
     sentence: str
 
 
+def _found_beyond_alarms(numbers: dict) -> float:
+    "The share of copies that a test finds for certain, beyond what it may call copies by mistake."
+    false_alarms = numbers.get("ci_held_out", (0, 0))[1]
+    return numbers["ci"][0] - false_alarms
+
+
+def contradiction(tests: dict[str, dict], test: str, max_copy_rate: float) -> str | None:
+    """What the other tests say where all of them contradict a pass strongly; otherwise None.
+
+    tests: {test: its numbers}, see `Audit`.
+    test: the one that passes at `max_copy_rate`. Strongly is: for certain they find more copies
+        than that, and, beyond their false alarms, among more than three fifths of the images.
+    """
+    others = {name: numbers for name, numbers in tests.items() if name != test}
+    for numbers in others.values():
+        found = _found_beyond_alarms(numbers)
+        if found <= max(0.6, max_copy_rate):
+            return None
+    counts = [f"{numbers['copies']} by the {name} test" for name, numbers in others.items()]
+    return f"but copies are {' and '.join(counts)}: look at the closest pairs and at the repeats"
+
+
 @dataclass
 class Audit:
     """What `audit` found.
@@ -274,21 +303,27 @@ class Audit:
     def verdict(self, max_copy_rate: float, test: str = "ratio") -> Verdict:
         """Passed if the upper bound of the copy rate is at most `max_copy_rate`.
 
+        And if the other tests do not contradict it strongly, see `contradiction`.
         test: a key of `TESTS`.
         """
         report = self.record["tests"][test]
         upper = report["ci"][1]
-        passed = upper <= max_copy_rate
+        doubt = contradiction(self.record["tests"], test, max_copy_rate)
+        is_low = upper <= max_copy_rate
+        passed = is_low and doubt is None
+
+        # Why, in one sentence; the doubt only where it decides.
         result = "passed" if passed else "FAILED"
+        reason = f"; {doubt}" if is_low and doubt else ""
         return Verdict(
             passed,
             f"{result}: copies by the {test} test {report['words']}; "
-            f"upper bound {upper:.2%}, allowed {max_copy_rate:.2%}",
+            f"upper bound {upper:.2%}, allowed {max_copy_rate:.2%}{reason}",
         )
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #77e292b3
 def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
-    "{name: images in [−1, 1]}. Raises ValueError unless all are images [N, C, H, W] of one size."
+    "{name: images in [−1, 1]}. Raises ValueError unless all are of one size, and strangers are."
     sets = {"generated": generated, "training": training}
     if held_out is not None:
         sets["held-out"] = held_out
@@ -303,6 +338,10 @@ def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) ->
                 "both must be [N, C, H, W] of one size"
             )
         warn_of_difference(x, sets["training"], f"{name} images", "training images")
+
+    # Strangers tell how often the tests ring at innocents: they must be strangers.
+    if held_out is not None:
+        refuse_shared(sets["held-out"], sets["training"])
     return sets
 
 
@@ -419,7 +458,8 @@ def audit(
 
     generated [n, C, H, W]: its images, in [−1, 1] like all others.
     training [N, C, H, W]: what it was trained on.
-    held_out [m, C, H, W]: real images that it never saw (default: none; better with them).
+    held_out [m, C, H, W]: real images that it never saw (default: none; better with them). If one
+        is a training image, all are refused; those that nearly are cause a `SharedImagesWarning`.
     space: of the features, see `feature_space`.
     flips: whether mirror images count as the same.
     limit: rows that AuthPct, C_T and quality look at.
@@ -446,6 +486,9 @@ def audit(
             reports[name], distances[name] = copy_reports(
                 x, training, groups, f[name], f["training"], **search
             )
+
+    if held_out is not None:
+        warn_of_near(reports["held-out"]["ratio"].score)
 
     # What would the tests miss? And everything else that goes on record.
     record = {
