@@ -28,7 +28,7 @@ from cpsample.core.classifier import (
     log_odds,
     training_set,
 )
-from .ddpm import Denoiser, run, seeded, train
+from .ddpm import Denoiser, for_rows, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, signal_noise
 from ..workshop.files import fingerprint
@@ -200,7 +200,7 @@ def _check_shape(guard: Guard, shape: Sequence[int]) -> None:
     if known != drawn:
         raise ValueError(
             f"this guard knows images of shape {known}, the model draws {drawn}: "
-            "train one at the model's shape"
+            "train one at the model's shape, or draw at the guard's"
         )
 
 
@@ -340,11 +340,19 @@ class Protected(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         "The model's noise prediction with the guard's correction, in the model's precision."
-        eps = self.model(x_t, t)
+        return self._answer(self.model, x_t, t)
+
+    def _answer(self, model: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+        eps = model(x_t, t)
         correction = self.corrector.correction(x_t, t)
         if correction is None:
             return eps
         return eps.index_add(0, correction.rows, correction.delta_eps.to(eps.dtype))
+
+    def for_rows(self, rows: slice, n: int) -> Denoiser:
+        "The same for some rows of a batch of n, see `for_rows` of chapter 1.4."
+        part = for_rows(self.model, rows, n)
+        return self if part is self.model else partial(self._answer, part)
 
     @property
     def guard(self) -> Guard:
