@@ -218,6 +218,7 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(w)
         self.config = {"shape": list(w.shape)}
+        self.eval()
 
     def forward(self, x, t):
         return 5.0 + (x.sin() * self.w).flatten(1).sum(1, keepdim=True)

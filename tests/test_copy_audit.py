@@ -205,7 +205,7 @@ def test_the_command_reads_arrays(tmp_path):
         (["{}/made", "{}/one"], "at least two different"),
         (["{}/nan.npy", "{}/train"], "NaN"),
         (["{}/small.npy", "{}/train"], "of one size"),
-        (["{}/made", "{}/train", "--out", "/dev/null/x"], "File exists"),
+        (["{}/made", "{}/train", "--out", "/dev/null/x"], "cannot be a folder"),
         (["{}/made", "{}/train", "--strict"], "broken.png"),
     ],
 )

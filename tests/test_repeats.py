@@ -1,22 +1,35 @@
 "Neighbours and near-duplicates: what the fast search finds is what the slow one finds."
 
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from cpsample.core.images import pixels
+from cpsample.core.images import pixels, to_bytes
 from cpsample.judgement.repeats import duplicate_groups, near_pairs, principal_axes, project
 from cpsample.practice.datasets import load_fashion
-from cpsample.workshop.neighbours import nearest, nearest_groups, typical_distance
+from cpsample.workshop.neighbours import distance, nearest, nearest_groups, typical_distance
 
 TRAIN, REAL = (pixels(load_fashion(part, small=True)[0]) for part in ("train", "test"))
 
 
 def seed(n):
     return torch.Generator().manual_seed(n)
+
+
+def jpeg(x, quality):
+    "Grey pictures, saved as JPEG and read again."
+    again = []
+    for picture in to_bytes(x)[:, 0]:
+        file = io.BytesIO()
+        Image.fromarray(picture.numpy()).save(file, "jpeg", quality=quality)
+        again.append(torch.from_numpy(np.array(Image.open(file))))
+    return pixels(torch.stack(again)[:, None])
 
 
 def all_distances(x, refs, flips=False):
@@ -58,20 +71,22 @@ def test_backends_are_checked_before_anything_is_computed(monkeypatch):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 30))
-def test_of_a_group_only_the_nearest_member_is_a_neighbour(k, k_groups, n):
-    """The nearest distance is exact; so are all of them when only the nearest group has more than
-    one member nearby."""
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(2, 90), st.integers(1, 5))
+def test_of_a_group_only_the_nearest_member_is_a_neighbour(k, k_groups, n, neighbours):
+    "All distances are exact, however many members a group has."
     g = seed(k)
     refs, x = torch.randn(n, 1, 2, 3, generator=g), torch.randn(9, 1, 2, 3, generator=g)
     labels = torch.randint(k_groups, (n,), generator=g)
     groups = torch.stack([(labels == label).nonzero()[0, 0] for label in labels])
+    d, rows = nearest_groups(x, refs, groups, k=neighbours)
+
+    # Slowly: of each group the nearest member.
     every = all_distances(x, refs)
-    d, rows = nearest_groups(x, refs, groups, k=2)
-    torch.testing.assert_close(d[:, 0], every.min(1).values, atol=1e-4, rtol=1e-4)
+    of_groups = torch.stack([every[:, groups == first].amin(1) for first in groups.unique()], 1)
+    expected = of_groups.sort(1).values[:, :neighbours]
+    torch.testing.assert_close(d, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(every.gather(1, rows), d, atol=1e-4, rtol=1e-4)
-    if d.shape[1] > 1:
-        assert (groups[rows[:, 0]] != groups[rows[:, 1]]).all()
+    assert all(len(row.unique()) == len(row) for row in groups[rows])
 
 
 def test_typical_distance_is_the_median_to_the_kth_other():
@@ -109,8 +124,8 @@ def test_shadows_are_no_farther_apart(k, n, dims):
     assert (all_distances(z[:, None], z[:, None]) <= all_distances(x, x) + 1e-5).all()
 
 
-def test_groups_follow_chains_and_exact_repeats():
-    "0, 1 and 2 are a chain, 5 is there twice, 9 is alone."
+def test_groups_have_a_centre_and_hold_exact_repeats():
+    "1 is the centre of 0, 1 and 2; 5 is there twice; 9 is alone."
     x = torch.zeros(7, 1, 2, 2)
     x[:, 0, 0, 0] = torch.tensor([0.0, 5, 1, 2, 5, 9, 0])
     x[:, 0, 0, 1] = x[:, 0, 0, 0]
@@ -121,3 +136,109 @@ def test_groups_follow_chains_and_exact_repeats():
 def test_ten_thousand_repeats_are_one_image():
     x = TRAIN[:3].repeat(3000, 1, 1, 1)
     assert duplicate_groups(x, 0.1).unique().tolist() == [0, 1, 2]
+
+
+def square(grey):
+    "Flat pictures of these greys."
+    return grey.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "film, least",
+    [
+        (square(torch.linspace(-1, 1, 40)), 40 // 3),
+        (TRAIN[:1].lerp(TRAIN[1:2], torch.linspace(0, 1, 100).view(-1, 1, 1, 1)), 100 // 5),
+        (torch.linspace(0, 1, 60).view(-1, 1, 1, 1) * TRAIN[:1], 60 // 5),
+    ],
+)
+def test_a_slow_fade_is_no_single_picture(film, least):
+    radius = typical_distance(film) / 3
+    groups = duplicate_groups(film, radius)
+    assert len(groups.unique()) >= least
+    first_and_last = distance(film[:1], film[-1:], flips=True)
+    assert first_and_last > 5 * radius and groups[0] != groups[-1]
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(2, 60), st.floats(0.1, 3), st.booleans())
+def test_groups_are_no_wider_than_two_radii_in_whatever_order(k, n, radius, flips):
+    # A random walk: chains of all lengths, and some exact repeats.
+    g = seed(k)
+    x = (0.3 * torch.randn(n, 1, 2, 3, generator=g)).cumsum(0)
+    x[n // 2] = x[0]
+    groups = duplicate_groups(x, radius, flips)
+    every = all_distances(x, x, flips)
+    same = groups[:, None] == groups
+    assert every[same].max() <= 2 * radius + 1e-4
+    for first in groups.unique():
+        members = (groups == first).nonzero()[:, 0]
+        assert members.min() == first
+        assert every[members][:, members].amax(1).min() <= radius + 1e-4
+
+    # Whoever is alone has no near pair with another who is alone.
+    alone = groups.bincount(minlength=n)[groups] == 1
+    near = every[alone][:, alone].fill_diagonal_(torch.inf)
+    assert near.numel() == 0 or near.min() > radius - 1e-4
+    order = torch.randperm(n, generator=g)
+    again = duplicate_groups(x[order], radius, flips)
+    assert torch.equal(again[:, None] == again, same[order][:, order])
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.floats(0.001, 0.1), st.booleans())
+def test_every_repeat_counts_however_many_there_are(k, times, strength, mirrored):
+    "Twelve or forty repeats of each picture fill the first places; the scale lies beyond them."
+    g = seed(k)
+    coarse = torch.rand(30, 1, 7, 7, generator=g) * 2 - 1
+    pictures = torch.nn.functional.interpolate(coarse, (28, 28), mode="bilinear")
+    x = pictures.repeat(times, 1, 1, 1)
+    x = x + strength * torch.randn(x.shape, generator=g)
+    if mirrored:
+        x[1::2] = x[1::2].flip(-1)
+    order = torch.randperm(len(x), generator=g)
+    groups = duplicate_groups(x[order], typical_distance(x[order]) / 3)
+    assert len(groups.unique()) == 30
+    same = (order % 30)[:, None] == order % 30
+    assert torch.equal(groups[:, None] == groups, same)
+
+
+def test_pictures_saved_twelve_times_are_one():
+    "Of quality 96 … 52: the tenth neighbour of every picture is itself, saved again."
+    pictures = TRAIN[:25]
+    saved = torch.cat([jpeg(pictures, quality) for quality in range(96, 51, -4)])
+    groups = duplicate_groups(saved, typical_distance(saved) / 3)
+    assert len(saved) - len(groups.unique()) == 275
+    assert torch.equal(groups, torch.arange(25).repeat(12))
+
+
+def test_different_pictures_have_no_gap():
+    "Their scale is the plain median to the tenth, to the bit."
+    for x in (TRAIN, REAL[:60], TRAIN[:300]):
+        order = torch.randperm(len(x), generator=seed(0))[:100]
+        plain = nearest(x[order], x, 11, flips=True)[0][:, 10].median().item()
+        assert typical_distance(x) == plain
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_distances_are_taken_in_full_precision(kind, backend):
+    "In half precision the square of a distance of 1,773 overflows, and bytes wrap round."
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    white, black = torch.ones(1, 3, 512, 512), torch.zeros(1, 3, 512, 512)
+    scale = 255 if kind == torch.uint8 else 2
+    refs = torch.cat([black, scale * white]).to(kind)
+    d, rows = nearest(refs, refs, 2, backend=backend)
+    assert d.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    assert torch.equal(rows[:, 0], torch.arange(2)) and d[:, 0].max() == 0
+    assert d[:, 1].tolist() == pytest.approx(2 * [scale * 786432**0.5], rel=1e-4)
+    assert distance(refs[:1], refs[1:]).item() == pytest.approx(scale * 786432**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_distance_that_is_not_finite_is_an_error(broken, side):
+    sets = [REAL[:3].clone(), TRAIN[:9].clone()]
+    sets[side][1] = broken
+    with pytest.raises(ValueError, match="not finite"):
+        nearest(*sets)

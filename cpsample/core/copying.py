@@ -169,6 +169,13 @@ def neighbourhood_test(
     return CopyReport(neighbourhood_score(distances, factor), nearest_row, threshold)
 
 # %% ../../nbs/1_core/06_copying.ipynb #d1da383d
+def _directions(features: Tensor, name: str) -> Tensor:
+    "Features [n, D] scaled to length 1. Raises ValueError where that fails."
+    if not torch.isfinite(features.norm(dim=1)).all():
+        raise ValueError(f"{name} are too large to be squared: scale them down first")
+    return F.normalize(features, dim=1)
+
+
 def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.97) -> CopyReport:
     """Cosine test: copies have features that point the same way as a training image's.
 
@@ -176,15 +183,17 @@ def cosine_test(features: Tensor, train_features: Tensor, threshold: float = 0.9
     features [n, D]: of the images to judge.
     train_features [N, D]: of the training images.
     threshold: a similarity above it is a copy.
-    Raises ValueError for NaN.
+    Raises ValueError for NaN, and for features too large to be squared.
     Source: CPSample, section 5 (0.97 on CIFAR-10).
     """
     features, train_features = check_pair(features, train_features, "features", "training features")
+    directions = _directions(features, "features")
+    train_directions = _directions(train_features, "training features")
 
     # A tile of the training set at a time stays in the processor's cache.
-    tiles = F.normalize(train_features, dim=1).split(1024)
+    tiles = train_directions.split(1024)
     scores, nearest_rows = [], []
-    for part in F.normalize(features, dim=1).split(512):
+    for part in directions.split(512):
         in_tiles = [(part @ tile.T).max(1) for tile in tiles]
         similarity = torch.stack([best.values for best in in_tiles])  # [tiles, n]
         row_in_tile = torch.stack([best.indices for best in in_tiles])

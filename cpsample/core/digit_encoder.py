@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from .ddpm import run, seeded, train
+from .images import check_pair
 from .schedule import randn
 from ..workshop.files import data_path
 
@@ -75,19 +76,21 @@ def digit_features(x: Tensor) -> Tensor:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The Fréchet distance of Gaussians fitted to two sets of features.
 
-    a [n, D], b [m, D]. Biased upwards for small n: compare at equal n.
-    Called FID only when the features are Inception's.
-    Raises ValueError for fewer than two rows on a side.
+    a [n, D], b [m, D]; of any type of float, computed in float64. Biased upwards for small n:
+    compare at equal n. Called FID only when the features are Inception's.
+    Raises ValueError for fewer than two rows on a side, NaN or infinity.
     Source: Dowson & Landau 1982; Heusel et al. 2017, eq. 6.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(
             f"a Fréchet distance needs at least 2 rows on each side, got {len(a)} and {len(b)}"
         )
-    a, b = (np.asarray(features.detach().cpu(), dtype=np.float64) for features in (a, b))
+    a, b = check_pair(a, b, "features", "other features")
+    a, b = (features.detach().cpu().double().numpy() for features in (a, b))
     cov_a, cov_b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
 
     # tr (Σa Σb)^½ from the eigenvalues; rounding may take one of them below zero.
     cross = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
     between_means = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(between_means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    distance = between_means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    return max(0.0, float(distance))  # of equal sets, rounding may leave −1e-6

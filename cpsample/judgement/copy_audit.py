@@ -7,6 +7,7 @@ __all__ = ['TESTS', 'CHANGES', 'SPACE_OF_SHAPE', 'copy_reports', 'auth_pct', 'c_
            'Verdict', 'Audit', 'audit']
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #0fec8014
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 import cpsample
@@ -111,7 +113,10 @@ def c_t(
     Source: Meehan et al. 2020.
     """
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
-    kmeans.fit(f_train.double().numpy())
+    with warnings.catch_warnings():
+        # Of fewer different rows than cells, some cells are empty, and left out below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        kmeans.fit(f_train.double().numpy())
 
     d, cell = _distances_and_cells(f, f_train, kmeans)
     d_held_out, cell_held_out = _distances_and_cells(f_held_out, f_train, kmeans)

@@ -14,6 +14,7 @@ from scipy.stats import ttest_ind
 from torch import Tensor
 
 from ..core.copying import proportion_ci
+from ..workshop.neighbours import at_least_float32
 
 # %% ../../nbs/3_judgement/01_inference.ipynb #f425ff6a
 def _wins(members: Tensor, others: Tensor) -> np.ndarray:
@@ -193,12 +194,15 @@ def infer(
 def loss_test(members: Tensor, others: Tensor) -> tuple[float, float]:
     """Are scores of members higher than those of others? One-sided, as (statistic, p).
 
-    members [N], others [M]: scores, for example −loss.
+    members [N], others [M]: scores, for example −loss; where all are the same, p is ½.
+    Raises ValueError for fewer than two scores, NaN, infinity.
     Source: Welch's test; how CPSample, section 5, reports its loss attack.
     """
-    test = ttest_ind(
-        members.cpu().numpy(), others.cpu().numpy(), equal_var=False, alternative="greater"
-    )
+    members = at_least_float32(_check_scores(members, "members")).cpu().numpy()
+    others = at_least_float32(_check_scores(others, "others")).cpu().numpy()
+    if np.ptp(members) == np.ptp(others) == 0 and members[0] == others[0]:
+        return 0.0, 0.5
+    test = ttest_ind(members, others, equal_var=False, alternative="greater")
     return float(test.statistic), float(test.pvalue)
 
 # %% ../../nbs/3_judgement/01_inference.ipynb #b893a80d

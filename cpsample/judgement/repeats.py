@@ -9,11 +9,11 @@ __all__ = ['principal_axes', 'project', 'near_pairs', 'duplicate_groups']
 import numpy as np
 import torch
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..core.images import first_occurrence
-from ..workshop.neighbours import distance
+from ..workshop.files import fingerprint
+from ..workshop.neighbours import at_least_float32, distance
 
 # %% ../../nbs/3_judgement/04_repeats.ipynb #8556e752
 def principal_axes(x: Tensor, dims: int, *, rows: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def principal_axes(x: Tensor, dims: int, *, rows: int) -> tuple[Tensor, Tensor]:
     rows: how many images they are computed from, always the same ones.
     """
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:rows]
-    sample = x[chosen].flatten(1)
+    sample = at_least_float32(x[chosen].flatten(1))
     centre = sample.mean(0)
     axes = torch.linalg.svd(sample - centre, full_matrices=False).Vh[:dims].T
     return centre, axes
@@ -39,7 +39,7 @@ def project(x: Tensor, centre: Tensor, axes: Tensor, *, mirrored: bool = False) 
     coordinates = []
     for part in x.split(4096):
         part = part.flip(-1) if mirrored else part
-        coordinates.append((part.flatten(1) - centre) @ axes)
+        coordinates.append((part.flatten(1).to(axes.dtype) - centre) @ axes)
     return torch.cat(coordinates)
 
 # %% ../../nbs/3_judgement/04_repeats.ipynb #72ae7511
@@ -104,23 +104,50 @@ def near_pairs(
     return torch.cat(near)
 
 # %% ../../nbs/3_judgement/04_repeats.ipynb #fa5e4435
+def _by_number_of_pairs(images: Tensor, i: np.ndarray, j: np.ndarray) -> list[int]:
+    """The rows of images that belong to pairs (i, j): those with most pairs first.
+
+    Among equals a hash decides: the order is that of the pictures, however they are arranged.
+    """
+    count = np.bincount(np.concatenate([i, j]), minlength=len(images))
+    rows = count.nonzero()[0].tolist()
+    digests = {row: fingerprint(images[row]) for row in rows}
+    return sorted(rows, key=lambda row: (-count[row], digests[row]))
+
+
+def _centres(images: Tensor, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    "For each of the images [M] the row of its group's centre, which it forms a pair (i, j) with."
+    ends = np.concatenate([i, j]), np.concatenate([j, i])
+    shape = (len(images), len(images))
+    neighbours = coo_array((np.ones(len(ends[0])), ends), shape=shape).tocsr()
+
+    # Whoever is still free when its turn comes is a centre, and takes those that are free, too.
+    centre = np.arange(len(images))
+    is_free = np.ones(len(images), dtype=bool)
+    for row in _by_number_of_pairs(images, i, j):
+        if is_free[row]:
+            near = neighbours.indices[neighbours.indptr[row] : neighbours.indptr[row + 1]]
+            members = near[is_free[near]]
+            centre[members] = row
+            is_free[members] = is_free[row] = False
+    return centre
+
+
 def duplicate_groups(x: Tensor, radius: float, flips: bool = True) -> Tensor:
     """For each row of x the number of the first row of its group of duplicates: int64 [N].
 
     x [N, ...]: images.
-    radius: a group holds exact repeats, and chains of pairs nearer than this in ℓ₂.
+    radius: every member of a group is nearer than this, in ℓ₂, to one of them, its centre; so no
+        two are farther apart than twice that.
     flips: whether mirror images are duplicates, too.
     """
     # Exact repeats: `first` [M] are the different images, `different` [N] says which one a row is.
     first, different = first_occurrence(x).unique(return_inverse=True)
     images = x if len(first) == len(x) else x[first]
-
-    # Chains of near pairs are the connected components of a graph.
     i, j = near_pairs(images, radius, flips).T.numpy()
-    graph = coo_array((np.ones(len(i)), (i, j)), shape=(len(first), len(first)))
-    _, component = connected_components(graph, directed=False)
+    centre = _centres(images, i, j)
 
     # Each group is called by its first row.
-    leader = np.full(component.max() + 1, len(x))
-    np.minimum.at(leader, component, first.numpy())
-    return torch.as_tensor(leader[component])[different]
+    leader = np.full(len(images), len(x))
+    np.minimum.at(leader, centre, first.numpy())
+    return torch.as_tensor(leader[centre])[different]

@@ -56,7 +56,7 @@ def show_distances(audited: Audit) -> "Figure":
 
     fig, ax = plt.subplots(figsize=(6, 2.2))
     farthest = max(d.max().item() for d in audited.distances.values())
-    edges = np.linspace(0, farthest, 60)
+    edges = np.linspace(0, farthest or 1, 60)
     for (name, d), color in zip(audited.distances.items(), ("crimson", "0.4")):
         ax.hist(d.numpy(), edges, density=True, histtype="step", lw=1.5, color=color, label=name)
     ax.set(xlabel="ℓ₂ distance to the nearest training image", ylabel="density")

@@ -84,8 +84,12 @@ def mifid(generated: Tensor, training: Tensor, tau: float = 0.1) -> float:
     tau: mean cosine distance from which on nothing is memorised (default 0.1, Inception's).
     Source: Bai et al. 2021.
     """
+    # Rows of zeros have no direction; where there are no others, nothing is memorised by cosine.
+    if not generated.any() or not training.any():
+        return frechet_distance(generated, training)
     name = "MemorizationInformedFrechetInceptionDistance"
-    return float(_torchmetrics(name, generated, training, cosine_distance_eps=tau))
+    distance = float(_torchmetrics(name, generated, training, cosine_distance_eps=tau))
+    return 0.0 if distance < 0 else distance  # of equal sets, rounding may leave −1e-6
 
 # %% ../../nbs/2_practice/06_quality_measures.ipynb #53c6463f
 def quality(

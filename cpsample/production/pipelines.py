@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.ddpm import Denoiser
-from ..core.guard import Corrector, Guard, check_guard_fits
+from cpsample.core.guard import (
+    Corrector,
+    Guard,
+    check_guard_fits,
+    refuse_copies,
+    refuse_training,
+)
 from ..core.guard_files import save_guard
 from ..core.images import bytes_or_floats, first_occurrence, pixels
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
@@ -367,14 +373,6 @@ _NEVER_ASKED = (
 )
 
 
-def _refuse_to_be_copied(*_: Any) -> None:
-    raise ValueError(
-        "what is protected cannot be pickled or copied: the guard would come along, which tells "
-        "who was in the training set; take it off first (.remove(), or the end of the with "
-        "block), or write weights alone: pipe.save_pretrained(…), unet.state_dict()"
-    )
-
-
 class PipelineGuard:
     """A guard at the door of a pipeline's network; `protect_pipeline` puts it there.
 
@@ -392,7 +390,8 @@ class PipelineGuard:
         self.hook = self.network.register_forward_hook(self.post_forward, with_kwargs=True)
         _watch(self)
 
-    __reduce_ex__ = _refuse_to_be_copied
+    def __reduce_ex__(self, protocol: int) -> Any:
+        refuse_copies()
 
     @property
     def guard(self) -> Guard:
@@ -411,7 +410,7 @@ class PipelineGuard:
         "Called by torch after the network: its output, changed where the guard is certain."
         self.check_schedule(self.guard)
         answer = output if isinstance(output, Tensor) else output[0]
-        self.check_mode(answer)
+        refuse_training(network, answer)
 
         # What the network was shown: each image once, and of its channels those that are x_t.
         shown, t = _given(args, kwargs)
@@ -457,14 +456,6 @@ class PipelineGuard:
         check_guard_fits(self.guard, shape=x_t.shape[1:])
         if isinstance(self.guard.classifier, nn.Module):
             self.guard.classifier.to(x_t.device)
-
-    def check_mode(self, answer: Tensor) -> None:
-        "Raise ValueError when the network is being trained."
-        if self.network.training and answer.requires_grad:
-            raise ValueError(
-                "this network is protected, and training it would work against the guard: take "
-                "it off first (.remove()), or sample in evaluation mode or without gradients"
-            )
 
     def check_network(self, network: Any) -> None:
         "Raise ValueError unless this guard's hook is in a network, or in one that it wraps."
@@ -513,8 +504,11 @@ def _watched(kind: type) -> type:
                 protection.check_network(part)
         kind.__setattr__(pipe, name, part)
 
+    def refuse(pipe: Any, protocol: int) -> Any:
+        refuse_copies()
+
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    watch = {"__call__": call, "__setattr__": set_part, "__reduce_ex__": _refuse_to_be_copied}
+    watch = {"__call__": call, "__setattr__": set_part, "__reduce_ex__": refuse}
     return type(kind.__name__, (kind,), names | watch)
 
 
