@@ -8,9 +8,9 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'PlainStream', 'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from',
            'device_name', 'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
            'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command', 'typed', 'guard_of_run',
-           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'images_of_run', 'images_of_folders',
-           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'attack_command',
-           'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
+           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -671,6 +671,7 @@ def guard_of_run(
     **settings: Any,
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
+    from cpsample.core.copying import refuse_shared
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import (
         Config,
@@ -681,12 +682,15 @@ def guard_of_run(
     )
     from cpsample.workshop.files import writable
 
-    # Where to train, members, and others of the same kind that the guard should leave alone.
+    # Where to train, and what the model learned.
     accelerator, place = processes(device)
     description, members, non_members = members_of(run)
     _, schedule, _ = load_model(run / "model.safetensors")
+
+    # Others of the same kind, which the guard should leave alone.
     if reference:
         non_members = read_data(str(reference), description["size"], description["channels"])
+        refuse_shared(non_members, members, f"images of --reference {reference}")
     if not len(non_members):
         raise ValueError(
             "the run used all its images, so there are none to stay undecided about: "
@@ -901,30 +905,57 @@ _AuditN = Annotated[
 _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed.")]
 
 # %% ../nbs/cli.ipynb #7bbf3684
+def strangers_of_run(members: Any, non_members: Any, held_out: str | None, strict: bool) -> Any:
+    "Images that a run's model never saw: those that were named, or the others of its set, or None."
+    from cpsample.core.copying import leave_out_shared, refuse_shared
+    from cpsample.practice.datasets import read_data
+
+    if held_out is None:
+        return (
+            leave_out_shared(non_members, members, "held-out images") if len(non_members) else None
+        )
+    channels, size = members.shape[1], members.shape[-1]
+    strangers = read_data(held_out, size, channels, strict=strict)
+    refuse_shared(strangers, members, f"images of --held-out {held_out}")
+    return strangers
+
+
 def images_of_run(
-    run: Path, n: int, unguarded: bool, strength: float | None, seed: int, device: str | None
+    run: Path,
+    n: int,
+    unguarded: bool,
+    strength: float | None,
+    seed: int,
+    device: str | None,
+    held_out: str | None,
+    strict: bool,
 ) -> tuple[Any, Any, Any]:
-    "(n images drawn from a run, its members, the others of its set or None)."
+    "(n images drawn from a run, its members, images that its model never saw or None)."
     from cpsample.core.ddpm import generate
     from cpsample.practice.runs import load_protected_run, members_of
 
-    # What cannot be had is refused before images are read.
+    # Whatever may be refused comes before the images are drawn.
     strength = strength_of(strength, unguarded)
     place = on_device(device)
     description, members, non_members = members_of(run)
+    strangers = strangers_of_run(members, non_members, held_out, strict)
     model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
     check_memory(n, shape)
     steps = description["config"]["sample_steps"]
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
-    return x, members, non_members if len(non_members) else None
+    return x, members, strangers
 
 
 def images_of_folders(
-    generated: str, training: str | None, size: int | None, strict: bool
-) -> tuple[Any, Any, None]:
-    "(generated images, training images, None), as they are read."
+    generated: str,
+    training: str | None,
+    held_out: str | None,
+    size: int | None,
+    strict: bool,
+) -> tuple[Any, Any, Any]:
+    "(generated images, training images, held-out images or None), as they are read."
     from cpsample.practice.datasets import read_data
 
     if training is None:
@@ -933,8 +964,9 @@ def images_of_folders(
             "cpsample audit GENERATED TRAINING"
         )
     known = read_data(training, size, strict=strict)
-    x = read_data(generated, known.shape[-1], known.shape[1], strict=strict)
-    return x, known, None
+    alike = dict(size=known.shape[-1], channels=known.shape[1], strict=strict)
+    x = read_data(generated, **alike)
+    return x, known, read_data(held_out, **alike) if held_out else None
 
 
 def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> bool:
@@ -992,19 +1024,15 @@ def audit_command(
 
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
-    from cpsample.practice.datasets import read_data
 
     # Where to, and three sets of images: drawn from a run, or read.
     outputs(out, ".html", ".json")
     if is_run:
         run = Path(generated)
-        x, known, unseen = images_of_run(run, n or 1000, unguarded, strength, seed, device)
+        drawing = (n or 1000, unguarded, strength, seed, device)
+        x, known, unseen = images_of_run(run, *drawing, held_out, strict)
     else:
-        x, known, unseen = images_of_folders(generated, training, size, strict)
-
-    # Real images that nobody was trained on say how many false alarms there are.
-    if held_out:
-        unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
+        x, known, unseen = images_of_folders(generated, training, held_out, size, strict)
 
     # Count, write the report, and say the numbers.
     audited = audit(
@@ -1044,6 +1072,31 @@ def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) 
     return scores
 
 
+def strangers_for_attack(run: Path, others: str | None) -> Any:
+    "Images that neither the model nor its guard has seen, at least 20: given, or of the run's set."
+    from cpsample.core.copying import leave_out_shared, refuse_shared
+    from cpsample.practice.datasets import read_data
+    from cpsample.practice.runs import divide_non_members, members_of
+
+    description, members, non_members = members_of(run)
+    divided = divide_non_members(members, non_members)
+    test = divided.test
+
+    # What is given may be neither a member nor one that taught the guard.
+    if others:
+        test = read_data(others, description["size"], description["channels"])
+        refuse_shared(test, members, f"images of --others {others}")
+        test = leave_out_shared(
+            test, divided.for_guard, "images for tests", of="images for the guard"
+        )
+    if len(test) < 20:
+        raise ValueError(
+            "there are not enough images that neither the model nor its guard has seen: "
+            "give --others"
+        )
+    return test
+
+
 @app.command("attack")
 def attack_command(
     run: Run,
@@ -1061,26 +1114,16 @@ def attack_command(
 
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
-    from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
+    from cpsample.practice.runs import load_protected_run, members_of
     from cpsample.workshop.files import save_json
 
     # Members, and others that neither the model nor its guard has seen.
     if json_file:
         outputs(json_file, "", option="--json")
     place = on_device(device)
-    description, members, non_members = members_of(run)
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
-    if others:
-        test = read_data(others, description["size"], description["channels"])
-    else:
-        test = divide_non_members(members, non_members).test
-    if len(test) < 20:
-        raise ValueError(
-            "there are not enough images that neither the model nor its guard has seen: "
-            "give --others"
-        )
+    members, test = members_of(run).members, strangers_for_attack(run, others)
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."

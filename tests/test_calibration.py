@@ -26,10 +26,10 @@ from cpsample.core.calibration import (
     trained_below,
 )
 from cpsample.core.classifier import certainty, coverage, is_certain, log_odds
-from cpsample.core.copying import proportion_ci
+from cpsample.core.copying import SharedImagesWarning, proportion_ci
 from cpsample.core.guard import Guard, fit_guard, protect, push
 from cpsample.core.guard_files import load_guard, save_guard
-from cpsample.core.images import load_digits, split
+from cpsample.core.images import load_digits, split, to_bytes
 from cpsample.core.schedule import add_noise, make_schedule
 
 # Planted classifiers are certain in steps, so that their pushes are 0.
@@ -164,7 +164,7 @@ def test_false_alarms_are_those_planted_and_predict_fresh_ones():
 def test_alpha_is_the_tightest_with_the_wanted_coverage(wanted, seed):
     logits = 1 + 9 * torch.rand(50, generator=torch.Generator().manual_seed(seed))
     guard = Guard(lambda x, t: x[:, :1] * 0 + logits.repeat(len(x) // 50)[:, None], S)
-    report = calibrate(guard, NEAR[:50], NEAR[:50], wanted=wanted, allowed=0)
+    report = calibrate(guard, NEAR[:50], -NEAR[:50], wanted=wanted, allowed=0)
     assert at_level(report, "coverage") >= wanted
 
     # Certain are the images that are needed, and what lies within 1e-4 of the last of them.
@@ -198,7 +198,7 @@ def test_the_gate_is_opened_as_wide_as_the_held_out_images_allow(allowed, n, see
 def test_coverage_comes_before_false_alarms():
     "Held-out images as certain as members: the gate covers, and the report says what that costs."
     guard = Guard(lambda x, t: 0 * x[:, :1] + 3.0, S)
-    report = calibrate(guard, NEAR[:50], NEAR[:50], allowed=0.01)
+    report = calibrate(guard, NEAR[:50], -NEAR[:50], allowed=0.01)
     assert at_level(report, "coverage") == at_level(report, "false_alarms") == 1
     gate = torch.sigmoid(torch.tensor(-3.0)).item()
     assert guard.alpha == pytest.approx(gate, abs=1e-4)
@@ -225,7 +225,7 @@ def test_a_guard_that_covers_too_little_is_refused_and_left_alone(alpha):
     advice = "train it longer, make the classifier larger, or protect fewer images"
     words = "certain of 25.0% of its training images at noise level 50 .*" + advice
     with pytest.raises(ValueError, match=words):
-        calibrate(guard, NEAR, NEAR, alpha=alpha)
+        calibrate(guard, NEAR, -NEAR, alpha=alpha)
     assert (guard.alpha, guard.scale, guard.t_max, guard.report) == (0.3, 7.0, 200, None)
 
 
@@ -363,3 +363,38 @@ def test_a_member_that_is_there_again_and_again_is_known_in_deeper_noise(digits)
 
     assert certain_share(repeats=0) < 0.1
     assert certain_share(repeats=40) > 0.5
+
+
+# strangers
+
+
+def covering():
+    "A guard that is certain of everything."
+    return Guard(lambda x, t: 0 * x.flatten(1)[:, :1] + 3.0, S)
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: x.double(), to_bytes])
+def test_held_out_images_that_are_members_are_refused(form):
+    digits, _ = load_digits()
+    guard = covering()
+    mixed = torch.cat([digits[100:130], digits[:5]])
+    with pytest.raises(ValueError, match=r"5 of 35 held-out images are training images, too \(f"):
+        calibrate(guard, digits[:100], form(mixed))
+    with pytest.raises(ValueError, match="100 of 100 held-out"):
+        calibrate(guard, form(digits[:100]), digits[:100])
+    assert guard.report is None
+    with pytest.raises(ValueError, match="7 of 7 held-out images are training images"):
+        calibrate(guard, NEAR, NEAR[3:10])
+
+
+def test_held_out_images_that_are_nearly_members_are_counted():
+    digits, _ = load_digits()
+    generator = torch.Generator().manual_seed(0)
+    nearly = digits[:4].flip(-1) + 0.01 * torch.randn(4, 1, 8, 8, generator=generator)
+    mixed = torch.cat([digits[100:130], nearly])
+    with pytest.warns(SharedImagesWarning, match=r"4 of 34 .* \(first in rows 30, 31, 32, 33\)"):
+        calibrate(covering(), digits[:100], mixed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(covering(), digits[:100], digits[100:1100])
+        calibrate(covering(), NEAR, NEAR + 1e-6)  # of points nothing can be said

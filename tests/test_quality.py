@@ -1,14 +1,22 @@
 "The measures against the libraries and against sets whose answer is known."
 
+import hashlib
+import pickle
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchmetrics.image import FrechetInceptionDistance
 
+from cpsample.core.copying import cosine_test
 from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.images import load_digits, pixels
-from cpsample.practice.datasets import load_fashion
-from cpsample.practice.encoders import features, inception, inception_features
+from cpsample.judgement.copy_audit import audit, auth_pct, c_t
+from cpsample.practice import datasets
+from cpsample.practice.datasets import load_cifar10, load_fashion
+from cpsample.practice.encoders import features, inception, inception_features, load_checked
 from cpsample.practice.quality_measures import _Features, kid, mifid, precision_recall, quality
 from cpsample.workshop.files import import_optional
 
@@ -161,3 +169,111 @@ def test_inception_gets_bytes_in_three_channels(replace_inception):
     features(greys.expand(5, 1, 4, 4), "inception-2048")
     assert given[0].dtype == torch.uint8 and given[0].shape == (5, 3, 4, 4)
     assert given[0][:, 0, 0, 0].tolist() == [0, 51, 128, 204, 255]
+
+
+class Trap:
+    "Unpickled, it makes a file: harmless here, but it could run anything."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.fixture
+def torch_cache(tmp_path, monkeypatch):
+    "Torch's cache, empty, and no network."
+    inception.cache_clear()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    (tmp_path / "checkpoints").mkdir()
+    yield tmp_path / "checkpoints"
+    inception.cache_clear()
+
+
+def test_a_prepared_file_in_the_cache_is_not_run(torch_cache, tmp_path):
+    "Neither by the features nor by an audit of colour images, which would choose them."
+    trap = tmp_path / "trap"
+    prepared = torch_cache / "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(OSError, match="connect to the network"):
+        inception()
+    for save in (lambda x, path: path.write_bytes(pickle.dumps(x)), torch.save):
+        save({"fc.weight": Trap(trap)}, prepared)
+        with pytest.raises(ValueError, match=r"6726825d.pth is not the file .* delete it"):
+            inception()
+        colour = torch.rand(30, 3, 32, 32, generator=G) * 2 - 1
+        with pytest.raises(ValueError, match="was not opened"):
+            audit(colour, colour)
+    assert not trap.exists()
+
+    # Even a file with the right sum is read as tensors and nothing else.
+    sha256 = hashlib.sha256(prepared.read_bytes()).hexdigest()
+    with pytest.raises(pickle.UnpicklingError):
+        load_checked(f"https://example.org/{prepared.name}", sha256)
+    assert not trap.exists()
+    torch.load(prepared, weights_only=False)  # the trap is one
+    assert trap.exists()
+
+
+def test_weights_with_the_published_sum_are_loaded(torch_cache):
+    torch.save({"w": torch.arange(3.0)}, torch_cache / "w.pth")
+    sha256 = hashlib.sha256((torch_cache / "w.pth").read_bytes()).hexdigest()
+    assert load_checked("https://example.org/w.pth", sha256)["w"].tolist() == [0, 1, 2]
+    with pytest.raises(OSError, match="no route"):
+        load_checked("https://example.org/other.pth", sha256)
+
+
+def test_prepared_batches_of_cifar10_are_not_run(tmp_path, monkeypatch):
+    from torchvision.datasets import cifar
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", offline)
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    folder, trap = tmp_path / "cifar-10-batches-py", tmp_path / "trap"
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Trap(trap)))
+    for part in ("train", "test"):
+        with pytest.raises(OSError, match="CIFAR-10 is not in"):
+            load_cifar10(part)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_features_of_any_precision_are_measured_in_float64(kind):
+    a, b = A[:200].to(kind), B[:200].to(kind)
+    exact_a, exact_b = a.double().float(), b.double().float()  # what the numbers stand for
+    for measure in (frechet_distance, kid, precision_recall, mifid, auth_pct):
+        torch.testing.assert_close(measure(a, b), measure(exact_a, exact_b), rtol=1e-4, atol=1e-5)
+    assert c_t(a, a, b) == pytest.approx(c_t(exact_a, exact_a, exact_b), abs=0.05)
+    similar, exact = cosine_test(a, b), cosine_test(exact_a, exact_b)
+    torch.testing.assert_close(similar.score.float(), exact.score, rtol=1e-3, atol=1e-5)
+
+
+def test_a_distance_is_never_negative_and_never_hides_nan():
+    for k in range(20):
+        a = 10 * torch.randn(60, 64, generator=G)
+        assert 0 <= frechet_distance(a, a[torch.randperm(60, generator=G)]) < 1e-3
+        assert 0 <= mifid(a, a.clone())
+    a[3, 3] = torch.nan
+    for x, y in ((a, B), (A[:, :4], a[:, :4])):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            frechet_distance(x, y)
+    with pytest.raises(ValueError, match="too large to be squared"):
+        cosine_test(1e30 * A, A)
+
+
+def test_measures_of_zeros_are_numbers():
+    zeros = torch.zeros(40, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert frechet_distance(zeros, zeros) == mifid(zeros, zeros) == kid(zeros, zeros)[0] == 0
+        assert mifid(zeros, A[:40, :8]) == pytest.approx(frechet_distance(zeros, A[:40, :8]))

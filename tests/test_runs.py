@@ -132,13 +132,13 @@ def test_fine_tuning_from_a_model(run, tmp_path):
 def test_what_teaches_a_guard_never_judges_it(n_members, n_non_members):
     "The two parts are disjoint and complete, and the same for everybody who asks."
     members = torch.zeros(n_members, 1)
-    non_members = torch.arange(float(n_non_members))[:, None]
+    non_members = 1 + torch.arange(float(n_non_members))[:, None]
     for_guard, test = divide_non_members(members, non_members)
     assert torch.equal(torch.cat([for_guard, test]), non_members)
     assert not set(for_guard.flatten().tolist()) & set(test.flatten().tolist())
     assert len(for_guard) == min(n_non_members, 4 * n_members + 400)
 
-    again = divide_non_members(torch.ones(n_members, 1), non_members.clone())
+    again = divide_non_members(-torch.ones(n_members, 1), non_members.clone())
     assert torch.equal(again.for_guard, for_guard) and torch.equal(again.test, test)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .classifier import certainty, log_odds, logits_at
-from .copying import proportion_ci
+from .copying import nearness, proportion_ci, refuse_shared, warn_of_near
 from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
@@ -174,9 +174,16 @@ def distinct_images(x: Tensor, name: str) -> Tensor:
 
 
 def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-    "Distinct members and held-out images, checked, in the precision of the guard's classifier."
+    """Distinct members and held-out images, checked, in the precision of the guard's classifier.
+
+    Raises ValueError when held-out images are members, too; warns when some nearly are.
+    """
+    members = distinct_images(members, "training images")
     held_out = check_images(held_out, "held-out images", dtype=None)
-    return guard.cast(distinct_images(members, "training images")), guard.cast(held_out)
+    if held_out.shape[1:] == members.shape[1:]:
+        refuse_shared(held_out, members)
+        warn_of_near(nearness(held_out, members))
+    return guard.cast(members), guard.cast(held_out)
 
 
 def check_demands(wanted: float, allowed: float, level: int, top: int) -> None:
@@ -249,7 +256,7 @@ def calibrate(
     which no training image was certain, or the limit of its training.
 
     members [N, ...]: the guard's training images; exact repeats are counted once.
-    held_out [M, ...]: images that it was never shown.
+    held_out [M, ...]: images that it was never shown; ValueError if some are members.
     wanted: share of members to be certain of at noise `level`.
     allowed: share of held-out images, certain there, up to which the gate may be wider than
         coverage needs. It is no limit: no guard is refused for its false alarms.

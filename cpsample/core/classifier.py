@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ddpm import ResidualMLP
-from .images import check_images, first_occurrence, precision_of
+from .images import check_images, first_occurrence, precision_of, warn_of_difference
 from .schedule import Schedule, add_noise
 from ..workshop.registry import networks
 
@@ -272,6 +272,8 @@ def training_set(
 
     # Whoever is asked "member or not?" has an answer for everybody.
     reference = check_images(reference, "reference images", dtype=dtype)
+    if reference.shape[1:] == members.shape[1:]:
+        warn_of_difference(reference, members, "reference images", "members")
     if one_sided:
         return with_reference(members, torch.ones_like(labels), reference, target=0)
     return with_reference(members, labels, reference)

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['ideal_denoiser', 'proportion_ci', 'describe_rate', 'CopyReport', 'ratio_score', 'copy_test', 'neighbourhood_score',
-           'neighbourhood_test', 'cosine_test', 'Rejection', 'reject', 'reject_copies']
+           'neighbourhood_test', 'cosine_test', 'Rejection', 'reject', 'reject_copies', 'SharedImagesWarning',
+           'shared_rows', 'refuse_shared', 'leave_out_shared', 'warn_of_near', 'nearness']
 
 # %% ../../nbs/1_core/06_copying.ipynb #6ef77461
+import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +20,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from .ddpm import Denoiser
-from .images import check_images, check_pair, unique_rows
+from .images import check_images, check_pair, pixels, to_bytes, unique_rows
 from .schedule import Schedule, signal_noise, x0_to_eps
 from ..workshop.neighbours import nearest
 
@@ -264,3 +267,103 @@ def reject_copies(
         draw, lambda x: ~test(x, x_train).copied, n, max_rounds=max_rounds
     )
     return kept, accepted / drawn
+
+# %% ../../nbs/1_core/06_copying.ipynb #53897baa
+class SharedImagesWarning(UserWarning):
+    "Images that should be strangers to a training set are in it, or nearly so."
+
+
+def _contents(x: Tensor, as_bytes: bool) -> list[bytes]:
+    "What each row of x holds: its pixels as bytes, or its numbers in float32."
+    x = to_bytes(x) if as_bytes else pixels(x).float()
+    return [row.tobytes() for row in x.detach().cpu().flatten(1).contiguous().numpy()]
+
+
+def _are_pictures(x: Tensor) -> bool:
+    "Whether x [N, C, H, W] are bytes, or grey or colour in [−1, 1]: no latents or points."
+    if x.dtype == torch.uint8:
+        return True
+    return x.dim() == 4 and x.shape[1] in (1, 3) and bool(x.abs().max() <= 1)
+
+
+def shared_rows(x: Tensor, members: Tensor) -> Tensor:
+    """The row numbers of x that are in members, too: int64, ascending.
+
+    x [n, ...], members [N, ...]: pictures are the same if all their bytes 0 … 255 are; of anything
+        else all numbers must be.
+    """
+    if len(x) == 0 or len(members) == 0:
+        return torch.arange(0)
+    as_bytes = _are_pictures(x) and _are_pictures(members)
+    known = {hashlib.sha256(content).digest() for content in _contents(members, as_bytes)}
+    contents = _contents(x, as_bytes)
+    is_known = [hashlib.sha256(content).digest() in known for content in contents]
+    return torch.tensor(is_known).nonzero()[:, 0]
+
+
+def _first_of(rows: Tensor) -> str:
+    "The first few of some row numbers, in words."
+    first = ", ".join(str(int(row)) for row in rows[:5])
+    return f"first in row {first}" if len(rows) < 2 else f"first in rows {first}"
+
+
+def refuse_shared(
+    x: Tensor, members: Tensor, name: str = "held-out images", *, of: str = "training images"
+) -> None:
+    """Raise ValueError when images that must be strangers are among others.
+
+    x [n, ...]: such as held-out images, called `name` in the message.
+    members [N, ...]: such as training images, called `of`.
+    """
+    rows = shared_rows(x, members)
+    if len(rows) > 0:
+        raise ValueError(
+            f"{len(rows)} of {len(x)} {name} are {of}, too ({_first_of(rows)}): "
+            "take them out, or give others"
+        )
+
+
+def leave_out_shared(
+    x: Tensor, members: Tensor, name: str = "other images", *, of: str = "training images"
+) -> Tensor:
+    """The rows of x that are not among members; a `SharedImagesWarning` counts the others.
+
+    x, members, name, of: see `refuse_shared`.
+    """
+    rows = shared_rows(x, members)
+    if len(rows) == 0:
+        return x
+    message = f"left out {len(rows)} of {len(x)} {name}, which are {of}, too ({_first_of(rows)})"
+    warnings.warn(message, SharedImagesWarning, stacklevel=2)
+    is_stranger = torch.ones(len(x), dtype=torch.bool)
+    is_stranger[rows] = False
+    return x[is_stranger.to(x.device)]
+
+
+def warn_of_near(scores: Tensor, name: str = "held-out images") -> None:
+    """A `SharedImagesWarning` that counts images that should be strangers and look like copies.
+
+    scores [n]: `ratio_score` of each, counted below 1/6, twice as near as a copy need be. Of real
+        digits and clothes no stranger is so near, while below 1/3 there is one in a few thousand.
+    name: what they are called.
+    """
+    rows = (scores < 1 / 6).nonzero()[:, 0]
+    if len(rows) > 0:
+        message = (
+            f"{len(rows)} of {len(scores)} {name} are nearly training images by the ratio test "
+            f"({_first_of(rows)}): look at them, and take them out if they show the same"
+        )
+        warnings.warn(message, SharedImagesWarning, stacklevel=2)
+
+
+def nearness(x: Tensor, members: Tensor, limit: int = 1000) -> Tensor:
+    """The `ratio_score` of the first `limit` rows of x to members, mirrored or not.
+
+    x [n, C, H, W], members [N, C, H, W]: different images. Of points, tiny images and a single
+        member nothing can be said: the scores are 1.
+    """
+    x, distinct = x[:limit], unique_rows(members)
+    if x.dim() != 4 or x[0].numel() < 64 or len(distinct) < 2:
+        return torch.ones(len(x))
+    distances, _ = nearest(x, members[distinct.to(members.device)], 2, flips=True)
+    return ratio_score(distances)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..core.calibration import LOOSEST, UncoveredGuardError, calibrate, calibration_level
 from ..core.classifier import is_certain, logits_at
+from ..core.copying import leave_out_shared
 from ..core.ddpm import Denoiser, ddpm_loss, seeded
 from cpsample.core.guard import (
     GUARDS,
@@ -560,9 +561,15 @@ def divide_non_members(members: Tensor, non_members: Tensor) -> NonMembers:
 
     members [N, C, H, W]: of the run; their number alone decides.
     non_members [M, C, H, W]: in the order of `members_of`, which is always the same.
+    A set may hold a picture twice: what repeats a member, or in the tests one of the guard's, is
+    left out, with a `SharedImagesWarning` that counts it.
     """
     n_for_guard = 4 * len(members) + 400
-    return NonMembers(non_members[:n_for_guard], non_members[n_for_guard:])
+    for_guard, test = non_members[:n_for_guard], non_members[n_for_guard:]
+    for_guard = leave_out_shared(for_guard, members, "images for the guard")
+    test = leave_out_shared(test, members, "images for tests")
+    test = leave_out_shared(test, for_guard, "images for tests", of="images for the guard")
+    return NonMembers(for_guard, test)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #9d0621b8
 _GUARD_NETWORKS = {"MLPDenoiser": "MLPClassifier"}  # of any other denoiser: "UNetClassifier"

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.copying import refuse_shared
 from ..core.ddpm import Denoiser
 from cpsample.core.guard import (
     Corrector,
@@ -729,6 +730,7 @@ def fit_pipeline_guard(
 
     # What the network sees of the images is what the guard learns; it is kept beside the guard.
     folder = writable(Path(path).parent)
+    refuse_shared(others, members, "other images", of="images to protect")
     x_members = encode(pipe, members, folder, progress=progress)
     x_others = encode(pipe, others, folder, progress=progress)
 
