@@ -62,6 +62,7 @@ book: .venv/installed-dev  ## run notebooks (all, or ARGS), export, README and m
 
 bench: .venv/installed-bench  ## timings as ratios beside other libraries, into data/results
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/threads.py
 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py

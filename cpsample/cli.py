@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'in_one_line', 'sentence',
-           'one_line_errors', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line', 'PlainStream',
-           'plain_streams', 'one_of', 'between', 'chosen_from', 'device_name', 'refuse_ignored', 'strength_of', 'demo',
-           'on_device', 'processes', 'given', 'training_config', 'drawn_members', 'described_run', 'sample_sheet',
-           'train_command', 'guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run',
-           'images_of_run', 'images_of_folders', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
+           'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
+           'PlainStream', 'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from',
+           'device_name', 'refuse_ignored', 'strength_of', 'demo', 'on_device', 'processes', 'given', 'training_config',
+           'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command', 'typed', 'guard_of_run',
+           'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
            'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
@@ -58,7 +59,9 @@ def sentence(error: Exception) -> str:
 
     # The parser of options words its errors itself.
     if hasattr(error, "format_message"):
-        return in_one_line(error.format_message())
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "cpsample"
+        return in_one_line(error.format_message()).rstrip(".") + f"; see {command} --help"
     foreseen = isinstance(error, ValueError | OSError | ArithmeticError | ImportError)
     if foreseen and str(error):
         return in_one_line(error)
@@ -77,21 +80,33 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise  # an end that was asked for
-    except KeyboardInterrupt:
-        words = "interrupted; files appear only when they are complete"
+    except KeyboardInterrupt as stop:
+        # Training says where it can go on, and which signal it was that stopped it.
+        words = str(stop) or "interrupted; files appear only when they are complete"
         print(f"cpsample: {words}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(stop, "status", 130)) from None
     except Exception as error:
-        if debug:
+        # A wrong option needs no traceback.
+        if debug and not hasattr(error, "format_message"):
             traceback.print_exc()
         print(f"cpsample: {sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def share_cores() -> None:
+    """Let threads that wait sleep, unless the environment says otherwise; before torch is loaded.
+
+    OpenMP's threads keep their cores while they wait for one another. On a machine that has other
+    work a small network then takes twenty times as long (data/results/threads.json).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class OneLineErrors(typer.core.TyperGroup):
     "The commands of one program: options are read, and commands run, within `one_line_errors`."
 
     def main(self, args: Any = None, **more: Any) -> Any:
+        share_cores()
         words = list(sys.argv[1:] if args is None else args)
         if "--debug" in words:
             words = ["--debug", *(word for word in words if word != "--debug")]
@@ -146,6 +161,8 @@ class PlainStream:
     stream: the real one, or None if it was closed.
     """
 
+    buffer = None  # or click would write past us where the encoding is ASCII
+
     def __init__(self, stream: TextIO | None):
         self._stream = stream or open(os.devnull, "w")
         self._in_bar = False
@@ -199,6 +216,49 @@ def plain_streams() -> Iterator[None]:
         for stream in streams:
             stream.flush()
 
+# %% ../nbs/cli.ipynb #out00001
+_PARTS_OF_A_RUN = {
+    "run.json",
+    "model.safetensors",
+    "checkpoint.safetensors",
+    "guard.safetensors",
+    "guard.json",
+    "guard.checkpoint.safetensors",
+}
+
+
+def check_replaced(paths: list[Path]) -> None:
+    "Raise ValueError where a file would be replaced that the command has not written before."
+    from cpsample.workshop.files import printable
+
+    # A run is recognised by its description, results that belong together by their company.
+    present = [path for path in paths if path.exists()]
+    absent = [path for path in paths if not path.exists()]
+    for path in present:
+        is_of_run = path.name in _PARTS_OF_A_RUN and (path.parent / "run.json").exists()
+        is_no_json = path.suffix != ".png" and len(paths) == 1 and path.read_bytes()[:1] != b"{"
+        if is_of_run or is_no_json or absent:
+            raise ValueError(
+                f"{printable(path)} is there already, and this command has not written it: "
+                "give another name, or remove it"
+            )
+
+
+def outputs(out: Path, *suffixes: str, option: str = "--out") -> list[Path]:
+    """The files OUT + suffix that a command is going to write, in a folder that can be written.
+
+    suffixes: to append ("" for none).
+    option: that gave `out`, for the message.
+    Raises ValueError for names that no file can have, and for files that are not to be replaced,
+    OSError for folders that cannot be written.
+    """
+    from cpsample.workshop.files import output_files, writable
+
+    paths = output_files(out, *suffixes, option=option)
+    check_replaced(paths)
+    writable(out.parent)
+    return paths
+
 # %% ../nbs/cli.ipynb #opt00001
 def one_of(names: tuple[str, ...]) -> str:
     return ", ".join(names)
@@ -237,7 +297,8 @@ def refuse_ignored(reason: str, **options: Any) -> None:
     "Raise ValueError for options that were given, but would change nothing."
     names = [name for name, value in options.items() if value not in (None, False)]
     if names:
-        words = ", ".join("--" + name.replace("_", "-") for name in names)
+        dashed = ("--" + name.replace("_", "-") for name in names)
+        words = ", ".join(name.lstrip("-") if name.isupper() else name for name in dashed)
         raise ValueError(f"{words} would change nothing: {reason}")
 
 # %% ../nbs/cli.ipynb #opt00004
@@ -258,7 +319,7 @@ Unguarded = Annotated[bool, typer.Option(help="Leave the guard off, to compare."
 Strength = Annotated[
     float | None,
     typer.Option(
-        callback=between(1e-3, 1e6),
+        callback=between(0.001, 1_000_000),
         help="Times the guard's own scale s: raise it when copies remain (default: 1).",
     ),
 ]
@@ -333,7 +394,7 @@ def demo(
 ) -> None:
     "Train a model until it copies real digits, guard it, and count the copies, with and without."
     from cpsample.core.demo import DEFAULTS, check_demo, run_demo, show_arms, table
-    from cpsample.workshop.files import save_json, save_picture, writable
+    from cpsample.workshop.files import save_json, save_picture
 
     # Settings first, folders second, training third.
     settings = {
@@ -349,19 +410,17 @@ def demo(
         "schedule": schedule,
     }
     check_demo(DEFAULTS | settings)
-    if json_file and json_file.is_dir():
-        raise ValueError(f"--json needs a file, {json_file} is a folder")
-    writable(out)
     if json_file:
-        writable(json_file.parent)
+        outputs(json_file, "", option="--json")
+    (picture,) = outputs(out / "demo.png", "")
     record, pictures, members = run_demo(seed, True, command_line(), **settings)
 
     # Files at the very end, each whole or not at all.
     if json_file:
         save_json(json_file, record)
-    save_picture(out / "demo.png", show_arms(pictures, members))
+    save_picture(picture, show_arms(pictures, members))
     print(table(record))
-    print(f"Samples beside their nearest training images: {out / 'demo.png'}")
+    print(f"Samples beside their nearest training images: {picture}")
 
 # %% ../nbs/cli.ipynb #664b79ce
 def on_device(device: str | None) -> str:
@@ -466,6 +525,17 @@ def described_run(data: str, size: int, images: int | None, x: Any, **more: Any)
     }
 
 
+def check_source(data: str, start: Path | None, **of_folders: Any) -> None:
+    """Raise ValueError unless options fit to the images, and --from is a file.
+
+    of_folders: options that are about folders of images.
+    """
+    if data in choices.IMAGE_SETS or not Path(data).is_dir():
+        refuse_ignored(f"{data} comes as it is, it is no folder", **of_folders)
+    if start and start.is_dir():
+        raise ValueError(f"--from needs a file: give {start / 'model.safetensors'}")
+
+
 def sample_sheet(out: Path, config: Any, shape: tuple, device: Any, step: int, model: Any) -> None:
     "Write twenty images, drawn by the model as it is after so many steps, as a picture."
     from cpsample.core.ddpm import generate
@@ -500,14 +570,11 @@ def train_command(
 
     With accelerate launch, on several processes.
     """
-    if data in choices.IMAGE_SETS or not Path(data).is_dir():
-        refuse_ignored(f"{data} comes as it is, it is no folder", size=size, grey=grey)
-    if start and start.is_dir():
-        raise ValueError(f"--from needs a file: give {start / 'model.safetensors'}")
+    check_source(data, start, size=size, grey=grey)
 
     from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import load_model, train_denoiser
-    from cpsample.workshop.files import save_json, writable
+    from cpsample.practice.runs import model_to_tune, train_denoiser
+    from cpsample.workshop.files import writable
 
     size = size or 32
     accelerator, place = processes(device)
@@ -519,13 +586,12 @@ def train_command(
     members = x if images is None else drawn_members(x, images, seed)
     base = None
     if start:
-        base, base_schedule, _ = load_model(start)
-        config = replace(config, schedule=base_schedule.name)
+        base, config = model_to_tune(start, config)
 
-    # What was trained on has to be known later: the run describes itself.
+    # What was trained on has to be known later: the run describes itself, once it is accepted.
     writable(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
-    save_json(out / "run.json", described_run(data, size, images, x, **origin))
+    about = described_run(data, size, images, x, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
@@ -533,6 +599,8 @@ def train_command(
         config,
         members,
         out,
+        about=about,
+        extend=True,
         start=base,
         after_checkpoint=sheet,
         accelerator=accelerator,
@@ -578,15 +646,29 @@ _GuardTMax = Annotated[
         "1000 where few images come again and again).",
     ),
 ]
+_GuardWanted = Annotated[
+    float | None,
+    typer.Option(
+        callback=between(0.01, 1),
+        help="Share of the training images that it has to cover (default: 0.95).",
+    ),
+]
 
 # %% ../nbs/cli.ipynb #6b7c12c5
+def typed(*words: Any, **options: Any) -> str:
+    "A command as one would type it, with those of its options that are not None."
+    for name, value in given(**options).items():
+        words += f"--{name.replace('_', '-')}", value
+    return "cpsample " + shlex.join(str(word) for word in words if word is not None)
+
+
 def guard_of_run(
     run: Path,
     reference: Path | None,
     steps: int | None,
     preset: str,
     device: str | None,
-    **settings,
+    **settings: Any,
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
     from cpsample.core.copying import refuse_shared
@@ -630,41 +712,8 @@ def guard_of_run(
     )
 
 
-@app.command("guard")
-def guard_command(
-    run: _GuardRun = None,
-    reference: _GuardReference = None,
-    steps: _TrainSteps = None,
-    preset: _GuardPreset = "default",
-    pipeline: _GuardPipeline = None,
-    data: _GuardData = None,
-    out: _GuardOut = None,
-    t_max: _GuardTMax = None,
-    device: Device = None,
-) -> None:
-    """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
-
-    Keep it as secret as the images.
-    """
-    if (run is None) == (pipeline is None):
-        raise ValueError("give the folder of a run, or --pipeline, and not both")
-    if run is not None:
-        reason = "a run knows its images, and its guard lies in its folder"
-        refuse_ignored(reason, data=data, out=out)
-
-    # A pipeline has its own space; a run has its own images.
-    settings = given(t_max=t_max)
-    if run is None:
-        from cpsample.production.pipelines import fit_named_pipeline_guard
-
-        out = out or Path("guard")
-        settings |= {"steps": steps or 4000, "preset": preset, "device": on_device(device)}
-        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
-    else:
-        out = run / "guard"
-        guard = guard_of_run(run, reference, steps, preset, device, **settings)
-
-    # What calibration measured, at the level where it was asked to cover the members.
+def print_coverage(guard: Any, out: Path) -> None:
+    "What calibration measured, at the level where it was asked to cover the members."
     report = guard.report
     if report is None:
         print(f"As printed in the paper, and not calibrated: {out}.safetensors")
@@ -677,6 +726,50 @@ def guard_command(
         f"{false_alarms:.1%} of {report['n_held_out']} others at t = {report['level']}: "
         f"{out}.safetensors"
     )
+
+
+@app.command("guard")
+def guard_command(
+    run: _GuardRun = None,
+    reference: _GuardReference = None,
+    steps: _TrainSteps = None,
+    preset: _GuardPreset = "default",
+    pipeline: _GuardPipeline = None,
+    data: _GuardData = None,
+    out: _GuardOut = None,
+    t_max: _GuardTMax = None,
+    wanted: _GuardWanted = None,
+    device: Device = None,
+) -> None:
+    """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
+
+    Keep it as secret as the images.
+    """
+    if (run is None) == (pipeline is None):
+        raise ValueError("give the folder of a run, or --pipeline, and not both")
+    if run is not None:
+        reason = "a run knows its images, and its guard lies in its folder"
+        refuse_ignored(reason, data=data, out=out)
+
+    # A pipeline has its own space; a run has its own images. Either can be continued.
+    settings = given(t_max=t_max, wanted=wanted)
+    asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
+    if preset != "default":
+        asked["preset"] = preset
+    settings["command"] = typed("guard", run, pipeline=pipeline, **asked)
+    if run is None:
+        from cpsample.production.pipelines import fit_named_pipeline_guard
+
+        out = out or Path("guard")
+        outputs(out, ".safetensors", ".json")
+        steps = 4000 if steps is None else steps
+        settings |= {"steps": steps, "preset": preset, "device": on_device(device)}
+        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
+    else:
+        out = run / "guard"
+        guard = guard_of_run(run, reference, steps, preset, device, **settings)
+
+    print_coverage(guard, out)
 
 # %% ../nbs/cli.ipynb #a89fc172
 _SampleN = Annotated[int, typer.Option("--number", "-n", callback=_MANY, help="How many images.")]
@@ -724,7 +817,7 @@ def sample_command(
     from cpsample.core.ddpm import generate, timesteps
     from cpsample.core.images import show_grid
     from cpsample.practice.runs import load_protected_run, run_of
-    from cpsample.workshop.files import atomic, save_picture, writable
+    from cpsample.workshop.files import atomic_together, write_picture
 
     # Everything that can be refused is refused before anything is drawn.
     place = on_device(device)
@@ -733,20 +826,20 @@ def sample_command(
     steps = steps or run_of(run)["config"]["sample_steps"]
     timesteps(schedule.T, steps)
     check_memory(n, shape)
-    writable(out.parent)
+    arrays, picture = outputs(out, ".npz", ".png")
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
 
     # Both files are there whole or not at all.
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    with atomic(out.with_suffix(".npz")) as temporary:
-        np.savez_compressed(temporary, images=as_bytes)
-    save_picture(out.with_suffix(".png"), show_grid(x[:100]).figure)
+    with atomic_together([arrays, picture]) as (first, second):
+        np.savez_compressed(first, images=as_bytes)
+        write_picture(second, show_grid(x[:100]).figure)
     if guard:
         pushed = model.rows_pushed / model.rows_seen
         print(f"The guard stepped in at {pushed:.1%} of all rows and steps.")
-    print(f"{n} images: {out.with_suffix('.npz')}, {out.with_suffix('.png')}")
+    print(f"{n} images: {arrays}, {picture}")
 
 # %% ../nbs/cli.ipynb #a144959e
 _AuditGenerated = Annotated[
@@ -829,7 +922,7 @@ def images_of_run(
     run: Path,
     n: int,
     unguarded: bool,
-    strength: float,
+    strength: float | None,
     seed: int,
     device: str | None,
     held_out: str | None,
@@ -840,9 +933,11 @@ def images_of_run(
     from cpsample.practice.runs import load_protected_run, members_of
 
     # Whatever may be refused comes before the images are drawn.
+    strength = strength_of(strength, unguarded)
+    place = on_device(device)
     description, members, non_members = members_of(run)
     strangers = strangers_of_run(members, non_members, held_out, strict)
-    model, schedule, shape, _, place = load_protected_run(run, unguarded, strength, device=device)
+    model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
     check_memory(n, shape)
     steps = description["config"]["sample_steps"]
     x = generate(
@@ -865,6 +960,20 @@ def images_of_folders(
     known = read_data(training, size, strict=strict)
     x = read_data(generated, known.shape[-1], known.shape[1], strict=strict)
     return x, known, None
+
+
+def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> bool:
+    """Whether the images of an audit are drawn from a run, and not read.
+
+    drawing, reading: options for the one and for the other.
+    Raises ValueError for options of the other kind.
+    """
+    is_run = (Path(generated) / "run.json").exists()
+    if is_run:
+        refuse_ignored(f"{generated} is a run, which knows its images", **reading)
+    else:
+        refuse_ignored(f"{generated} is no run to draw from", **drawing)
+    return is_run
 
 
 def end_with(passed: bool, sentence: str) -> None:
@@ -901,30 +1010,20 @@ def audit_command(
     device: Device = None,
 ) -> None:
     "Count copies of training images among generated ones, and write a report."
-    is_run = (Path(generated) / "run.json").exists()
+    of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
+    is_run = draws_from_run(generated, of_runs, TRAINING=training, size=size)
     if max_copy_rate is None:
         refuse_ignored("it says what --max-copy-rate is about", test=test)
-    if not is_run:
-        reason = f"{generated} is no run to draw from"
-        drawing = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-        refuse_ignored(reason, **drawing)
-    elif training is not None or size is not None:
-        raise ValueError(
-            f"{generated} is a run, which knows its images: leave out TRAINING, --size"
-        )
-    strength = strength_of(strength, unguarded)
 
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
     from cpsample.practice.datasets import read_data
-    from cpsample.workshop.files import writable
 
-    # Three sets of images: drawn from a run, or read.
-    writable(out.parent)
-    place = on_device(device)
+    # Where to, and three sets of images: drawn from a run, or read.
+    outputs(out, ".html", ".json")
     if is_run:
         run = Path(generated)
-        drawing = (n or 1000, unguarded, strength, seed, place)
+        drawing = (n or 1000, unguarded, strength, seed, device)
         x, known, unseen = images_of_run(run, *drawing, held_out, strict)
     else:
         x, known, unseen = images_of_folders(generated, training, size, strict)
@@ -989,11 +1088,11 @@ def attack_command(
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
-    from cpsample.workshop.files import save_json, writable
+    from cpsample.workshop.files import save_json
 
     # Members, and others that neither the model nor its guard has seen.
     if json_file:
-        writable(json_file.parent)
+        outputs(json_file, "", option="--json")
     place = on_device(device)
     description, members, non_members = members_of(run)
     protected = load_protected_run(run, unguarded, strength, device=place)

@@ -1,6 +1,7 @@
 "The house: parts import only from parts before them, names are found, the front door is light."
 
 import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -125,3 +126,17 @@ def test_optional_parameters_after_the_third_are_keyword_only(path):
         if len(parameters) > max(3, required):
             by_position.append(name)
     assert not by_position, by_position
+
+
+# What notebooks of readers call their own things.
+COMMON = {"run", "main", "x", "t", "plt", "np", "data", "images", "model", "seed", "step", "loss"}
+
+
+def test_a_star_import_replaces_nothing_common():
+    "Neither a builtin nor a name that every second notebook has."
+    for path in sorted((ROOT / "cpsample").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                public = set(ast.literal_eval(node.value))
+                assert not public & (COMMON | set(dir(builtins))), path

@@ -16,6 +16,7 @@ from scipy.stats import norm
 from cpsample.core.copying import ideal_denoiser
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
 from cpsample.core.densities import GaussianMixture, exact_denoiser
+from cpsample.core.guard import Guard, protect
 from cpsample.core.schedule import Schedule, eps_to_x0, make_schedule, signal_noise, x0_to_eps
 from cpsample.judgement.baselines import (
     ambient_denoiser,
@@ -200,14 +201,68 @@ def test_privacy_mistakes(monkeypatch):
         with pytest.raises(ValueError, match="privacy needs"):
             noise_multiplier(*bad)
     pytest.importorskip("opacus")
-    mixing = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match="cannot be trained privately"):
-        next(train_private(mixing, images(4), SCHEDULE, 1.0, 5))
     for name in [m for m in sys.modules if m.split(".")[0] == "opacus"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(ImportError, match=r"cpsample\[baselines\]"):
         noise_multiplier(1, 1e-3, 0.2, 10)
+
+
+class Layers(torch.nn.Module):
+    "A denoiser of images of 8×8 pixels with some layers in its middle."
+
+    def __init__(self, *layers):
+        super().__init__()
+        flatten, first, last = torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 64)
+        self.layers = torch.nn.Sequential(flatten, first, *layers, last)
+
+    def forward(self, x, t):
+        return self.layers(x).view_as(x)
+
+
+class DropsInForward(Layers):
+    def forward(self, x, t):
+        return F.dropout(super().forward(x, t), 0.5, self.training)
+
+
+class Chooses(Layers):
+    def forward(self, x, t):
+        return super().forward(x, t) * (1 if x.sum() > 0 else 2)
+
+
+def guarded():
+    guard = Guard(lambda x, t: x.flatten(1)[:, :1], SCHEDULE, report={"alpha": 0.05})
+    return torch.nn.Sequential(protect(Layers(), guard))
+
+
+NORM = [torch.nn.Unflatten(1, (4, 4)), torch.nn.InstanceNorm1d(4, track_running_stats=True)]
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda: Layers(torch.nn.Dropout(0.1)), "as dropout does: build it without"),
+        (lambda: Layers(torch.nn.AlphaDropout(0.1)), "as dropout does"),
+        (DropsInForward, "as dropout does"),
+        (lambda: Layers(torch.nn.BatchNorm1d(16)), "privately: BatchNorm cannot support"),
+        (lambda: Layers(torch.nn.Dropout(0.1)).eval(), "privately: Model needs to be in training"),
+        (lambda: Layers(*NORM, torch.nn.Flatten()), "cannot be differentiated by image"),
+        (Chooses, "cannot be differentiated by image"),
+        (guarded, "train its .model"),
+    ],
+)
+def test_networks_that_cannot_be_trained_privately_are_refused_in_one_line(build, reason):
+    pytest.importorskip("opacus")
+    with pytest.raises(ValueError, match=rf"\A[^\n]*{reason}[^\n]*\Z") as refusal:
+        next(train_private(build(), images(4), SCHEDULE, 1.0, 5, rate=1.0))
+    assert str(refusal.value).count(". ") == 0  # one sentence
+
+
+def test_a_mistake_of_the_network_itself_is_not_put_down_to_privacy():
+    pytest.importorskip("opacus")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        next(train_private(Layers(torch.nn.Linear(3, 16)), images(4), SCHEDULE, 1.0, 5, rate=1.0))
+    next(train_private(Layers(torch.nn.Dropout(0.0)), images(4), SCHEDULE, 1.0, 5, rate=1.0))
 
 
 # ambient diffusion

@@ -15,8 +15,18 @@ from typer.testing import CliRunner
 import cpsample.judgement.copy_audit
 from cpsample.cli import app
 from cpsample.core.copying import SharedImagesWarning, copy_test
-from cpsample.core.images import pixels, plant_duplicates, to_bytes
-from cpsample.judgement.copy_audit import CHANGES, audit, auth_pct, c_t, feature_space, plant
+from cpsample.core.images import ContrastWarning, pixels, plant_duplicates, to_bytes
+from cpsample.judgement.audit_study import smooth_images
+from cpsample.judgement.copy_audit import (
+    CHANGES,
+    RENDERINGS,
+    audit,
+    auth_pct,
+    c_t,
+    feature_space,
+    plant,
+    renderings_of,
+)
 from cpsample.judgement.report import report_html
 from cpsample.practice.datasets import load_crops, load_fashion
 from cpsample.workshop.files import data_path
@@ -67,7 +77,8 @@ def test_planted_rates_are_read(change, share, duplicates):
 def test_the_audit_says_what_it_cannot_see():
     audited = audit(REAL[:100], TRAIN[:300])
     finds = audited.record["finds"]
-    assert set(finds) == set(CHANGES)
+    assert list(finds) == [*CHANGES, *renderings_of(1)]
+    assert finds["drawn at half the size"]["ratio"] < 1
     assert finds["exact"]["ratio"] == finds["mirrored"]["ratio"] == 1
     assert finds["shifted by one pixel"]["ratio"] < 0.5
     words = r"misses more than a tenth of copies that are [^.]*shifted by one pixel"
@@ -164,6 +175,25 @@ def test_constant_and_few_images_are_audited():
     assert audited.record["tests"]["ratio"]["copies"] == 30
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("brightened", "brighter"),
+        ("of half the contrast", "of 0.48 times the contrast"),
+        ("red and blue exchanged", "red and blue seem to be exchanged"),
+    ],
+)
+def test_a_whole_set_that_was_changed_on_the_way_is_noticed(change, says):
+    colour = smooth_images(120, seed=0) / 2 + torch.tensor([0.1, 0, -0.1]).view(3, 1, 1)
+    generated, training = colour.split(60)
+    changed = (CHANGES | RENDERINGS)[change](generated, seed(0)).clamp(-1, 1)
+    with pytest.warns(ContrastWarning, match=f"generated images differ .*{says}"):
+        audit(changed, training, space="pca-64")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContrastWarning)
+        audit(generated, training, space="pca-64")
+
+
 def save(folder, images):
     folder.mkdir()
     for i, x in enumerate(images):
@@ -208,7 +238,7 @@ def test_the_command_reads_arrays(tmp_path):
         (["{}/made", "{}/one"], "at least two different"),
         (["{}/nan.npy", "{}/train"], "NaN"),
         (["{}/small.npy", "{}/train"], "of one size"),
-        (["{}/made", "{}/train", "--out", "/dev/null/x"], "File exists"),
+        (["{}/made", "{}/train", "--out", "/dev/null/x"], "cannot be a folder"),
         (["{}/made", "{}/train", "--strict"], "broken.png"),
     ],
 )

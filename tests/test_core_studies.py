@@ -1,15 +1,29 @@
 "The studies of the core part: resumable, of the shape that is on file, honest about refusals."
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpsample.core import guard_study, rejection_study
 from cpsample.core.guard_study import RECIPES, GuardSettings, measure_guards
 from cpsample.core.rejection_study import RejectionSettings, measure_rejection
 from cpsample.workshop.files import data_path
-from cpsample.workshop.studies import Study, Workspace, run_study
+from cpsample.workshop.studies import (
+    Study,
+    Workspace,
+    cached_stage,
+    check_settings,
+    claim_files,
+    differences,
+    load_or_create,
+    run_study,
+    settings_of,
+)
 
 TINY_REJECTION = RejectionSettings(
     equality_seeds=(0,),
@@ -69,10 +83,18 @@ def counted(monkeypatch, module, function, limit=10**9):
     return calls
 
 
+class Whole(dict):
+    "The numbers of both studies, not interrupted, and the folders of their stages."
+
+    folders: dict
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "Both studies, not interrupted."
-    return {name: measured(name, tmp_path_factory.mktemp(name)) for name in STUDIES}
+    folders = {name: tmp_path_factory.mktemp(name) for name in STUDIES}
+    studies = Whole({name: measured(name, folder) for name, folder in folders.items()})
+    studies.folders = folders
+    return studies
 
 
 @pytest.mark.parametrize(
@@ -104,7 +126,8 @@ def test_the_record_has_the_shape_of_the_file(study, whole, tmp_path):
     record = json.loads(data_path(f"results/{study.name}.json").read_text())
     numbers = whole[study.name]
     run = run_study(Study(study.name, lambda workspace: numbers), tmp_path, Workspace(tmp_path))
-    assert run.keys() - {"seconds"} == record.keys()
+    newer = {"seconds", "threads"}  # than some of the files
+    assert run.keys() - newer == record.keys() - newer
     assert list(numbers) == [name for name in record if name in numbers]
 
 
@@ -163,3 +186,86 @@ def test_the_papers_guard_is_drawn_as_printed_too(whole):
         if row["recipe"] == "K=1, members only, all t (paper)"
     ]
     assert settings[:2] == [[0.05, 20.0], "preset"]
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("rejection", {"ring_n": 61}),
+        ("rejection", {"table_steps": 11}),
+        ("guards", {"n": 21}),
+        ("guards", {"train_steps": 21}),
+    ],
+)
+def test_other_settings_never_get_the_numbers_of_a_stage(name, change, whole):
+    "In the folder of a study, the same one with another setting: refused, and nothing is lost."
+    tiny, measure = {
+        "rejection": (TINY_REJECTION, measure_rejection),
+        "guards": (TINY_GUARDS, measure_guards),
+    }[name]
+    folder, (what, here) = whole.folders[name], *change.items()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    told = rf"made with other settings \({what.removeprefix('ring_').removeprefix('table_')} "
+    with pytest.raises(ValueError, match=told + rf"\d+ there, {here} here\)") as error:
+        measure(Workspace(folder, progress=False), replace(tiny, **change))
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_stages_without_settings_on_record_are_taken_with_a_word(tmp_path, capsys):
+    workspace, path = Workspace(tmp_path), tmp_path / "x.safetensors"
+    cached_stage(workspace, "old", lambda: {"n": 1})
+    load_or_create(path, lambda: {"x": torch.ones(1)})
+    assert cached_stage(workspace, "old", pytest.fail, settings={"n": 2})["n"] == 1
+    assert load_or_create(path, pytest.fail, settings={"n": 2})["x"].tolist() == [1]
+    assert "found, of settings that are not on record" in capsys.readouterr().out
+
+
+def test_weights_are_claimed_for_their_settings(tmp_path):
+    workspace = Workspace(tmp_path)
+    for _ in range(2):
+        claim_files(workspace, "base", {"steps": 3})
+    with pytest.raises(ValueError, match=r"base-settings.json was .* \(steps 3 there, 4 here\)"):
+        claim_files(workspace, "base", {"steps": 4})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=2),
+    lambda inside: st.lists(inside, max_size=2) | st.dictionaries(st.text("ab"), inside),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, derandomize=True)
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=2), JSON))
+def test_settings_are_the_same_after_a_file_and_one_change_is_told(record):
+    there = json.loads(json.dumps(record))
+    check_settings("f", there, settings_of(record))
+    assert differences(there, record) == ""
+    assert differences(there, record | {"changed": 7}) == "changed None there, 7 here"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", "null", "{broken", '{"name": "taxes"}', "\0"])
+def test_a_file_of_somebody_else_is_neither_read_nor_replaced(content, tmp_path):
+    mine = tmp_path / "count.json"
+    mine.write_text(content)
+    workspace, calls = Workspace(tmp_path, progress=False), []
+    study = Study("count", lambda workspace: calls.append(1) or {"n": 1})
+    for work in (
+        lambda: run_study(study, tmp_path, workspace),
+        lambda: run_study(Study("count", {"n": study.parts}), tmp_path, workspace),
+        lambda: cached_stage(workspace, "count", lambda: study.parts(workspace)),
+    ):
+        with pytest.raises(ValueError, match="count.json is there and is not"):
+            work()
+    assert mine.read_text() == content and not calls
+
+
+@pytest.mark.parametrize("keep", [0, 7, 60, -1])
+def test_truncated_tensors_are_one_line_with_the_name(keep, tmp_path):
+    path = tmp_path / "x.safetensors"
+    load_or_create(path, lambda: {"x": torch.ones(3)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"x.safetensors is damaged \(.*remove it") as told:
+        load_or_create(path, pytest.fail)
+    assert "\n" not in str(told.value)

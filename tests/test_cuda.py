@@ -63,6 +63,36 @@ def test_the_guard_follows_the_model_and_nothing_changes_at_scale_zero(guard, tm
     assert torch.equal(generate(silent, SCHEDULE, (1, 8, 8), 16, **draw), plain)
 
 
+def test_one_guard_serves_models_on_two_devices(guard):
+    "It follows whoever asks, and says the same on both."
+
+    def silent(x, t):
+        return torch.zeros_like(x)
+
+    x = torch.randn((8, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    on_cpu, on_gpu = (protect(silent, replace(guard)) for _ in range(2))
+    on_gpu.corrector.guard = on_cpu.guard
+    for _ in range(2):
+        expected = on_cpu(x, 10)
+        torch.testing.assert_close(on_gpu(x.cuda(), 10).cpu(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("t", [-1, 1000, torch.tensor([True]), torch.tensor([999.5])])
+def test_a_guard_refuses_levels_that_there_are_not_and_the_gpu_goes_on(guard, t):
+    model = protect(lambda x, t: torch.zeros_like(x), guard)
+    x = torch.zeros((1, 1, 8, 8), device="cuda")
+    with pytest.raises(ValueError, match="noise levels must"):
+        model(x, t.cuda() if isinstance(t, torch.Tensor) else t)
+    assert model(x, 10).isfinite().all()
+
+
+def test_a_guard_that_went_bad_on_the_gpu_refuses(guard):
+    broken = replace(guard)
+    next(broken.classifier.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN: its weights"):
+        protect(lambda x, t: torch.zeros_like(x), broken)(torch.zeros(1, 1, 8, 8).cuda(), 10)
+
+
 def test_neighbours_and_copies_are_those_of_the_cpu(digits):
     x = (
         digits[:200]

@@ -62,7 +62,7 @@ def test_another_seed_gives_other_numbers(small):
 
 def test_record_has_the_agreed_shape(small):
     record, images, members = small
-    head = ["name", "command", "commit", "hardware", "date", "seeds"]
+    head = ["name", "command", "commit", "hardware", "threads", "date", "seeds"]
     assert list(record) == [*head, "settings", "feature_space", "arms", "seconds"]
     assert list(record["arms"]) == ["unguarded", "rejection", "guarded"]
     for arm in record["arms"].values():

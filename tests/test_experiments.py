@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpsample.core.ddpm import generate
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.runs import Config, fit_run_guard, train_denoiser
-from cpsample.production import experiments
+from cpsample.production import cifar10, experiments
 from cpsample.production.celeba64 import CELEBA64
 from cpsample.production.cifar10 import CIFAR10, DDPM_32, NARROW, DiffusersUNet
 from cpsample.production.experiments import (
@@ -182,9 +183,104 @@ def test_in_somebodys_folder_a_run_removes_nothing(tmp_path):
     "`--out .` in a project: it is refused, and every hidden file stays."
     put_hidden_files(tmp_path)
     (tmp_path / "experiment.json").write_text('{"name": "another"}')
-    with pytest.raises(ValueError, match="belongs to another run"):
+    with pytest.raises(ValueError, match="experiment.json is there and is not a stage"):
         go_on(tmp_path)
     assert all((tmp_path / name).read_text() == "his" for name in HIDDEN_FILES)
+
+
+@pytest.mark.parametrize(
+    "name", ["base/model.safetensors", "data.safetensors", "results.json", "tuned.json", "guards/a"]
+)
+def test_files_of_somebody_else_under_a_runs_names_are_left_alone(name, tmp_path):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    save_file({"x": torch.ones(2)}, mine) if mine.suffix == ".safetensors" else mine.write_text(
+        "his"
+    )
+    before = mine.read_bytes()
+    with pytest.raises(ValueError, match="is not (the folder|a stage) of a run") as told:
+        go_on(tmp_path)
+    assert "\n" not in str(told.value) and mine.read_bytes() == before
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+TUNED_LONGER = {"tune": TINY.tune | {"steps": 6}}
+MORE_GUARD_STEPS = {"config": replace(TINY.config, guard_steps=301)}
+
+
+@pytest.mark.parametrize(
+    "change, file, says",
+    [
+        ({"chunk": 10}, "all_unguarded/00000.safetensors", r"\(chunk 20 there, 10 here\)"),
+        ({"strength": 2.0}, "all.json", r"\(strength 4.0 there, 2.0 here\)"),
+        ({"cosine": 0.5}, "all.json", r"\(cosine 0.95 there, 0.5 here\)"),
+        ({"attacked": 1}, "all_attacks.json", r"\(attacked 2 there, 1 here\)"),
+        ({"all_steps": 21}, "all_guard.json", r"\(config.guard_steps 20 there, 21 here\)"),
+        (TUNED_LONGER, "tuned.json", r"\(tune.steps 5 there, 6 here\)"),
+        (MORE_GUARD_STEPS, "subset_guard.json", r"\(config.guard_steps 300 there, 301 here\)"),
+        ({"data": "crops-64"}, "data.safetensors", r"\(data crops-32 there, crops-64 here\)"),
+    ],
+)
+def test_other_settings_never_get_the_numbers_of_a_stage(copied, monkeypatch, change, file, says):
+    "Also when somebody removes experiment.json, as he is told that he may."
+    (copied / "experiment.json").unlink()
+    if "chunk" in change:
+        (copied / "all.json").unlink()
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    calls = watched(monkeypatch, "generate", "train_denoiser", "fit_run_guard")
+    with pytest.raises(ValueError, match=f"{file} was made with other settings {says}") as told:
+        go_on(copied, replace(TINY, **change))
+    assert "\n" not in str(told.value) and calls == []
+    assert before.items() <= {p: p.read_bytes() for p in before}.items()
+
+
+@pytest.mark.parametrize(
+    "name, needed_by",
+    [
+        ("data.safetensors", None),
+        ("base/model.safetensors", None),
+        ("guards/subset.safetensors", None),
+        ("features_all.safetensors", "subset.json"),
+        ("subset_guarded/00000.safetensors", "subset.json"),
+    ],
+)
+def test_a_truncated_file_is_one_line_with_its_name(copied, name, needed_by):
+    path = copied / name
+    path.write_bytes(path.read_bytes()[:-9])
+    if needed_by:
+        (copied / needed_by).unlink()
+    with pytest.raises(ValueError, match=rf"{name} (is damaged|cannot be read as)") as told:
+        go_on(copied)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("size", ["full", "tiny"])
+def test_a_plan_needs_no_diffusers(size, monkeypatch):
+    "It says the same to the last digit as where diffusers counts it."
+    pytest.importorskip("diffusers")
+    counted_here = plan(CIFAR10[size])
+
+    def missing(*_):
+        raise ImportError("diffusers is not installed")
+
+    monkeypatch.setattr(cifar10, "import_optional", missing)
+    known = plan(CIFAR10[size])
+    assert [(c.stage, c.flops, c.disk) for c in known] == [
+        (c.stage, c.flops, c.disk) for c in counted_here
+    ]
+    assert all(a.memory == pytest.approx(b.memory, rel=0.1) for a, b in zip(known, counted_here))
+    other = replace(CIFAR10[size].config, options=DDPM_32 | {"norm_eps": 1e-5})
+    with pytest.raises(ImportError):
+        plan(replace(CIFAR10[size], config=other))
+
+
+def test_the_plan_of_a_tiny_run_says_more_than_nothing_and_names_all_files(done):
+    text = plan_table(TINY)
+    assert "GFLOP" in text and "<0.01" in text and " 0.00" not in text
+    for path in done[0].iterdir():
+        stage = path.stem in STAGES and path.suffix == ".json"
+        folder = path.name.startswith(("all_", "subset_")) and path.is_dir()
+        assert stage or folder or path.name in text, path
 
 
 def test_killed_while_training(copied, done, monkeypatch):

@@ -162,4 +162,5 @@ def test_what_ships_says_where_it_comes_from(workspace, tmp_path):
         path = data_path(f"weights/fashion_{name}.safetensors")
         assert (destination / path.name).read_bytes() == path.read_bytes()
         record = json.loads((destination / f"fashion_{name}.json").read_text())
-        assert record.keys() == json.loads(path.with_suffix(".json").read_text()).keys()
+        on_file = json.loads(path.with_suffix(".json").read_text())
+        assert record.keys() - {"threads"} == on_file.keys() - {"threads"}

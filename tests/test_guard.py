@@ -318,9 +318,9 @@ def test_a_move_changes_the_models_precision_and_the_guards_device_alone(protect
     assert {p.device.type for p in protected.guard.classifier.parameters()} == {"cpu"}
 
 
-def test_it_trains_as_the_model_does(protected, network, generator):
+def test_gradients_flow_through_it_in_evaluation_mode(protected, network, generator):
     x = torch.randn(4, 1, 8, 8, generator=generator)
-    protected(x, torch.full((4,), 10)).square().mean().backward()
+    protected.eval()(x, torch.full((4,), 10)).square().mean().backward()
     assert all(p.grad is not None for p in network.parameters())
     assert all(p.grad is None for p in protected.guard.classifier.parameters())
 
@@ -450,6 +450,15 @@ def test_save_and_load_give_the_same_guard(tmp_path, unusual):
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
     assert torch.equal(loaded.logits(x, t), unusual.logits(x, t))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "g.safetensors"]
+
+
+@pytest.mark.parametrize("written, read", [("g", "g.safetensors"), ("g.safetensors", "g")])
+def test_the_ending_may_be_given_or_not(written, read, tmp_path, unusual):
+    save_guard(unusual, tmp_path / written)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "g.safetensors"]
+    assert load_guard(tmp_path / read).alpha == unusual.alpha
+    with pytest.raises(FileNotFoundError, match=r"no guard at .*/h.safetensors"):
+        load_guard(str(tmp_path / "h.safetensors"))
 
 
 def test_names_in_the_file_are_those_of_last_year(tmp_path, unusual):

@@ -15,10 +15,12 @@ from cpsample.core.copying import copy_test, ideal_denoiser, neighbourhood_test
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, train
 from cpsample.core.guard import fit_guard
 from cpsample.core.images import (
+    ContrastWarning,
     ImageRangeWarning,
     bytes_or_floats,
     check_images,
     conversion_of,
+    difference_as_wholes,
     load_digits,
     pixels,
     to_bytes,
@@ -158,3 +160,21 @@ def test_doubles_stay_where_distances_are_computed():
     assert check_images(x, dtype=None) is x and check_images(x).dtype == torch.float32
     assert check_images(X.half(), dtype=None).dtype == torch.float32
     assert check_images(np.broadcast_to(np.float32(0.5), (3, 4))).sum() == 6
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.integers(8, 200))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_two_parts_of_one_set_do_not_differ_as_wholes(seed, channels, n):
+    generator = torch.Generator().manual_seed(seed)
+    level, spread = torch.rand(2, 2 * n, 1, 1, 1, generator=generator)
+    x = (level - 0.5 + spread * torch.randn(2 * n, channels, 4, 4, generator=generator)).clamp(
+        -1, 1
+    )
+    first, second = x.split(n)
+    assert difference_as_wholes(first, second) == difference_as_wholes(first[:7], -second) == ""
+    assert "brighter" in difference_as_wholes(first / 9 + 0.7, second / 9 - 0.7)
+
+
+def test_a_reference_of_another_contrast_teaches_contrast():
+    with pytest.warns(ContrastWarning, match="reference images differ as a whole from members"):
+        fit_guard(X, S, OTHERS / 2, steps=1, width=8)

@@ -196,7 +196,7 @@ def test_half_precision(dtype):
     "The network's output keeps its type, the guard thinks in float32."
     pipe = pixel_pipeline()
     guard, w = linear_guard(pipe.scheduler, (1, 8, 8))
-    guard.classifier = Linear(w)
+    guard.classifier = Linear(w).eval()
     x, t = torch.randn(3, 1, 8, 8).to(dtype), torch.tensor(300)
     pipe.unet.to(dtype)
     plain = pipe.unet(x, t).sample

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'seeded', 'ddpm_loss', 'TrainStep',
-           'checked_data', 'train', 'run', 'timesteps', 'SampleStep', 'sample', 'final_sample', 'generate']
+           'checked_data', 'has_finite_weights', 'train', 'timesteps', 'SampleStep', 'sample', 'final_sample',
+           'generate']
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6114d2c1
 import math
@@ -18,7 +19,7 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from .images import bytes_or_floats, pixels, precision_of
-from .schedule import Schedule, add_noise, randn
+from .schedule import Schedule, add_noise, randn, same_levels
 from ..workshop.registry import networks
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> eps, of the shape of x_t
@@ -141,6 +142,21 @@ def checked_data(model: nn.Module, data: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return images, *labels
 
 
+def has_finite_weights(model: Denoiser) -> bool:
+    "Whether all parameters and buffers of a model are finite; a plain function has none."
+    if not isinstance(model, nn.Module):
+        return True
+    tensors = (*model.parameters(), *model.buffers())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _why_no_loss(model, loss, step, *, start, lr):
+    "What to say when the loss is not finite: whose fault it is."
+    if step == start and not has_finite_weights(model):
+        return f"the loss is {loss}: the model's weights held NaN or infinity before the first step"
+    return f"the loss became {loss} at step {step + 1}: lower the learning rate ({lr})"
+
+
 def _learning_rate(step, steps, lr, warmup):
     "A linear warm-up to `lr` over `warmup` steps, times a half cosine that ends at 0."
     return lr * min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -190,9 +206,7 @@ def train(
         # How wrong is the model?
         value = loss(model, *batch, generator=generator)
         if not torch.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value.item()} at step {step + 1}: lower the learning rate ({lr})"
-            )
+            raise FloatingPointError(_why_no_loss(model, value.item(), step, start=start, lr=lr))
 
         # One step downhill.
         optimizer.zero_grad()
@@ -262,13 +276,39 @@ class SampleStep(NamedTuple):
 # %% ../../nbs/1_core/04_ddpm.ipynb #3aa466db
 def _noise_shares(abar, abar_next, eta):
     "The factors of the predicted noise and of fresh noise at the next level, for one step."
+    if abar == abar_next:  # perhaps 0 or 1, and a division by 0
+        return math.sqrt(1 - abar_next), 0.0
     sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))
     return math.sqrt(max(0.0, 1 - abar_next - sigma**2)), sigma
 
 
-def _check_finite(samples):
-    if not torch.isfinite(samples).all():
-        raise FloatingPointError("the samples are not finite: check the model's weights for NaN")
+def _divide_(x, share):
+    "x / share, in place, and 0 where nothing is left to divide by."
+    return x.div_(share) if share > 0 else x.zero_()
+
+# %% ../../nbs/1_core/04_ddpm.ipynb #4f8e1b03
+def _check_request(model, schedule, eta):
+    "Raise ValueError for an impossible η, and for a model that has another schedule of its own."
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta}")
+    own = getattr(model, "schedule", None)
+    if isinstance(own, Schedule) and not same_levels(own, schedule):
+        raise ValueError(
+            f"this model, or the guard before it, belongs to another noise schedule ({own.name}, "
+            f"T={own.T}) than the one to sample with ({schedule.name}, T={schedule.T})"
+        )
+
+
+def _check_finite(samples, model):
+    "Raise FloatingPointError unless all samples are finite: whose fault it is."
+    if torch.isfinite(samples).all():
+        return
+    if not has_finite_weights(model):
+        raise FloatingPointError("the samples are not finite: the model's weights hold NaN")
+    raise FloatingPointError(
+        "the samples are not finite, though the model's weights are: "
+        f"what it predicts is NaN or overflows in {samples.dtype}"
+    )
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6a7369e6
 @torch.no_grad()
@@ -291,11 +331,13 @@ def sample(
     steps: see `timesteps`.
     eta: 1 is DDPM, 0 is DDIM, which is deterministic.
     clip: bound on |x0_pred|, such as 1 for images (default: none).
-    Raises ValueError for eta outside of 0 … 1, FloatingPointError when samples are not finite.
+    generator: of the noise. It is dealt out otherwise to another n: with the same seed and eta > 0
+        ten samples are not the first ten of a hundred.
+    Raises ValueError for eta outside of 0 … 1 and for a model that has another `schedule`, as a
+    protected one may; FloatingPointError when samples are not finite, which says whose fault it is.
     Source: Song et al. 2021, eq. 12.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta}")
+    _check_request(model, schedule, eta)
     levels = timesteps(schedule.T, steps)
     abars = [schedule.abar[t].item() for t in levels] + [1.0]
     x = randn(shape, generator, device, dtype=dtype)
@@ -303,12 +345,12 @@ def sample(
         # The clean image that follows from the predicted noise (eps_to_x0).
         signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
         eps = model(x, torch.full(shape[:1], t, device=device))
-        x0_pred = torch.sub(x, eps, alpha=noise).div_(signal)
+        x0_pred = _divide_(torch.sub(x, eps, alpha=noise), signal)
 
         # If it is clipped, the noise must fit to it again (x0_to_eps).
         if clip is not None:
             x0_pred.clamp_(-clip, clip)
-            eps = torch.sub(x, x0_pred, alpha=signal).div_(noise)
+            eps = _divide_(torch.sub(x, x0_pred, alpha=signal), noise)
         yield SampleStep(t, x, x0_pred)
 
         # Down to the next level: clean image, old noise, fresh noise.
@@ -316,7 +358,7 @@ def sample(
         x = (math.sqrt(abar_next) * x0_pred).add_(eps, alpha=old_noise)
         if sigma > 0:
             x.add_(randn(shape, generator, device, dtype=dtype), alpha=sigma)
-    _check_finite(x)
+    _check_finite(x, model)
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #f95c4a66
 def final_sample(steps: Iterable[SampleStep]) -> Tensor:
@@ -342,7 +384,8 @@ def generate(
 
     shape: of one image.
     steps: network calls for each.
-    seed: of the noise.
+    seed: of the noise. The same seed gives the same images to the same n and chunk alone; with
+        another n or chunk it shares no image.
     chunk: how many are drawn at a time (default: all).
     Raises ValueError for n < 1.
     """

@@ -23,7 +23,7 @@ from .ddpm import Denoiser, MLPDenoiser, generate
 from .demo import DEFAULTS, Digits, fit_denoiser, measure, pool, split_digits
 from .guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
 from .schedule import make_schedule
-from ..workshop.studies import Study, Workspace, cached_stage, load_or_create
+from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
 
 # %% ../../nbs/1_core/14_guard_study.ipynb #3de4bf8d
 class Recipe(NamedTuple):
@@ -117,8 +117,10 @@ def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subje
         steps = settings.train_steps
         return fit_denoiser(digits.members, _SCHEDULE, steps, seed=seed).state_dict()
 
-    model = MLPDenoiser(digits.members.shape[1:])
-    model.load_state_dict(load_or_create(workspace.folder / f"model-{seed}.safetensors", weights))
+    model, path = MLPDenoiser(digits.members.shape[1:]), workspace.folder / f"model-{seed}"
+    known = {"images": settings.images, "train_steps": settings.train_steps}
+    kept = load_or_create(path.with_name(f"{path.name}.safetensors"), weights, settings=known)
+    model.load_state_dict(kept)
     return _Subject(seed, digits, model.eval().requires_grad_(False), settings)
 
 # %% ../../nbs/1_core/14_guard_study.ipynb #45089780
@@ -233,10 +235,12 @@ def _recipe_rows(subject: _Subject, name: str) -> dict:
 def _seed_rows(seed: int, workspace: Workspace, settings: GuardSettings) -> list[dict]:
     "All rows of a seed, a stage per recipe."
     subject = _subject(seed, workspace, settings)
-    rows = cached_stage(workspace, f"base-{seed}", partial(_base_rows, subject))["rows"]
+    known = settings_of(settings, "choosing", "reported", "recipes")
+    stage = partial(cached_stage, workspace, settings=known)
+    rows = stage(f"base-{seed}", partial(_base_rows, subject))["rows"]
     for name in settings.recipes:
-        stage = re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {seed}")
-        rows += cached_stage(workspace, stage, partial(_recipe_rows, subject, name))["rows"]
+        file = re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {seed}")
+        rows += stage(file, partial(_recipe_rows, subject, name))["rows"]
     return rows
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_digits', 'pixels', 'to_bytes', 'show_grid', 'precision_of', 'ImageRangeWarning', 'conversion_of', 'check_images',
-           'bytes_or_floats', 'check_pair', 'Split', 'split', 'plant_duplicates', 'first_occurrence', 'unique_rows']
+           'bytes_or_floats', 'check_pair', 'ContrastWarning', 'difference_as_wholes', 'warn_of_difference', 'Split',
+           'split', 'plant_duplicates', 'first_occurrence', 'unique_rows']
 
 # %% ../../nbs/1_core/03_images.ipynb #3029702f
 import hashlib
@@ -211,6 +212,75 @@ def check_pair(
     others = check_images(others, other_name, dtype=None)
     dtype = torch.promote_types(x.dtype, others.dtype)
     return x.to(dtype), others.to(dtype)
+
+# %% ../../nbs/1_core/03_images.ipynb #f5bfec4a
+class ContrastWarning(UserWarning):
+    "Two sets of images that are compared differ as wholes."
+
+
+def _apart(a: Tensor, b: Tensor, least: float) -> float:
+    """By how much the columns of a [N, C] are larger than those of b [M, C], where it is most.
+
+    0 where that is less than `least`, or than five standard errors.
+    """
+    error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+    difference = a.mean(0) - b.mean(0)
+    is_certain = difference.abs() > (5 * error).clamp(min=least)
+    difference = difference * is_certain
+    return difference[difference.abs().argmax()].item()
+
+
+def _differences(x: Tensor, others: Tensor, brightness: float, contrast: float) -> list[float]:
+    """By how much images are brighter, of a higher contrast (as a logarithm), and redder.
+
+    brightness, contrast: the least that counts; of redness as of brightness.
+    """
+    means, other_means = (images.mean((2, 3)) for images in (x, others))
+    spreads, other_spreads = (images.std((2, 3)).clamp(min=1e-6).log() for images in (x, others))
+    red, other_red = (mean[:, :1] - mean[:, -1:] for mean in (means, other_means))
+    return [
+        _apart(means, other_means, brightness),
+        _apart(spreads, other_spreads, contrast),
+        _apart(red, other_red, brightness),
+    ]
+
+
+def difference_as_wholes(x: Tensor, others: Tensor) -> str:
+    """In what two sets of images differ as wholes: in words, or empty.
+
+    x [N, C, H, W], others [M, C, H, W]: in [−1, 1].
+    They may differ in brightness, by a twentieth of the range; in contrast, by a quarter; or in
+    their channels, if red and blue are exchanged. Fewer than eight images say nothing.
+    """
+    if min(len(x), len(others)) < 8:
+        return ""
+
+    # Differences, also small ones, that go away when red and blue change places.
+    if x.shape[1] == 3:
+        as_they_are = _differences(x, others, 0.03, math.log(1.1))
+        exchanged = _differences(x.flip(1), others, 0.03, math.log(1.1))
+        if any(as_they_are) and not any(exchanged):
+            return "red and blue seem to be exchanged"
+
+    brighter, higher, _ = _differences(x, others, 0.1, math.log(1.25))
+    words = []
+    if brighter:
+        words.append(f"{abs(brighter):.2f} {'brighter' if brighter > 0 else 'darker'}")
+    if higher:
+        words.append(f"of {math.exp(higher):.2f} times the contrast")
+    return " and ".join(words)
+
+
+def warn_of_difference(x: Tensor, others: Tensor, name: str, other_name: str) -> None:
+    "Warn (`ContrastWarning`) when two sets of images [N, C, H, W] differ as wholes."
+    words = difference_as_wholes(x, others) if x.dim() == 4 else ""
+    if words:
+        warnings.warn(
+            f"{name} differ as a whole from {other_name} ({words}): were both stored and scaled "
+            "in the same way?",
+            ContrastWarning,
+            stacklevel=3,
+        )
 
 # %% ../../nbs/1_core/03_images.ipynb #ae858f2c
 @dataclass(frozen=True)

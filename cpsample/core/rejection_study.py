@@ -41,7 +41,7 @@ from cpsample.core.rejection import (
     total_variation,
 )
 from .schedule import make_schedule
-from ..workshop.studies import Study, Workspace, cached_stage
+from ..workshop.studies import Study, Workspace, cached_stage, settings_of
 
 # %% ../../nbs/1_core/12_rejection_study.ipynb #8fbb7a1a
 _SCHEDULE = make_schedule()
@@ -215,15 +215,17 @@ def _compare(case: _Case, arms: _Arms, yardstick: _Yardstick, seed: int) -> dict
     }
 
 # %% ../../nbs/1_core/12_rejection_study.ipynb #309922a5
-def _equality(case: _Case, workspace: Workspace, seeds: tuple[int, ...]) -> dict:
+def _equality(case: _Case, workspace: Workspace, settings: RejectionSettings) -> dict:
     "Is the h-transform exact rejection? The numbers of a case, seed by seed."
     arms, yardstick = _arms_of(case), _yardstick_of(case)
+    known = {"n": case.n, "alpha": case.alpha, "scale": case.scale, "steps": case.steps}
+    known |= {"wrong_steps": case.wrong_steps, "permutations": settings.permutations}
 
     # A seed is a stage.
     rows = []
-    for seed in seeds:
+    for seed in settings.equality_seeds:
         measure = partial(_compare, case, arms, yardstick, seed)
-        numbers = cached_stage(workspace, f"{case.name}-seed-{seed}", measure)
+        numbers = cached_stage(workspace, f"{case.name}-seed-{seed}", measure, settings=known)
         numbers.pop("seconds")
         rows.append(numbers)
     return {
@@ -339,11 +341,14 @@ def _table(workspace: Workspace, settings: RejectionSettings) -> list[dict]:
     for steps in settings.training:
         lines += _trained_lines(toy, steps)
 
+    # Of the settings, these decide a line.
     rows = []
     for line in lines:
         stage = re.sub(r"[^A-Za-z0-9]+", "-", f"table {line.kind} {line.name}")
+        known = {"n": settings.n, "seeds": settings.table_seeds, "steps": settings.table_steps}
+        known = settings_of(known | {"gates": line.gates, "strengths": _STRENGTHS})
         measure = partial(_measure_line, toy, line, settings)
-        rows += cached_stage(workspace, stage, measure)["rows"]
+        rows += cached_stage(workspace, stage, measure, settings=known)["rows"]
     return rows
 
 # %% ../../nbs/1_core/12_rejection_study.ipynb #08263398
@@ -357,12 +362,11 @@ def measure_rejection(
 ) -> dict:
     "The numbers of rejection.json: both claims of the chapter on rejection."
     ring = ring_toy()
-    seeds = settings.equality_seeds
     return {
         "seeds": list(settings.table_seeds),
-        "equality_seeds": list(seeds),
-        "line": _equality(_line_case(settings), workspace, seeds),
-        "ring": _equality(_ring_case(settings), workspace, seeds),
+        "equality_seeds": list(settings.equality_seeds),
+        "line": _equality(_line_case(settings), workspace, settings),
+        "ring": _equality(_ring_case(settings), workspace, settings),
         "base_copies": _copies(ring, ring.law),
         "honest_copies": _copies(ring, ring.broad),
         "table": _table(workspace, settings),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'STUDY', 'AuditSettings', 'References', 'references_of', 'with_twins', 'plant_share', 'read_tests',
-           'measure_planted', 'smooth_images', 'measure_large', 'measure_models']
+           'measure_planted', 'measure_renderings', 'smooth_images', 'measure_large', 'measure_models']
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #21994b6c
 import statistics
@@ -17,10 +17,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.images import pixels
-from .copy_audit import CHANGES, audit, copy_reports, plant
+from cpsample.judgement.copy_audit import (
+    CHANGES,
+    audit,
+    copy_reports,
+    feature_space,
+    plant,
+    sensitivity,
+)
 from .membership_study import ARMS, MembershipSettings, kept_samples
 from .repeats import duplicate_groups
-from ..practice.datasets import load_fashion
+from ..practice.datasets import load_crops, load_fashion
 from ..practice.encoders import features
 from ..workshop.costs import seconds_of
 from ..workshop.neighbours import nearest, typical_distance
@@ -126,6 +133,22 @@ def measure_planted(workspace: Workspace, settings: AuditSettings = AuditSetting
     false_alarms = record["training"]["found"]["exact"]["0"]
     return {"n": len(real), "seed": 0, "false_alarms": false_alarms, **record}
 
+# %% ../../nbs/3_judgement/08_audit_study.ipynb #90aff563
+def measure_renderings(workspace: Workspace, settings: AuditSettings = AuditSettings()) -> dict:
+    "The part `renderings` of audit.json: what each test finds of copies in sets that were changed."
+    fashion = pixels(load_fashion(small=True)[0][: settings.training])  # 3,000 ship
+    crops = pixels(load_crops()[0])[: settings.training]
+
+    # All that is planted, so that the exact copies stand beside them.
+    record = {}
+    for name, images, wanted in (("fashion", fashion, None), ("crops", crops, "pca-64")):
+        space, embed = feature_space(images, wanted)
+        groups = duplicate_groups(images, typical_distance(images) / 3)
+        n = min(settings.images, len(images) // 2)
+        finds = sensitivity(images, groups, embed, embed(images), n=n)
+        record[name] = {"images": len(images), "planted": n, "space": space, "found": finds}
+    return record
+
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #a6ea8c83
 def smooth_images(n: int, seed: int) -> Tensor:
     "Random colour images [n, 3, 32, 32] in [−1, 1], in which a few directions matter most."
@@ -221,5 +244,10 @@ def measure_models(
     return records
 
 
-PARTS = {"planted": measure_planted, "large": measure_large, "models": measure_models}
+PARTS = {
+    "planted": measure_planted,
+    "renderings": measure_renderings,
+    "large": measure_large,
+    "models": measure_models,
+}
 STUDY = Study("audit", PARTS)

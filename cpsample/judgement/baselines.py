@@ -8,7 +8,8 @@ __all__ = ['example_gradients', 'epsilon_spent', 'noise_multiplier', 'train_priv
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #06657b7c
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.ddpm import Denoiser, TrainStep
+from ..core.guard import Protected
 from ..core.images import check_images, pixels
 from ..core.schedule import Schedule, add_noise, eps_to_x0, signal_noise, x0_to_eps
 from ..workshop.files import import_optional
@@ -26,6 +28,23 @@ from ..workshop.neighbours import nearest
 def _no_gradients(parameters: dict[str, Tensor], x0: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     "The gradients and losses of no rows at all."
     return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}, x0.new_zeros(0)
+
+
+def _by_row(function: Callable, in_dims: tuple, *arguments: Any) -> Any:
+    "`vmap`, whose errors about a network are told in one line: Raises ValueError."
+    try:
+        return vmap(function, in_dims)(*arguments)
+    except RuntimeError as error:
+        message = str(error)
+        if "random operation" in message:
+            reason = "it draws random numbers of its own, as dropout does: build it without (p=0)"
+        elif "vmap" in message or "batched tensor" in message:
+            reason = "it keeps statistics of batches, or looks at values to choose what to do"
+        else:
+            raise
+
+        # A network's own mistakes, and a full memory, are not about rows.
+        raise ValueError(f"this network cannot be differentiated by image: {reason}") from error
 
 
 def example_gradients(
@@ -44,6 +63,7 @@ def example_gradients(
     x0 [B, ...]: images, in [−1, 1].
     draws: of noise level and noise for each row; loss and gradient are their means.
     generator: of these draws.
+    Raises ValueError for a network with dropout, or with anything else that rows share.
     Source: Abadi et al. 2016; several draws: DPDM, Dockhorn et al. 2023, eq. 5.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -58,7 +78,7 @@ def example_gradients(
     # Fused attention would run row by row.
     with sdpa_kernel(SDPBackend.MATH):
         by_row = (values.unflatten(0, (len(x0), draws)) for values in (x_t, t, eps))
-        return vmap(grad_and_value(loss), (None, 0, 0, 0))(parameters, *by_row)
+        return _by_row(grad_and_value(loss), (None, 0, 0, 0), parameters, *by_row)
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #f886fbeb
 def epsilon_spent(
@@ -102,11 +122,14 @@ def noise_multiplier(
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #1abdc8d1
 def _check_private(model: nn.Module) -> None:
-    "Raise ValueError for a network in which rows meet (BatchNorm)."
+    "Raise ValueError for a network in which rows meet (BatchNorm), and for a protected one."
+    if any(isinstance(part, Protected) for part in model.modules()):
+        raise ValueError("a protected network cannot be trained: train its .model, without guard")
     validator = import_optional("opacus.validators", "baselines").ModuleValidator
     problems = validator.validate(model)
     if problems:
-        raise ValueError(f"this network cannot be trained privately: {problems[0]}")
+        reason = str(problems[0]).split(". ")[0].splitlines()[0]
+        raise ValueError(f"this network cannot be trained privately: {reason}")
 
 
 def train_private(
@@ -134,8 +157,8 @@ def train_private(
     draws: of noise level and noise for each image.
     lr: the learning rate.
     generator: of batches, levels, noises, and of the noise that protects.
-    Raises ValueError for a network in which rows meet (BatchNorm), ImportError without opacus
-        (extra `baselines`).
+    Raises ValueError for a network in which rows meet (BatchNorm) or that draws random numbers
+        (dropout), ImportError without opacus (extra `baselines`).
     """
     _check_private(model)
     optimizer = import_optional("opacus.optimizers", "baselines").DPOptimizer(

@@ -26,7 +26,14 @@ from ..core.copying import copy_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, MLPDenoiser, ddpm_loss, generate, run, seeded, train
 from ..core.demo import DEFAULTS
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, protect
+from cpsample.core.guard import (
+    GUARDS,
+    Guard,
+    UncalibratedGuardWarning,
+    fit_guard,
+    preset_kind,
+    protect,
+)
 from ..core.images import load_digits, pixels, split
 from ..core.schedule import Schedule, make_schedule
 from cpsample.judgement.attacks import (
@@ -50,6 +57,7 @@ from ..practice.encoders import features
 from ..practice.quality_measures import kid, precision_recall
 from ..practice.runs import load_model, save_model
 from ..practice.unet import UNet, UNetClassifier
+from ..workshop.studies import check_settings
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #5bd17add
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +225,14 @@ def public_model(
 
     missing: for ambient diffusion, the share of pixels that it learns to fill in.
     folder: where it is kept, and found again (default: nowhere).
+    Raises ValueError when the one that is kept there has learned otherwise.
     """
     path = folder and folder / f"public-{missing}.safetensors"
+    known = {name: getattr(situation, name) for name in ("data", "public_steps", "batch", "small")}
     if path and path.exists():
-        return load_model(path)[0]
+        kept = load_model(path)
+        check_settings(path, kept.made.get("situation"), known)
+        return kept.model
 
     # Ambient diffusion's network sees the mask in a channel of its own.
     channels, loss = 1, ddpm_loss
@@ -231,7 +243,7 @@ def public_model(
     gentle = replace(situation, lr=2e-3)
     _fit_denoiser(network, loss, (images,), steps=situation.public_steps, situation=gentle)
     if path:
-        save_model(network, SCHEDULE, path, {"missing": missing})
+        save_model(network, SCHEDULE, path, {"missing": missing, "situation": known})
     return network
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #26e478e5
@@ -327,7 +339,7 @@ def guard_of(preset: str, world: World) -> Guard:
     world.guards[preset] = fit_guard(
         world.members,
         SCHEDULE,
-        None if preset == "paper" else world.reference,
+        world.reference if preset_kind(preset).takes_reference else None,
         preset=preset,
         steps=situation.guard_steps,
         batch_size=situation.guard_batch,

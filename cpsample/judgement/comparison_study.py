@@ -51,7 +51,7 @@ from cpsample.judgement.comparison import (
 from ..practice.unet import UNet, UNetClassifier
 from ..workshop.costs import network_cost
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
-from ..workshop.studies import Study, Workspace, cached_stage
+from ..workshop.studies import Study, Workspace, cached_stage, kept_record, settings_of
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #07452acc
 CHOOSING, REPORTED = 100, (0, 1, 2)  # seeds
@@ -85,9 +85,10 @@ class Trials:
         """
         folder, stage = self.workspace.folder, self.stage(seed, name, label)
 
-        # A trial that was kept with another setting is none.
+        # A trial that was kept with another setting of its method is none: it is made again.
         path = folder / f"{stage}.json"
-        if path.exists() and json.loads(path.read_text())["setting"] != setting:
+        kept = kept_record(path, "a trial of a study", "setting", "seconds")
+        if kept is not None and kept["setting"] != setting:
             path.unlink()
 
         def make():
@@ -98,7 +99,8 @@ class Trials:
             return record | {"commit": provenance()["commit"]}
 
         quiet = replace(self.workspace, progress=False)
-        record = cached_stage(quiet, stage, make, f"{stage}.safetensors")
+        known = settings_of(self.situation)
+        record = cached_stage(quiet, stage, make, f"{stage}.safetensors", settings=known)
         if self.bar is not None:
             self.bar.update()
         return record

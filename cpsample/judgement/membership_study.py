@@ -35,7 +35,7 @@ from .inference import Scores, infer, loss_test, verdicts
 from ..practice.datasets import load_fashion
 from ..practice.runs import load_model
 from ..workshop.files import data_path, writable
-from ..workshop.studies import Study, Workspace, cached_stage, load_or_create
+from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
 
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #1524a986
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def kept_samples(
         )
         return {"x": samples}
 
-    folder = writable(workspace.folder / arms.name)
-    return load_or_create(folder / f"{arm}-samples.safetensors", draw)["x"]
+    path = writable(workspace.folder / arms.name) / f"{arm}-samples.safetensors"
+    return load_or_create(path, draw, settings=settings_of(settings, "seeds"))["x"]
 
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #2b30f3b3
 def _ask(attack: Attack, model: Denoiser, arms: Arms) -> dict[str, Tensor]:
@@ -240,7 +240,8 @@ def kept_scores(arms: Arms, arm: str, workspace: Workspace, settings: Membership
     for name, attack in bar:
         file = f"{arm}-{name}".replace(", ", "-").replace(" ", "-")
         make = partial(_ask, attack, arms.models[arm], arms)
-        kept = load_or_create(folder / f"{file}.safetensors", make)
+        path, known = folder / f"{file}.safetensors", settings_of(settings, "seeds")
+        kept = load_or_create(path, make, settings=known)
         scores[name] = kept["members"], kept["others"]
     return scores
 
@@ -276,10 +277,10 @@ def _measure_runs(
     pool: str, seeds: tuple[int, ...], workspace: Workspace, settings: MembershipSettings
 ) -> list[dict]:
     "`_measure_run` for each seed, as stages."
-    runs = []
+    runs, known = [], settings_of(settings, "seeds")
     for seed in seeds:
         measure = partial(_measure_run, pool, seed, workspace, settings)
-        run = cached_stage(workspace, f"{pool}-{seed}", measure)
+        run = cached_stage(workspace, f"{pool}-{seed}", measure, settings=known)
         run.pop("seconds")
         runs.append(run)
     return runs

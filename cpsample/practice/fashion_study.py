@@ -46,7 +46,7 @@ from cpsample.practice.runs import (
 )
 from ..workshop.costs import network_cost, seconds_of
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
-from ..workshop.studies import Study, Workspace, cached_stage
+from ..workshop.studies import Study, Workspace, cached_stage, claim_files, settings_of
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #7f40e4ae
 CONFIG = CONFIGS["fashion"]
@@ -215,6 +215,12 @@ class Networks(NamedTuple):
 
 def train_networks(settings: Settings, images: StudyImages, workspace: Workspace) -> Networks:
     "All networks of a part, those that are not there yet trained first."
+    # Weights are known by their names: what they depend on is kept beside them.
+    of_guards = ("guard", "guard_steps", "guard_batch_size", "sample_steps", "every")
+    claim_files(workspace, "base", settings_of(settings.base, *of_guards))
+    of_samples = ("n", "test", "tried", "strength", "chunk")
+    claim_files(workspace, settings.name, settings_of(settings, *of_samples))
+
     base, schedule = _trained_denoiser(workspace, "base", settings.base, images=images.everything)
     tuning = replace(settings.tuning, seed=settings.seed)
     tuned, _ = _trained_denoiser(
@@ -331,10 +337,13 @@ def draw_accepted(
     return Drawn(images, {"accepted": accepted / drawn})
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #0a5ede16
-def keep_samples(workspace: Workspace, name: str, make: Callable[[], Drawn]) -> Drawn:
+def keep_samples(
+    workspace: Workspace, name: str, make: Callable[[], Drawn], *, settings: dict | None = None
+) -> Drawn:
     """The samples NAME.safetensors of the workspace, with what NAME.json notes of them.
 
     make: draws them, if they are not there.
+    settings: that they depend on, see `cached_stage`.
     """
     path = workspace.folder / f"{name}.safetensors"
 
@@ -344,7 +353,8 @@ def keep_samples(workspace: Workspace, name: str, make: Callable[[], Drawn]) -> 
             write_tensors({"x": images}, temporary, {})
         return notes
 
-    notes = cached_stage(workspace, name, make_and_write, f"{name}.safetensors")
+    file = f"{name}.safetensors"
+    notes = cached_stage(workspace, name, make_and_write, file, settings=settings)
     return Drawn(load_file(path)["x"], notes)
 
 
@@ -355,8 +365,8 @@ def draw_arms(
     draw = sampler(settings, networks.schedule, workspace)
 
     def kept(arm: str, draw_arm: Callable[..., Drawn], *args) -> Drawn:
-        stage = f"{settings.name}/{arm}-{settings.n}"
-        return keep_samples(workspace, stage, lambda: draw_arm(draw, *args))
+        stage, known = f"{settings.name}/{arm}-{settings.n}", settings_of(settings, "tried", "test")
+        return keep_samples(workspace, stage, lambda: draw_arm(draw, *args), settings=known)
 
     # The models as they are, and each guard in front of the fine-tuned one.
     arms = {}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Loss', 'AfterCheckpoint', 'NAMES_ON_DISK', 'SINCE_0_2', 'update_ema', 'TrainingState', 'save_checkpoint',
-           'load_checkpoint', 'run_identity', 'TrainingStopped', 'noted_signals', 'parts_of', 'Watch', 'Keeping',
-           'is_main_process', 'fit', 'mirrored', 'half_precision']
+           'differences', 'load_checkpoint', 'weights_fingerprint', 'run_identity', 'TrainingStopped', 'noted_signals',
+           'parts_of', 'Watch', 'Keeping', 'is_main_process', 'fit', 'mirrored', 'half_precision']
 
 # %% ../../nbs/2_practice/03_training.ipynb #ee419b1f
 import contextlib
 import copy
+import hashlib
 import signal
 import threading
 import time
@@ -120,22 +121,33 @@ def save_checkpoint(path: Path | str, state: TrainingState, identity: dict) -> N
 SINCE_0_2 = ("guard", "continued")  # what the identities of version 0.1 do not hold
 
 
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    "The tensors whose names begin with `name` and a dot, without that."
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
 def _read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     "The tensors of a checkpoint and its identity. Raises ValueError for any other file."
     tensors, identity = read_tensors(path, NAMES_ON_DISK["identity"], "a checkpoint")
     needed = {"generator", NAMES_ON_DISK["torch_random_state"], "losses"}
-    if needed - tensors.keys() or not isinstance(identity, dict):
+    is_whole = needed <= tensors.keys() and isinstance(identity, dict)
+
+    # After a step there are means of the optimiser, too.
+    if is_whole and len(tensors["losses"]):
+        is_whole = tensors["losses"].dim() == 1 and bool(_part(tensors, "optimizer"))
+    if not is_whole:
         raise ValueError(f"{path} cannot be read as a checkpoint: a part of it is missing")
     return tensors, identity
 
 
-def _differences(saved: dict, present: dict, inside: str = "") -> list[str]:
+def differences(saved: dict, present: dict, inside: str = "") -> list[str]:
     "What differs between two identities, name by name, with dots between levels."
     found = []
     for name in present.keys() | saved.keys():
         a, b = saved.get(name), present.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{inside}{name}.")
+            found += differences(a, b, f"{inside}{name}.")
         elif a != b or (name in saved) != (name in present):
             found.append(f"{inside}{name} {a} there, {b} here")
     return sorted(found)
@@ -152,20 +164,14 @@ def _check_identity(path: Path | str, saved: dict, identity: dict, older: dict) 
     for name, value in plain(older).items():
         if saved.get(name) == value:
             present[name] = value
-    differences = _differences(saved, present)
-    if differences:
+    found = differences(saved, present)
+    if found:
         raise ValueError(
-            f"{path} belongs to another run ({'; '.join(differences)}): "
+            f"{path} belongs to another run ({'; '.join(found)}): "
             "remove it or choose another folder"
         )
 
 # %% ../../nbs/2_practice/03_training.ipynb #f39a9e08
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    "The tensors whose names begin with `name` and a dot, without that."
-    start = f"{name}."
-    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-
 def _like_weight(value: Tensor, weight: Tensor) -> Tensor:
     """Adam's `value` for a weight, moved to the weight's device.
 
@@ -217,6 +223,14 @@ def load_checkpoint(
         ) from error
 
 # %% ../../nbs/2_practice/03_training.ipynb #5aa5da6a
+def weights_fingerprint(network: nn.Module) -> str:
+    "A short hash of all weights and buffers of a network and of their names."
+    digest = hashlib.sha256()
+    for name, value in unwrapped(network).state_dict().items():
+        digest.update(f"{name} {fingerprint(value)} ".encode())
+    return digest.hexdigest()[:16]
+
+
 def _numbers(options: dict[str, Any]) -> dict[str, Any]:
     "Those of some options that are numbers; of numpy's and torch's, which count too, the value."
     numbers = {}
@@ -362,18 +376,18 @@ class Watch:
 class Keeping:
     """How a training is kept on disk.
 
-    minutes: after which there is a checkpoint in any case.
     extend: a checkpoint of fewer steps is continued, with a warm-up and a cosine of its own.
     older: entries of the identity as version 0.1 wrote them.
     before_writing: called once, by the main process, when the first step has worked and before
         anything is written.
+    minutes: after which there is a checkpoint in any case.
     clock: tells the seconds.
     """
 
-    minutes: float = 5
     extend: bool = False
     older: dict = field(default_factory=dict)
     before_writing: Callable[[], None] | None = None
+    minutes: float = 5
     clock: Callable[[], float] = time.monotonic
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..practice.runs import CONFIGS
-from .experiments import TUNE, Experiment, colab_size, tiny_size
+from .experiments import TUNE, Counted, Experiment, colab_size, tiny_size
+from ..workshop.costs import NetworkCost
 from ..workshop.files import import_optional
 from ..workshop.registry import networks
 
@@ -51,6 +52,17 @@ class DiffusersUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.unet(x_t, t, return_dict=False)[0]
+
+    @staticmethod
+    def counted(shape: tuple[int, int, int], options: dict) -> Counted | None:
+        "What `plan` has to know of the two networks of this page, where diffusers is missing."
+        if tuple(shape) != (3, 32, 32) or options not in (DDPM_32, DDPM_32 | NARROW):
+            return None
+        if options == DDPM_32:
+            forward, training = NetworkCost(12443713536, 0), NetworkCost(37323931648, 48610048)
+            return Counted(142985228, forward, training)
+        forward, training = NetworkCost(69113856, 0), NetworkCost(206898688, 4280224)
+        return Counted(573068, forward, training)
 
 # %% ../../nbs/4_production/04_cifar10.ipynb #39160654
 _FULL = Experiment(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TUNE', 'INCEPTION', 'ATTACKS', 'EXPERIMENTS', 'ImageSource', 'Question', 'Experiment', 'colab_size',
-           'tiny_size', 'StageCost', 'plan', 'plan_table', 'Run', 'public_denoiser', 'reproduce', 'run_experiment',
-           'results_table', 'results']
+           'tiny_size', 'Counted', 'StageCost', 'plan', 'plan_table', 'Run', 'public_denoiser', 'reproduce',
+           'run_experiment', 'results_table', 'results']
 
 # %% ../../nbs/4_production/03_experiments.ipynb #131b0dea
 import functools
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -40,9 +39,23 @@ from ..practice.runs import Config, fit_run_guard, load_model, save_model, train
 from .hub import hub_errors
 from .pipelines import schedule_of
 from ..workshop.costs import GPUS, NetworkCost, network_cost
-from ..workshop.files import data_path, import_optional, provenance, save_json, writable
-from ..workshop.registry import Registry, build_network
-from ..workshop.studies import Workspace, cached_stage, load_or_create
+from cpsample.workshop.files import (
+    data_path,
+    import_optional,
+    printable,
+    provenance,
+    save_json,
+    writable,
+)
+from ..workshop.registry import Registry, build_network, networks
+from cpsample.workshop.studies import (
+    Workspace,
+    cached_stage,
+    differences,
+    kept_record,
+    load_or_create,
+    settings_of,
+)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #780f4475
 class ImageSource(NamedTuple):
@@ -253,16 +266,36 @@ INCEPTION = 11.43e9  # FLOPs of Inception-v3 for one image
 ATTACKS = 122  # rows that all attacks together ask a model about, for one image
 
 # %% ../../nbs/4_production/03_experiments.ipynb #7d2bbc5b
+class Counted(NamedTuple):
+    """What is known of a network without building it.
+
+    weight_bytes: of its parameters.
+    forward, training: what one image costs it.
+    """
+
+    weight_bytes: int
+    forward: NetworkCost
+    training: NetworkCost
+
+
 class _Shadow:
     """A network that has shapes and no memory, and what one image costs it.
 
-    name, shape, options: of the network, as for `build_network`.
+    name, shape, options: of the network, as for `build_network`. Where the library that it is
+        made of is missing, its class may know what was counted elsewhere.
     """
 
     def __init__(self, name: str, shape: tuple, options: dict):
-        with torch.device("meta"):
-            self.network = build_network(name, {"shape": shape} | options)
         self.shape = shape
+        try:
+            with torch.device("meta"):
+                self.network = build_network(name, {"shape": shape} | options)
+        except ImportError:
+            counted = getattr(networks[name], "counted", lambda *_: None)(shape, options)
+            if counted is None:
+                raise
+            self.weight_bytes, self.forward, self.training = counted
+            return
         self.weight_bytes = 4 * sum(p.numel() for p in self.network.parameters())
 
     @functools.cached_property
@@ -388,10 +421,16 @@ def plan(e: Experiment) -> list[StageCost]:
     ]
 
 # %% ../../nbs/4_production/03_experiments.ipynb #2a12ea08
-def _plan_line(cost: StageCost) -> str:
-    hours = "".join(f"{gpu.hours(cost.flops):9.2f}" for gpu in GPUS.values())
-    bytes_needed = f"{cost.memory / 1e9:12.2f}{cost.disk / 1e6:9.0f}"
-    return f"{cost.stage:15}{cost.flops / 1e15:12.4f}{hours}{bytes_needed}"
+def _at_least(value: float, width: int) -> str:
+    "A number with two digits after the point; what would be rounded to nothing is said to be less."
+    return f"{'<0.01' if 0 < value < 0.005 else format(value, '.2f'):>{width}}"
+
+
+def _plan_line(cost: StageCost, unit: float) -> str:
+    "A line of the plan; unit: of the FLOPs."
+    hours = "".join(_at_least(gpu.hours(cost.flops), 9) for gpu in GPUS.values())
+    bytes_needed = f"{_at_least(cost.memory / 1e9, 12)}{math.ceil(cost.disk / 1e6):9}"
+    return f"{cost.stage:15}{_at_least(cost.flops / unit, 12)}{hours}{bytes_needed}"
 
 
 def _total(costs: list[StageCost], data_bytes: int) -> StageCost:
@@ -407,6 +446,7 @@ def plan_table(e: Experiment) -> str:
     costs, source = plan(e), DATA[e.data]
     data_bytes = (source.train + source.held_out) * math.prod(e.config.shape)
     costs.append(_total(costs, data_bytes))
+    unit, unit_name = (1e15, "PFLOP") if costs[-1].flops > 1e15 else (1e9, "GFLOP")
 
     # Above the table what is planned, below it what its columns rest on.
     hours = "".join(f"{name + ', h':>9}" for name in GPUS)
@@ -414,13 +454,60 @@ def plan_table(e: Experiment) -> str:
     lines = [
         f"{e.name}, {e.size}: {e.images:,} training images of {e.data}; "
         f"base model: {e.pretrained or 'trained here'}",
-        f"{'stage':15}{'PFLOP':>12}{hours}{'memory, GB':>12}{'disk, MB':>9}",
-        *map(_plan_line, costs),
-        f"Files: data.safetensors ({data_bytes / 1e6:.0f} MB); STAGE.json for each stage; base/, "
-        "tuned/, guards/; images in all_*/ and subset_*/; at the end results.json.",
+        f"{'stage':15}{unit_name:>12}{hours}{'memory, GB':>12}{'disk, MB':>9}",
+        *(_plan_line(cost, unit) for cost in costs),
+        f"Files: experiment.json; data.safetensors ({math.ceil(data_bytes / 1e6)} MB); STAGE.json "
+        "for each stage; base/, tuned/, guards/; images in all_*/ and subset_*/; "
+        "features_all.safetensors and features_subset.safetensors; at the end results.json.",
         "FLOPs are counted; hours are derived, not measured: " + ", ".join(assumed),
     ]
     return "\n".join(lines)
+
+# %% ../../nbs/4_production/03_experiments.ipynb #depend02
+_OF_GUARDS = ("guard", "guard_steps", "guard_batch_size")  # of a `Config`
+
+
+def _of_model(e: Experiment, stage: str) -> dict:
+    "What the model of the stage `base` or `tuned` depends on."
+    config = settings_of(e.config, *_OF_GUARDS, "sample_steps", "every", "data")
+    base = {"data": e.data, "images": e.images, "pretrained": e.pretrained, "config": config}
+    return base if stage == "base" else base | {"subset": e.subset, "tune": settings_of(e.tune)}
+
+
+def _of_guard(e: Experiment, question: Question) -> dict:
+    "What the guard of a question depends on."
+    names = (*_OF_GUARDS, "shape", "schedule", "mirror", "seed")
+    config = {name: getattr(question.config, name) for name in names}
+    sizes = {"images": e.images, "members": question.members, "reference": question.reference}
+    return settings_of({"data": e.data, "preset": question.preset, **sizes, "config": config})
+
+
+def _of_images(e: Experiment, folder: str) -> dict:
+    "What the images in the folder of an arm, such as `all_guarded`, depend on."
+    name, arm = folder.split("_")
+    model = _of_model(e, "base" if name == "all" else "tuned")
+    drawn = {"model": model, "chunk": e.chunk, "sample_steps": e.config.sample_steps}
+    if arm == "unguarded":
+        return drawn
+    return drawn | {"guard": _of_guard(e, e.questions[name]), "strength": e.strength}
+
+
+def _of_features(e: Experiment, name: str) -> dict:
+    "What the features of a question's members depend on."
+    members = {"images": e.images, "members": e.questions[name].members, "seed": e.config.seed}
+    return {"data": e.data, "space": e.space, **members}
+
+
+def _of_arms(e: Experiment, question: Question) -> dict:
+    "What the numbers of a question's arms depend on."
+    drawn = _of_images(e, f"{question.name}_guarded")
+    looked_at = {"samples": question.samples, "space": e.space, "cosine": e.cosine}
+    return drawn | looked_at
+
+
+def _of_attacks(e: Experiment, question: Question) -> dict:
+    "What the answers of attackers depend on."
+    return _of_images(e, f"{question.name}_guarded") | {"attacked": e.attacked}
 
 # %% ../../nbs/4_production/03_experiments.ipynb #ae3cd829
 @dataclass(frozen=True)
@@ -461,10 +548,10 @@ def _chunks(
     arm: name of its folder.
     Yields x [chunk, C, H, W], bytes, and counts: seconds, rows seen and rows pushed.
     """
-    folder = writable(run.folder / arm)
+    folder, known = writable(run.folder / arm), _of_images(run.experiment, arm)
     for number in itertools.count():
         draw = functools.partial(_draw_chunk, run, model, schedule, number)
-        yield load_or_create(folder / f"{number:05d}.safetensors", draw)
+        yield load_or_create(folder / f"{number:05d}.safetensors", draw, settings=known)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #f4f8b2a5
 class _Arm(NamedTuple):
@@ -545,8 +632,9 @@ def _model_of_stage(
     run: Run, name: str, make: Callable[[Path], dict]
 ) -> tuple[nn.Module, Schedule]:
     "(model, schedule) of a stage, which make(folder) writes to folder/model.safetensors."
-    folder = run.folder / name
-    cached_stage(run, name, lambda: make(writable(folder)), f"{name}/model.safetensors")
+    folder, known = run.folder / name, _of_model(run.experiment, name)
+    file = f"{name}/model.safetensors"
+    cached_stage(run, name, lambda: make(writable(folder)), file, settings=known)
     model, schedule, _ = load_model(folder / "model.safetensors")
     return model.to(run.device, memory_format=torch.channels_last), schedule
 
@@ -589,7 +677,8 @@ def _trained_guard(
         return guard.made
 
     # Whoever made it, the guard that is used is the one in the file.
-    cached_stage(run, f"{question.name}_guard", fit, f"guards/{question.name}.safetensors")
+    file, known = f"guards/{question.name}.safetensors", _of_guard(run.experiment, question)
+    cached_stage(run, f"{question.name}_guard", fit, file, settings=known)
     guard = load_guard(path)
     guard.classifier.to(run.device, memory_format=torch.channels_last)
     strength = run.experiment.strength if guard.report else 1
@@ -661,12 +750,15 @@ def _measure_arms(comparison: _Comparison) -> dict:
     arms, known = _drawn_arms(comparison), pixels(members)
 
     # The first question's members are the whole training set.
-    known_features = load_or_create(
-        run.folder / f"features_{question.name}.safetensors",
-        lambda: {"x": _features_of(run, members)},
-    )["x"]
-    real_features = load_file(run.folder / "features_all.safetensors")["x"]
+    def features_of(name: str) -> Tensor:
+        path = run.folder / f"features_{name}.safetensors"
+        wanted = _of_features(run.experiment, name)
+        make = functools.partial(_features_of, run, members)
+        return load_or_create(path, lambda: {"x": make()}, settings=wanted)["x"]
 
+    known_features, real_features = features_of(question.name), features_of("all")
+
+    # Each arm is looked at by all tests.
     answer = {}
     for arm, (images, notes) in arms.items():
         x, x_features = pixels(images), _features_of(run, images)
@@ -714,9 +806,12 @@ def _answer_question(
     def attack_arms() -> dict:
         return {arm: _attack_arm(comparison, arm) for arm in models}
 
+    stage, e = functools.partial(cached_stage, run), run.experiment
+    of_arms, of_attacks = _of_arms(e, question), _of_attacks(e, question)
+    measure = functools.partial(_measure_arms, comparison)
     return {
-        "arms": cached_stage(run, question.name, lambda: _measure_arms(comparison)),
-        "attacks": cached_stage(run, f"{question.name}_attacks", attack_arms),
+        "arms": stage(question.name, measure, settings=of_arms),
+        "attacks": stage(f"{question.name}_attacks", attack_arms, settings=of_attacks),
     }
 
 # %% ../../nbs/4_production/03_experiments.ipynb #6ce9e29b
@@ -728,7 +823,10 @@ def _image_sets(run: Run) -> dict[str, _ImageSets]:
         train, held_out = DATA[e.data].load()
         return {"train": train, "held_out": held_out}
 
-    data = load_or_create(run.folder / "data.safetensors", load)
+    known, path = {"data": e.data}, run.folder / "data.safetensors"
+    data = load_or_create(path, load, settings=known)
+
+    # The subset is drawn by the seed, and what is left of the training images stays apart.
     train, held_out = data["train"][: e.images], data["held_out"]
     parts = split(train, {"subset": e.subset, "others": None}, e.config.seed).indices
     subset, others = train[parts["subset"]], train[parts["others"]]
@@ -764,12 +862,35 @@ def reproduce(run: Run) -> dict:
     return {"all": about_all, "subset": about_subset}
 
 # %% ../../nbs/4_production/03_experiments.ipynb #7088d96b
+_STAGES = ("base", "all_guard", "all", "all_attacks")
+_STAGES += ("tuned", "subset_guard", "subset", "subset_attacks")
+_NAMES = ("data.safetensors", "base", "tuned", "guards", "results.json")
+_DATA_PARTS = {"train", "held_out"}
+
+
+def _refuse_foreign(run: Run) -> None:
+    "Raise ValueError for a folder that holds files of a run's names, and no run."
+    # A stage that is finished, or its data, show that the folder is a run's.
+    paths = [run.folder / f"{name}.json" for name in _STAGES]
+    kept = [kept_record(path, "a stage of a run", "seconds") for path in paths]
+    data = run.folder / "data.safetensors"
+    is_run = any(kept) or (data.exists() and load_or_create(data, dict).keys() == _DATA_PARTS)
+    taken = [name for name in _NAMES if (run.folder / name).exists()]
+    if taken and not is_run:
+        raise ValueError(
+            f"{printable(run.folder)} holds {taken[0]} and is not the folder of a run: "
+            "choose another folder"
+        )
+
+
 def _claim_folder(run: Run, command: str) -> dict:
     """Claim the folder of a run for its experiment; returns how the run was begun.
 
-    Raises ValueError when the folder belongs to another experiment.
+    Raises ValueError when the folder belongs to another experiment, or to none.
     """
-    experiment = json.loads(json.dumps(asdict(run.experiment)))  # tuples are lists there
+    experiment = settings_of(run.experiment)
+    if kept_record(run.folder / "experiment.json", "the experiment of a run", "name") is None:
+        _refuse_foreign(run)
 
     def describe() -> dict:
         origin = {"command": command, **provenance()}
@@ -779,14 +900,12 @@ def _claim_folder(run: Run, command: str) -> dict:
 
     # Whoever comes second finds what the first has written.
     written = cached_stage(replace(run, progress=False), "experiment", describe)
-    different = []
-    for name, value in experiment.items():
-        if written.get(name) != value:
-            different.append(f"{name} {written.get(name)} there, {value} here")
+    different = differences({name: written.get(name) for name in experiment}, experiment)
     if different:
         raise ValueError(
-            f"{run.folder} belongs to another run ({'; '.join(different)}): choose another folder, "
-            "or remove experiment.json there to keep what is finished"
+            f"{printable(run.folder)} belongs to another run ({different}): choose another folder, "
+            "or remove experiment.json there to keep of what is finished all that does not depend "
+            "on the difference"
         )
     return written["made"]
 

@@ -41,7 +41,15 @@ from cpsample.production.stable_diffusion import (
     unframed,
 )
 from ..workshop.files import import_optional, writable
-from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, run_study
+from cpsample.workshop.studies import (
+    Study,
+    Workspace,
+    cached_stage,
+    claim_files,
+    load_or_create,
+    run_study,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -150,6 +158,7 @@ def _as_bytes(x: Tensor) -> Tensor:
 def train_pipeline(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     "The collapsed pipeline, trained: size and losses. It goes on where it was stopped."
     size, folder = settings.size, _folder(workspace)
+    claim_files(workspace, "pipeline", settings_of(size, "repeats", "guard_steps"))
     pipe, losses = make_pipeline(size, workspace.folder, progress=workspace.progress)
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     members = unframed(load_pictures(size).bags["members"])
@@ -190,8 +199,9 @@ def _drawn_pictures(
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #817cd220
 def _guard_of(way: Way, workspace: Workspace, subject: _Subject, *, settings: Settings) -> Guard:
     "A guard that was trained in one of the ways, now or before."
-    # One that was stopped goes on; one that was finished is read.
+    # One that was stopped goes on; one that was finished is read, if it is the same.
     path = workspace.folder / f"guard-{way.repeats}-{way.t_max}"
+    claim_files(workspace, path.name, settings_of(settings.size))
     if Path(f"{path}.safetensors").exists():
         guard = load_guard(path)
     else:
@@ -229,7 +239,8 @@ def _choosing_answers(file: Path, subject: _Subject, guard: Guard, *, settings: 
         seed, n = settings.choosing, settings.answers
         return {"x": _ask_for_bags(subject, settings, guard, seed=seed, n=n)}
 
-    return load_or_create(file, draw)["x"]
+    of_report = ("seeds", "strengths", "answers_of_scheduler", "pictures")
+    return load_or_create(file, draw, settings=settings_of(settings, *of_report))["x"]
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #2c4ada2a
 class _Trial(NamedTuple):
@@ -376,7 +387,8 @@ def measure(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     "Every caption on every seed, and the collapsed one under every scheduler, in both arms."
     folder = made_folder(workspace)
     subject, guard = _load_subject(folder), load_guard(folder / "guard")
-    stage = functools.partial(cached_stage, workspace)
+    known = settings_of(settings, "choosing", "strengths")
+    stage = functools.partial(cached_stage, workspace, settings=known)
 
     # Real bags, to compare with.
     describe = functools.partial(_describe_real_bags, subject, settings=settings)

@@ -280,12 +280,18 @@ def save_picture(path: Path | str, fig: Any) -> None:
 def write_tensors(tensors: dict[str, Tensor], path: Path | str, header: dict[str, str]) -> None:
     """Write tensors as safetensors, straight to `path` (use a path from `atomic`).
 
+    tensors: by their names; two of them may share their memory, as tied weights do.
     header: texts that stand before the tensors.
     Raises OSError when that fails, on a full disk for example.
     """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Tied weights have two names for one memory; in a file each name has its own.
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
     try:
-        save_file(contiguous, path, header)
+        save_file(separate, path, header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -301,7 +307,12 @@ def writable(folder: Path | str) -> Path:
             f"there is no home folder for {printable(folder)}: give the path without ~ "
             "(set CPSAMPLE_CACHE to a folder for downloads)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    # What the system says of a file in the place of a folder is not helpful.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        words = f"{printable(folder)} cannot be a folder: it is a file, or lies below one"
+        raise OSError(words) from None
     with tempfile.TemporaryFile(dir=folder):
         pass
     return folder
@@ -315,11 +326,12 @@ class NoLockWarning(UserWarning):
 def locked(folder: Path | str) -> Iterator[None]:
     """Keep other programs out of a folder, for as long as the block runs.
 
-    folder: that exists and can be written. Of several processes of one run only one may lock it.
+    folder: that exists and can be written. Of several processes of one run only one may lock it,
+        and that one may lock it again.
     Raises OSError, at once, when it is locked already.
     """
     # Where nothing can be locked, on some network shares, the program runs all the same.
-    lock = filelock.FileLock(Path(folder) / ".cpsample.lock", timeout=0)
+    lock = filelock.FileLock(Path(folder) / ".cpsample.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -336,8 +348,9 @@ def locked(folder: Path | str) -> Iterator[None]:
     finally:
         # Removed first: whoever opens it meanwhile sees that it is gone, and makes a new one.
         if lock.is_locked:
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)
+            if lock.lock_counter == 1:
+                with contextlib.suppress(OSError):
+                    os.unlink(lock.lock_file)
             lock.release()
 
 # %% ../../nbs/5_workshop/01_files.ipynb #db76ff6d
@@ -410,10 +423,11 @@ def _commit() -> str:
     return f"{head}-dirty" if differs else head
 
 
-def provenance() -> dict[str, str]:
-    "Where and when a result was made: commit, hardware, date."
+def provenance() -> dict[str, Any]:
+    "Where and when a result was made: commit, hardware, threads of a process, date."
     return {
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }

@@ -88,6 +88,8 @@ def read_tensors(
     header_only: leave the tensors where they are.
     Raises FileNotFoundError, or ValueError, in one line, for any other file.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} cannot be read as {kind}: it is a folder")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -97,6 +99,8 @@ def read_tensors(
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as {kind}: {reason}") from error
+
+    # Some file of tensors it is; is it one of ours?
     if name not in header:
         raise ValueError(f"{path} cannot be read as {kind}: its header has no {name!r}")
     return TensorFile(tensors, read_json(header[name], path))
