@@ -156,7 +156,9 @@ def test_strangers_are_kept_in_their_order_and_counted():
     members = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     others = -members.roll(1, 2)
     mixed = torch.cat([others[:2], members[2:4], others[2:]])
-    with pytest.warns(SharedImagesWarning, match=r"left out 2 of 8 other .* \(first in rows 2, 3\)"):
+    with pytest.warns(
+        SharedImagesWarning, match=r"left out 2 of 8 other .* \(first in rows 2, 3\)"
+    ):
         assert torch.equal(leave_out_shared(mixed, members), others)
     assert leave_out_shared(others, members) is others
     refuse_shared(others, members)
