@@ -492,6 +492,13 @@ _TrainSize = Annotated[
         callback=_SIDE, help="Side of the squares that images of a folder are cut to (default: 32)."
     ),
 ]
+_Fit = Annotated[
+    str | None,
+    typer.Option(
+        callback=chosen_from(choices.FITS, "fit"),
+        help=f"How pictures of a folder become squares: {one_of(choices.FITS)} (default: cut).",
+    ),
+]
 _TrainGrey = Annotated[bool, typer.Option(help="Read a folder's images as grey.")]
 _TrainMirror = Annotated[bool | None, typer.Option(help="Train on mirrored images too.")]
 _TrainTiny = Annotated[
@@ -524,13 +531,14 @@ def drawn_members(x: Any, images: int, seed: int) -> Any:
     return split(x, {"members": images, "others": None}, seed).of(x, "members")
 
 
-def described_run(data: str, size: int, images: int | None, x: Any, **more: Any) -> dict:
+def described_run(data: str, images: int | None, x: Any, *, fit: str | None, **more: Any) -> dict:
     "What a run says about itself, so that its training images can be found again."
     from cpsample.workshop.files import fingerprint
 
     return {
         "data": data if data in choices.IMAGE_SETS else str(Path(data).resolve()),
-        "size": size,
+        "size": x.shape[-1],
+        "fit": fit or "cut",
         "channels": x.shape[1],
         "images": images,
         "fingerprint": fingerprint(x),
@@ -573,6 +581,7 @@ def train_command(
     seed: Seed = 0,
     size: _TrainSize = None,
     grey: _TrainGrey = False,
+    fit: _Fit = None,
     strict: Strict = False,
     mirror: _TrainMirror = None,
     tiny: _TrainTiny = False,
@@ -583,19 +592,18 @@ def train_command(
 
     With accelerate launch, on several processes.
     """
-    check_source(data, start, size=size, grey=grey)
+    check_source(data, start, size=size, grey=grey, fit=fit)
 
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
     from cpsample.workshop.files import writable
 
-    size = size or 32
     accelerator, place = processes(device)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "mirror": mirror}
     config = training_config(data, tiny, **options)
 
     # Which images, and which model to start from.
-    x = read_data(data, size, 1 if grey else 3, strict=strict)
+    x = read_data(data, size or 32, 1 if grey else 3, fit=fit, strict=strict)
     members = x if images is None else drawn_members(x, images, seed)
     base = None
     if start:
@@ -604,7 +612,7 @@ def train_command(
     # What was trained on has to be known later: the run describes itself, once it is accepted.
     writable(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
-    about = described_run(data, size, images, x, **origin)
+    about = described_run(data, images, x, fit=fit, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
@@ -685,13 +693,13 @@ def guard_of_run(
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
     from cpsample.core.copying import refuse_shared
-    from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import (
         Config,
         divide_non_members,
         fit_run_guard,
         load_model,
         members_of,
+        read_like,
     )
     from cpsample.workshop.files import writable
 
@@ -702,7 +710,7 @@ def guard_of_run(
 
     # Others of the same kind, which the guard should leave alone.
     if reference:
-        non_members = read_data(str(reference), description["size"], description["channels"])
+        non_members = read_like(description, str(reference))
         refuse_shared(non_members, members, f"images of --reference {reference}")
     if not len(non_members):
         raise ValueError(
@@ -908,7 +916,7 @@ _AuditSize = Annotated[
     typer.Option(
         callback=_SIDE,
         help="Side of the squares that images of folders are cut to "
-        "(default: as the first training image).",
+        "(default: as the smallest of the sets has them).",
     ),
 ]
 _AuditN = Annotated[
@@ -920,17 +928,22 @@ _AuditN = Annotated[
 _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed.")]
 
 # %% ../nbs/cli.ipynb #7bbf3684
-def strangers_of_run(members: Any, non_members: Any, held_out: str | None, strict: bool) -> Any:
-    "Images that a run's model never saw: those that were named, or the others of its set, or None."
+def strangers_of_run(members: Any, non_members: Any, held_out: str | None, **reading: Any) -> Any:
+    """Images that a run's model never saw: those that were named, or others of its set, or None.
+
+    reading: of `read_together`.
+    """
     from cpsample.core.copying import leave_out_shared, refuse_shared
-    from cpsample.practice.datasets import read_data
+    from cpsample.practice.datasets import read_together
 
     if held_out is None:
         return (
             leave_out_shared(non_members, members, "held-out images") if len(non_members) else None
         )
-    channels, size = members.shape[1], members.shape[-1]
-    strangers = read_data(held_out, size, channels, strict=strict)
+    images, note = read_together({"others": held_out}, like=members, **reading)
+    if note:
+        print(note)
+    strangers = images["others"]
     refuse_shared(strangers, members, f"images of --held-out {held_out}")
     return strangers
 
@@ -953,7 +966,9 @@ def images_of_run(
     strength = strength_of(strength, unguarded)
     place = on_device(device)
     description, members, non_members = members_of(run)
-    strangers = strangers_of_run(members, non_members, held_out, strict)
+    strangers = strangers_of_run(
+        members, non_members, held_out, fit=description.get("fit", "cut"), strict=strict
+    )
     model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
     check_memory(n, shape)
     steps = description["config"]["sample_steps"]
@@ -964,24 +979,24 @@ def images_of_run(
 
 
 def images_of_folders(
-    generated: str,
-    training: str | None,
-    held_out: str | None,
-    size: int | None,
-    strict: bool,
+    generated: str, training: str | None, held_out: str | None, **reading: Any
 ) -> tuple[Any, Any, Any]:
-    "(generated images, training images, held-out images or None), as they are read."
-    from cpsample.practice.datasets import read_data
+    """(generated images, training images, held-out images or None), read at one size.
+
+    reading: of `read_together`.
+    """
+    from cpsample.practice.datasets import read_together
 
     if training is None:
         raise ValueError(
             f"{generated} is no run: give the training images too, "
             "cpsample audit GENERATED TRAINING"
         )
-    known = read_data(training, size, strict=strict)
-    alike = dict(size=known.shape[-1], channels=known.shape[1], strict=strict)
-    x = read_data(generated, **alike)
-    return x, known, read_data(held_out, **alike) if held_out else None
+    sources = given(generated=generated, training=training, others=held_out)
+    images, note = read_together(sources, **reading)
+    if note:
+        print(note)
+    return images["generated"], images["training"], images.get("others")
 
 
 def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> bool:
@@ -1025,6 +1040,7 @@ def audit_command(
     flips: _AuditFlips = True,
     backend: _AuditBackend = "torch",
     size: _AuditSize = None,
+    fit: _Fit = None,
     strict: Strict = False,
     n: _AuditN = None,
     unguarded: Unguarded = False,
@@ -1034,7 +1050,7 @@ def audit_command(
 ) -> None:
     "Count copies of training images among generated ones, and write a report."
     of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-    is_run = draws_from_run(generated, of_runs, TRAINING=training, size=size)
+    is_run = draws_from_run(generated, of_runs, TRAINING=training, size=size, fit=fit)
     if max_copy_rate is None:
         refuse_ignored("it says what --max-copy-rate is about", test=test)
 
@@ -1048,7 +1064,9 @@ def audit_command(
         drawing = (n or 1000, unguarded, strength, seed, device)
         x, known, unseen = images_of_run(run, *drawing, held_out, strict)
     else:
-        x, known, unseen = images_of_folders(generated, training, held_out, size, strict)
+        x, known, unseen = images_of_folders(
+            generated, training, held_out, size=size, fit=fit, strict=strict
+        )
 
     # Count, write the report, and say the numbers.
     audited = audit(
@@ -1090,8 +1108,7 @@ def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) 
 def strangers_for_attack(run: Path, others: str | None) -> Any:
     "Images that neither the model nor its guard has seen, at least 20: given, or of the run's set."
     from cpsample.core.copying import leave_out_shared, refuse_shared
-    from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import divide_non_members, members_of
+    from cpsample.practice.runs import divide_non_members, members_of, read_like
 
     description, members, non_members = members_of(run)
     divided = divide_non_members(members, non_members)
@@ -1099,7 +1116,7 @@ def strangers_for_attack(run: Path, others: str | None) -> Any:
 
     # What is given may be neither a member nor one that taught the guard.
     if others:
-        test = read_data(others, description["size"], description["channels"])
+        test = read_like(description, others)
         refuse_shared(test, members, f"images of --others {others}")
         test = leave_out_shared(
             test, divided.for_guard, "images for tests", of="images for the guard"
