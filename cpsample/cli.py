@@ -809,12 +809,10 @@ _SampleSteps = Annotated[
 
 def check_memory(n: int, shape: list[int]) -> None:
     "Raise ValueError when n images of a shape [C, H, W] are more than this machine can hold."
-    if not hasattr(os, "sysconf"):
-        return  # Windows does not say
+    from cpsample.practice.datasets import memory_of_machine
 
     # Twice as floats, while portions are joined, and once as bytes.
-    needed = 9 * n * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = 9 * n * math.prod(shape), memory_of_machine()
     if needed > memory:
         gigabytes = f"{needed / 1e9:,.0f} GB of memory, and this machine has {memory / 1e9:.0f}"
         raise ValueError(

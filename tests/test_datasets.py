@@ -357,9 +357,17 @@ def test_bombs_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 64, 64), np.uint8))
     assert (tmp_path / "bomb.npz").stat().st_size < 2000
     assert len(load_array(tmp_path / "bomb.npz")) == 100
-    monkeypatch.setattr(cpsample.practice.datasets, "_memory", lambda: 10**6)
+    monkeypatch.setattr(cpsample.practice.datasets, "memory_of_machine", lambda: 10**6)
     with pytest.raises(ValueError, match="bomb.npz needs 0.0 GB, this machine has"):
         load_array(tmp_path / "bomb.npz")
+
+    # A folder of honest pictures, too many for their size, which may be that of the first.
+    (tmp_path / "folder").mkdir()
+    for name in "ab":
+        Image.new("L", (600, 600)).save(tmp_path / "folder" / f"{name}.png")
+    for size in (600, None):
+        with pytest.raises(ValueError, match="2 pictures in .* of 600×600 pixels each, need"):
+            load_folder(tmp_path / "folder", size, 1)
 
     # A picture of 60 bytes that claims 80 million pixels.
     Image.new("L", (1, 1)).save(tmp_path / "x.bmp")
