@@ -489,7 +489,8 @@ def training_cost(trainings: dict[str, _Training], steps: int = 15) -> dict:
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #74d656fb
 def always_on(guard: Guard) -> Guard:
     "The guard without its gate: asked at every level, certain of nearly every row."
-    restless = replace(guard, t_max=guard.schedule.T, alpha=0.4999)
+    T = guard.schedule.T  # where it learned nothing: what it says there is only timed
+    restless = replace(guard, t_max=T, alpha=0.4999, made=guard.made | {"t_max": T})
     restless.report = dict(guard.report, alpha=restless.alpha)  # or `protect` would warn
     return restless
 
