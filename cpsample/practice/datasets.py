@@ -540,7 +540,7 @@ class _Claim(NamedTuple):
         "Whether this may be images: numbers [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3."
         has_channels = len(self.shape) == 4 and not {1, 3}.isdisjoint(self.shape[1::2])
         is_image = len(self.shape) == 3 or has_channels
-        return is_image and self.dtype.kind in "uf" and self.shape[0] > 0
+        return is_image and self.dtype.kind in "uf" and min(self.shape) > 0
 
 
 def _read_claim(file: IO[bytes]) -> _Claim:

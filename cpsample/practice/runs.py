@@ -686,7 +686,7 @@ def steps_needed(
         return None
     needed = steps * max(1.1, factor ** (1 / power))
     digit = 10 ** (math.floor(math.log10(needed)) - 1)
-    return math.ceil(needed / digit) * digit
+    return math.ceil(needed / digit - 1e-6) * digit
 
 # %% ../../nbs/2_practice/04_runs.ipynb #watch003
 def _training_of_guard(
@@ -735,14 +735,12 @@ def _with_advice(
     "The error, with what would help: the steps that it takes, and how they are made."
     needed = steps_needed(watch.history, steps, error.coverage, error.wanted)
     guess = "about so many are needed" if needed else "it is not to be seen how many are needed"
+    advice = f"{command} --steps {needed or 2 * steps} continues it ({guess})"
     accepted = math.floor(100 * error.coverage) / 100
-    with_steps = f"{command} --steps {needed or 2 * steps}"
-    return UncoveredGuardError(
-        error.coverage,
-        error.wanted,
-        f"{error.fact}, after {steps} steps",
-        advice=f"{with_steps} continues it ({guess}), --wanted {accepted:g} accepts it as it is",
-    )
+    if accepted > 0:
+        advice += f", --wanted {accepted:g} accepts it as it is"
+    fact = f"{error.fact}, after {steps} steps"
+    return UncoveredGuardError(error.coverage, error.wanted, fact, advice=advice)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #d2836b75
 def fit_run_guard(
