@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'Config', 'write_model', 'save_model', 'SavedModel', 'load_model', 'run_of', 'check_same_run',
            'describe_run', 'run_locked', 'check_config', 'model_to_tune', 'TrainedDenoiser', 'train_denoiser',
            'NonMembers', 'divide_non_members', 'coverage_watch', 'steps_needed', 'fit_run_guard', 'RunImages',
-           'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run']
+           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run']
 
 # %% ../../nbs/2_practice/04_runs.ipynb #ee419b1f
 import contextlib
@@ -272,6 +272,7 @@ class _RunRecord:
     fingerprint: str
     config: Config
     start: str | None = None
+    fit: str = "cut"
 
 
 def run_of(folder: Path | str) -> dict:
@@ -568,7 +569,7 @@ def divide_non_members(members: Tensor, non_members: Tensor) -> NonMembers:
     for_guard, test = non_members[:n_for_guard], non_members[n_for_guard:]
     for_guard = leave_out_shared(for_guard, members, "images for the guard")
     test = leave_out_shared(test, members, "images for tests")
-    test = leave_out_shared(test, for_guard, "images for tests", "images for the guard")
+    test = leave_out_shared(test, for_guard, "images for tests", of="images for the guard")
     return NonMembers(for_guard, test)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #9d0621b8
@@ -833,6 +834,12 @@ class RunImages(NamedTuple):
     non_members: Tensor
 
 
+def read_like(description: dict, data: str) -> Tensor:
+    "Images, read in the size, the channels and the squares of a run that is described."
+    fit = description.get("fit", "cut")
+    return read_data(data, description["size"], description["channels"], fit=fit)
+
+
 def _check_members_of_model(run: Path | str, members: Tensor) -> None:
     "Raise ValueError when the model of a run, if there is one, was trained on other images."
     path = Path(run) / "model.safetensors"
@@ -858,7 +865,7 @@ def members_of(run: Path | str) -> RunImages:
     the model was trained on others.
     """
     description = run_of(run)
-    images = read_data(description["data"], description["size"], description["channels"])
+    images = read_like(description, description["data"])
     if fingerprint(images) != description["fingerprint"]:
         raise ValueError(
             f"the images of {description['data']} are not those that {run} was trained on: "
