@@ -20,9 +20,11 @@ from cpsample.judgement.audit_study import smooth_images
 from cpsample.judgement.copy_audit import (
     CHANGES,
     RENDERINGS,
+    TESTS,
     audit,
     auth_pct,
     c_t,
+    contradiction,
     feature_space,
     plant,
     renderings_of,
@@ -329,7 +331,13 @@ def test_a_pass_that_the_other_tests_contradict_is_none(monkeypatch):
 
 
 def test_verdicts_on_record_stand():
-    "Guarded models pass, though the other tests ring more often: at innocents, too."
+    """Guarded models pass, though the other tests ring more often: at innocents, too. What they
+    call copies by mistake is no contradiction."""
+    rates = [{"copies": c, "ci": [c / 25 - 0.1, 1]} for c in (0, 25, 25)]
+    tests = dict(zip(TESTS, rates))
+    assert contradiction(tests, "ratio", 0.2)
+    tests["cosine"]["ci_held_out"] = [0.2, 0.4]
+    assert contradiction(tests, "ratio", 0.2) is None
     models = json.loads(data_path("results/audit.json").read_text())["models"]
     for pool, arm, passes in (
         ("digits", "guarded", True),

@@ -7,17 +7,22 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from cpsample.core.copying import (
+    SharedImagesWarning,
     copy_test,
     cosine_test,
     describe_rate,
     ideal_denoiser,
+    leave_out_shared,
     neighbourhood_test,
     proportion_ci,
+    refuse_shared,
     reject_copies,
+    shared_rows,
 )
 from cpsample.core.ddpm import ddpm_loss, final_sample, sample
 from cpsample.core.densities import GaussianMixture, exact_denoiser
-from cpsample.core.images import load_digits, plant_duplicates
+from cpsample.core.images import load_digits, pixels, plant_duplicates, to_bytes
+from cpsample.production.pipelines import fit_pipeline_guard
 from cpsample.workshop.neighbours import nearest
 
 DIGITS = load_digits()[0]
@@ -127,3 +132,55 @@ def test_rejection_returns_only_what_is_no_copy(generator):
 
     x, accepted = reject_copies(draw, MEMBERS, 120)
     assert len(x) == 120 and copy_test(x, MEMBERS).copies == 0 and accepted == 0.5
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 20), st.booleans())
+def test_shared_rows_are_those_whose_bytes_are_equal(k, n, m, as_bytes):
+    g = torch.Generator().manual_seed(k)
+    levels = torch.randint(0, 3, (n + m, 1, 2, 2), generator=g, dtype=torch.uint8) * 100
+    x, members = levels[:n], levels[n:]
+    expected = [i for i in range(n) if any(torch.equal(x[i], other) for other in members)]
+    floats = pixels(x) + 1e-4 * (2 * (x == 0) - 1.0) if not as_bytes else x  # a rounding away
+    assert shared_rows(floats, pixels(members)).tolist() == expected
+    assert shared_rows(pixels(x).double(), members).tolist() == expected
+
+    # Points and latents have no bytes: every number counts.
+    points = 3 * pixels(x).flatten(1)
+    assert shared_rows(points, 3 * pixels(members).flatten(1)).tolist() == expected
+    assert shared_rows(points + 1e-4, 3 * pixels(members).flatten(1)).tolist() == []
+    assert shared_rows(x[:0], members).tolist() == shared_rows(x, members[:0]).tolist() == []
+
+
+def test_strangers_are_kept_in_their_order_and_counted():
+    members = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    others = -members.roll(1, 2)
+    mixed = torch.cat([others[:2], members[2:4], others[2:]])
+    with pytest.warns(
+        SharedImagesWarning, match=r"left out 2 of 8 other .* \(first in rows 2, 3\)"
+    ):
+        assert torch.equal(leave_out_shared(mixed, members), others)
+    assert leave_out_shared(others, members) is others
+    refuse_shared(others, members)
+    with pytest.raises(ValueError, match=r"1 of 1 strangers are pupils, too \(first in row 0\)"):
+        refuse_shared(members[:1], members, "strangers", "pupils")
+
+
+def test_a_pipeline_is_not_guarded_with_its_own_images_as_the_others(tmp_path):
+    "In the pipeline's own space a draw of the autoencoder would hide that they are the same."
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with pytest.raises(ValueError, match="4 of 4 other images are images to protect, too"):
+        fit_pipeline_guard(None, x, to_bytes(x[:4]), tmp_path / "guard")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+def test_copies_of_large_pictures_are_found_in_any_precision(kind):
+    "The square of a distance among them is larger than any number of half precision."
+    x = torch.rand(6, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = to_bytes(x) if kind == torch.uint8 else x.to(kind)
+    for test in (copy_test, neighbourhood_test):
+        report = test(x[:3], x)
+        assert report.copies == 3 and report.nearest.tolist() == [0, 1, 2]
+        assert torch.isfinite(report.score).all()
+        assert test(-x[:3].float().flip(2) if kind != torch.uint8 else 255 - x[:3], x).copies == 0

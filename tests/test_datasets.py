@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import cpsample.practice.datasets
+from cpsample.cli import app
 from cpsample.core.images import first_occurrence, pixels
 from cpsample.practice.datasets import (
     ImageFileWarning,
@@ -30,6 +33,7 @@ from cpsample.practice.datasets import (
     resized,
     write_idx,
 )
+from cpsample.practice.runs import members_of, run_of
 
 RNG = np.random.default_rng(0)
 
@@ -288,6 +292,8 @@ def test_sheets_of_a_run_are_no_training_images(tmp_path):
     (_, paths), words = only_warning(lambda: load_folder(tmp_path, 8))
     assert [path.name for path in paths] == ["a.png", "b.png"]
     assert "sheets of samples of a run (1): samples-000020.png" in words
+    with pytest.warns(ImageFileWarning):
+        assert len(load_folder(tmp_path, 8, strict=True)[0]) == 2
 
 
 def test_what_pillow_warns_of_is_said_once(tmp_path, monkeypatch):
@@ -531,3 +537,43 @@ def test_damaged_files_are_an_image_or_one_line(tmp_path, seed):
             except (ValueError, OSError) as error:
                 words = str(error)
                 assert name in words and "\n" not in words, (name, case, words)
+
+
+def test_the_command_line_reads_two_folders_at_one_size(tmp_path, monkeypatch):
+    "What was squashed is found where the others are squashed, too, and not where they are cut."
+    wide, copies = tmp_path / "wide", tmp_path / "copies"
+    for folder in (wide, copies):
+        folder.mkdir()
+    for i in range(30):
+        image = photo(40, 24).resize((160, 96))
+        image.save(wide / f"{i:02}.png")
+        image.resize((32, 32)).save(copies / f"{i:02}.png")
+    monkeypatch.chdir(tmp_path)
+
+    def copies_found(*words):
+        "The output, and how many copies the ratio test counts."
+        words = ["audit", "copies", "wide", "--space", "pca-64", "--no-flips", *words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output, int(re.search(r"ratio +(\d+) of 30", result.output)[1])
+
+    with pytest.warns(ImageFileWarning, match="30 of 30 pictures in wide are not square"):
+        output, cut = copies_found()
+    assert "Compared at 32 pixels; scaled to that: training (96)" in output
+    _, squashed = copies_found("--fit", "squash")
+    assert cut < 10 and squashed == 30
+
+
+def test_a_run_remembers_how_its_pictures_became_squares(tmp_path):
+    for i in range(4):
+        photo(40, 24).save(tmp_path / f"{i}.png")
+    run = tmp_path / "run"  # inside the folder of its own images
+    words = ["train", tmp_path, "--out", run, "--tiny", "--size", 16, "--fit", "pad"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert run_of(run)["fit"] == "pad" and list(run.glob("samples-*.png"))
+    with pytest.warns(ImageFileWarning, match=r"folders of runs \(1\): run"):
+        members = members_of(run).members
+    assert len(members) == 4 and (members[:, :, 0] == 0).all()
+    result = CliRunner().invoke(app, ["train", "digits", "--out", "x", "--fit", "pad"])
+    assert result.exit_code == 2

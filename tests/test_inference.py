@@ -1,6 +1,7 @@
 "The referee: known AUCs, honest halves, no more false accusations than were allowed."
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -117,3 +118,17 @@ def test_bad_scores_are_refused(a, b, words):
         auc(a, b)
     with pytest.raises(ValueError, match=words):
         infer({"x": (a, b)})
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_scores_that_are_all_the_same_tell_nothing(kind):
+    "Such as those of `nearest_sample_attack`, when everything was copied: no warning, no NaN."
+    zeros, ones = torch.zeros(30, dtype=kind), torch.ones(20, dtype=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss_test(zeros, zeros[:20]) == (0, 0.5)
+        assert auc(zeros, zeros)[0] == 0.5
+    varied = torch.arange(30).to(kind)
+    assert loss_test(varied, ones)[1] < 0.001 < 0.999 < loss_test(ones, varied)[1]
+    with pytest.raises(ValueError, match="NaN"):
+        loss_test(zeros / 0, ones)

@@ -285,6 +285,7 @@ class ImageFileWarning(UserWarning):
 
 
 _SHOWN = 3  # so many names in a message
+_OF_RUNS = {"folders of runs", "sheets of samples of a run"}  # no pictures that anybody misses
 
 
 @dataclass
@@ -318,6 +319,11 @@ class _Findings:
     def name(self, path: Path) -> str:
         "Of a path below the folder, in one line."
         return printable(path.relative_to(self.folder).as_posix())
+
+    @property
+    def is_complete(self) -> bool:
+        "Whether all pictures are among those that are read; what runs wrote is none of them."
+        return self.skipped.keys() <= _OF_RUNS
 
     def skipped_words(self) -> str:
         "What was skipped: each reason, how many files, the names of the first."
@@ -503,7 +509,7 @@ def load_folder(
     _check_source(folder, channels, fit)
     findings = _Findings(Path(folder))
     paths = _image_paths(findings)
-    if strict and findings.skipped:
+    if strict and not findings.is_complete:
         raise OSError(f"not all of {printable(folder)} can be read: {findings.skipped_words()}")
 
     # Is there room for all of them, at the size that was asked for or at that of the first?
