@@ -52,7 +52,7 @@ DOORS = {
         CONFIGS["digits"].tiny(), x, OTHERS, S, place / "g", preset="paper", progress=False
     ),
     "calibrate": lambda x, place: calibrate(GUARD, x, OTHERS, alpha=0.999),
-    "calibrate, held out": lambda x, place: calibrate(GUARD, X, x, alpha=0.999),
+    "calibrate, held out": lambda x, place: calibrate(GUARD, OTHERS, x, alpha=0.999),
     "coverage": lambda x, place: coverage(GUARD.classifier, x, S, 0.1, [5]),
     "copy_test": lambda x, place: copy_test(x, OTHERS),
     "copy_test, training": lambda x, place: copy_test(OTHERS, x),

@@ -95,6 +95,7 @@ def ship(name: str, space: str, tensors: dict[str, Tensor], *, details: dict, st
     details: further entries of the record.
     start: when the work began, in seconds of `time.perf_counter`.
     """
+    # What it is, where it comes from, how long it took.
     record = {
         "name": space,
         "command": f"python tools/weights.py {name}",
