@@ -531,14 +531,17 @@ def drawn_members(x: Any, images: int, seed: int) -> Any:
     return split(x, {"members": images, "others": None}, seed).of(x, "members")
 
 
-def described_run(data: str, images: int | None, x: Any, *, fit: str | None, **more: Any) -> dict:
+def described_run(
+    data: str, size: int | None, images: int | None, x: Any, *, fit: str | None, **more: Any
+) -> dict:
     "What a run says about itself, so that its training images can be found again."
     from cpsample.workshop.files import fingerprint
 
+    squares = given(fit=None if fit == "cut" else fit)  # cut is what runs do that do not say
     return {
         "data": data if data in choices.IMAGE_SETS else str(Path(data).resolve()),
-        "size": x.shape[-1],
-        "fit": fit or "cut",
+        "size": size or 32,
+        **squares,
         "channels": x.shape[1],
         "images": images,
         "fingerprint": fingerprint(x),
@@ -612,7 +615,7 @@ def train_command(
     # What was trained on has to be known later: the run describes itself, once it is accepted.
     writable(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
-    about = described_run(data, images, x, fit=fit, **origin)
+    about = described_run(data, size, images, x, fit=fit, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
     sheet = partial(sample_sheet, out, config, members.shape[1:], place)
