@@ -147,12 +147,14 @@ def test_names_that_only_look_alike_stay(tmp_path_factory, name, tail, pid):
 
 
 def test_a_folder_or_link_that_is_called_like_a_leftover_stays(tmp_path):
-    target, place = tmp_path / "a.json", files._this_place()
-    (tmp_path / f".a.json.{NOBODY}-{place}-abcd1234.part.json").mkdir()
-    (tmp_path / "mine").touch()
-    (tmp_path / f".a.json.{NOBODY}-{place}-abcd1235.part.json").symlink_to(tmp_path / "mine")
-    save_json(target, {})
-    assert len(names(tmp_path)) == 4
+    name = f".a.json.{NOBODY}-{files._this_place()}-abcd123{{}}.part.json".format
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "one" / name(1)).mkdir()
+    (tmp_path / "two" / name(2)).symlink_to(tmp_path / "one")
+    for folder in ("one", "two"):
+        save_json(tmp_path / folder / "a.json", {})
+        assert len(names(tmp_path / folder)) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
@@ -187,10 +189,10 @@ def test_through_a_link_the_file_is_replaced_and_not_the_link(tmp_path):
 def test_a_device_and_a_folder_are_no_files(tmp_path):
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
-    for path in ("/dev/null", tmp_path / "folder.json", tmp_path / "pipe.json"):
+    for path in (tmp_path / "folder.json", tmp_path / "pipe.json"):
         with pytest.raises(OSError, match="is a folder or a device, and no file"):
             save_json(path, {})
-    assert Path("/dev/null").is_char_device() and (tmp_path / "pipe.json").is_fifo()
+    assert (tmp_path / "folder.json").is_dir() and (tmp_path / "pipe.json").is_fifo()
 
 
 @pytest.mark.parametrize(

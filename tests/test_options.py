@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -288,6 +289,29 @@ def test_damaged_images_are_refused_by_every_command_that_reads_them(place):
             assert code == 2 and len(messages) == 1, (words, messages)
             assert messages[0].startswith("cpsample: ") and name in messages[0], messages
             assert "unexpected" not in messages[0] and place.files() == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "model.safetensors", "guard.safetensors"])
+def test_a_damaged_run_is_refused_by_every_command_that_reads_it(name, place):
+    path = Path(place.names["run"]) / name
+    whole = path.read_bytes()
+    contents = [b"", b"{}", b"[]", b"null", b"3", b"\xff", b"[" * 10**5, whole[: len(whole) // 2]]
+    if name == "run.json":
+        record = json.loads(whole)
+        for key, value in (("data", None), ("size", "8"), ("images", "4"), ("config", {})):
+            contents.append(json.dumps(record | {key: value}).encode())
+
+    try:
+        for content in contents:
+            path.write_bytes(content)
+            before = place.files()
+            for words in (SAMPLE, ATTACK, "audit {run} --out {new}/a"):
+                code, _, messages = place.call(words.split())
+                assert code == 2 and len(messages) == 1, (content[:60], words, messages)
+                assert messages[0].startswith("cpsample: ") and name in messages[0], messages
+                assert "unexpected" not in messages[0] and place.files() == before
+    finally:
+        path.write_bytes(whole)
 
 
 # What libraries raise.

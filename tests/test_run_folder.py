@@ -37,6 +37,7 @@ from cpsample.practice.runs import (
     train_denoiser,
 )
 from cpsample.practice.unet import UNetClassifier
+from cpsample.workshop.files import write_tensors
 from cpsample.workshop.records import plain
 
 TRAIN = ["train", "digits", "--images", "8", "--tiny", "--device", "cpu"]
@@ -527,3 +528,31 @@ def test_a_guard_whose_record_cannot_be_written_leaves_no_file(tmp_path, schedul
     with pytest.raises(ValueError, match="the guard's record cannot be written as JSON"):
         save_guard(guard, tmp_path / "g")
     assert not content(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "guard"])
+@pytest.mark.parametrize(
+    "change, says", [({"made": None}, "`made`"), ({"schedule": 3}, "`schedule`"), ({"x": 1}, "x")]
+)
+def test_a_header_of_other_names_or_types_is_refused(name, change, says, run):
+    "Not one that is met later, somewhere else, and no setting is ignored."
+    path = run / f"{name}.safetensors"
+    write_tensors(load_file(path), path, {name: json.dumps(header(path) | change)})
+    line = refused(path.name, "sample", run, "-n", 2, "--device", "cpu")
+    assert "is damaged, or of another version" in line and says in line
+
+
+def test_the_guard_of_a_pipeline_is_kept_and_continued_too(tmp_path):
+    pytest.importorskip("diffusers")
+    from small_pipelines import pixel_pipeline
+
+    from cpsample.production.pipelines import fit_pipeline_guard
+
+    pipe, path = pixel_pipeline(), tmp_path / "g.checkpoint.safetensors"
+    images = DIGITS[:20]
+    how = {"options": {"width": 8}, "progress": False, "command": "cpsample guard --pipeline P"}
+    for steps, losses in ((2, 2), (4, 4)):
+        says = f"after {steps} steps: cpsample guard --pipeline P --steps {2 * steps} continues"
+        with pytest.raises(ValueError, match=says):
+            fit_pipeline_guard(pipe, images[:4], images[4:], tmp_path / "g", steps=steps, **how)
+        assert len(load_file(path)["losses"]) == losses
