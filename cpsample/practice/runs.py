@@ -600,7 +600,7 @@ def _new_classifier(config: Config, shape: torch.Size, preset: str) -> nn.Module
 
 
 class _GuardImages(NamedTuple):
-    """Who teaches a guard, and who judges it, in [−1, 1].
+    """Who teaches a guard, and who judges it, as bytes or in [−1, 1].
 
     members [N, C, H, W]: to be certain of.
     covered [N or 2·N, ...]: those, with their mirror images where the model saw them, too.
@@ -618,9 +618,10 @@ def _images_of_guard(
     config: Config, members: Tensor, non_members: Tensor, device: str | torch.device
 ) -> _GuardImages:
     "Of the non-members a quarter is kept for calibration, the rest teaches."
-    members = pixels(bytes_or_floats(members, "members")).to(device)
+    # Bytes stay bytes: nobody can mistake them for another scale.
+    members = bytes_or_floats(members, "members").to(device)
     non_members = bytes_or_floats(non_members, "other images")
-    non_members = pixels(_shuffled(non_members, config.seed)).to(device)
+    non_members = _shuffled(non_members, config.seed).to(device)
     n_held_out = len(non_members) // 4
     covered = torch.cat([members, members.flip(-1)]) if config.mirror else members
     return _GuardImages(members, covered, non_members[n_held_out:], non_members[:n_held_out])
