@@ -10,7 +10,7 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command', 'typed', 'guard_of_run',
            'print_coverage', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
            'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
-           'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'images_for_attack', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -695,10 +695,12 @@ def guard_of_run(
             "give --reference FOLDER with others of the same kind"
         )
 
+    # What the run's set repeats is left out here; what was named was refused above.
+    for_guard = divide_non_members(members, non_members).for_guard
+
     # The run's own configuration says how its guard is trained.
     config = replace(Config(**description["config"]), **given(guard_steps=steps))
     writable(run)
-    for_guard = divide_non_members(members, non_members).for_guard
     return fit_run_guard(
         config,
         members,
@@ -947,9 +949,9 @@ def images_of_run(
 
 
 def images_of_folders(
-    generated: str, training: str | None, size: int | None, strict: bool
-) -> tuple[Any, Any, None]:
-    "(generated images, training images, None), as they are read."
+    generated: str, training: str | None, held_out: str | None, size: int | None, strict: bool
+) -> tuple[Any, Any, Any]:
+    "(generated images, training images, held-out images or None), as they are read."
     from cpsample.practice.datasets import read_data
 
     if training is None:
@@ -958,8 +960,9 @@ def images_of_folders(
             "cpsample audit GENERATED TRAINING"
         )
     known = read_data(training, size, strict=strict)
-    x = read_data(generated, known.shape[-1], known.shape[1], strict=strict)
-    return x, known, None
+    as_training = {"size": known.shape[-1], "channels": known.shape[1], "strict": strict}
+    x = read_data(generated, **as_training)
+    return x, known, read_data(held_out, **as_training) if held_out else None
 
 
 def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> bool:
@@ -1017,7 +1020,6 @@ def audit_command(
 
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import write_report
-    from cpsample.practice.datasets import read_data
 
     # Where to, and three sets of images: drawn from a run, or read.
     outputs(out, ".html", ".json")
@@ -1026,9 +1028,7 @@ def audit_command(
         drawing = (n or 1000, unguarded, strength, seed, device)
         x, known, unseen = images_of_run(run, *drawing, held_out, strict)
     else:
-        x, known, unseen = images_of_folders(generated, training, size, strict)
-        if held_out:
-            unseen = read_data(held_out, known.shape[-1], known.shape[1], strict=strict)
+        x, known, unseen = images_of_folders(generated, training, held_out, size, strict)
 
     # Count, write the report, and say the numbers.
     audited = audit(
@@ -1068,6 +1068,30 @@ def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) 
     return scores
 
 
+def images_for_attack(run: Path, others: str | None) -> tuple[Any, Any]:
+    "The members of a run, and images, `others` or of its set, that neither it nor its guard saw."
+    from cpsample.core.copying import leave_out_shared, refuse_shared
+    from cpsample.practice.datasets import read_data
+    from cpsample.practice.runs import divide_non_members, members_of
+
+    description, members, non_members = members_of(run)
+    if others:
+        test = read_data(others, description["size"], description["channels"])
+        refuse_shared(test, members, f"images of --others {others}")
+        taught = divide_non_members(members, non_members).for_guard
+        test = leave_out_shared(test, taught, "images for tests", of="images for the guard")
+    else:
+        test = divide_non_members(members, non_members).test
+
+    # Rates of fewer say nothing.
+    if len(test) < 20:
+        raise ValueError(
+            "there are not enough images that neither the model nor its guard has seen: "
+            "give --others"
+        )
+    return members, test
+
+
 @app.command("attack")
 def attack_command(
     run: Run,
@@ -1083,32 +1107,18 @@ def attack_command(
 
     import torch
 
-    from cpsample.core.copying import leave_out_shared, refuse_shared
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
-    from cpsample.practice.datasets import read_data
-    from cpsample.practice.runs import divide_non_members, load_protected_run, members_of
+    from cpsample.practice.runs import load_protected_run
     from cpsample.workshop.files import save_json
 
     # Members, and others that neither the model nor its guard has seen.
     if json_file:
         outputs(json_file, "", option="--json")
     place = on_device(device)
-    description, members, non_members = members_of(run)
+    members, test = images_for_attack(run, others)
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
-    if others:
-        test = read_data(others, description["size"], description["channels"])
-        refuse_shared(test, members, f"images of --others {others}")
-        taught = divide_non_members(members, non_members).for_guard
-        test = leave_out_shared(test, taught, "images for tests", "images for the guard")
-    else:
-        test = divide_non_members(members, non_members).test
-    if len(test) < 20:
-        raise ValueError(
-            "there are not enough images that neither the model nor its guard has seen: "
-            "give --others"
-        )
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."

@@ -163,7 +163,7 @@ def test_strangers_are_kept_in_their_order_and_counted():
     assert leave_out_shared(others, members) is others
     refuse_shared(others, members)
     with pytest.raises(ValueError, match=r"1 of 1 strangers are pupils, too \(first in row 0\)"):
-        refuse_shared(members[:1], members, "strangers", "pupils")
+        refuse_shared(members[:1], members, "strangers", of="pupils")
 
 
 def test_a_pipeline_is_not_guarded_with_its_own_images_as_the_others(tmp_path):

@@ -269,9 +269,12 @@ def calibrate(
     cover its members. With
     an alpha from `choose_alpha` that happens only at its widest gate, `loosest` (0.4).
     """
-    members, held_out = images_for(guard, members, held_out)
     levels, level = calibration_levels(guard, level, stride)
     check_demands(wanted, allowed, level, trained_below(guard))
+    asked_alpha = guard.alpha if alpha is None else alpha
+    asked_scale = guard.scale if scale is None else scale
+    check_settings(asked_alpha, asked_scale, guard.form, guard.t_max, T=guard.schedule.T)
+    members, held_out = images_for(guard, members, held_out)
 
     # How certain is the guard of members, [L, draws·N], and of others, [L, M]?
     certain, certain_of_others = certainties_of_both(guard, members, held_out, levels, seed=seed)

@@ -308,7 +308,7 @@ def _first_of(rows: Tensor) -> str:
 
 
 def refuse_shared(
-    x: Tensor, members: Tensor, name: str = "held-out images", of: str = "training images"
+    x: Tensor, members: Tensor, name: str = "held-out images", *, of: str = "training images"
 ) -> None:
     """Raise ValueError when images that must be strangers are among others.
 
@@ -324,7 +324,7 @@ def refuse_shared(
 
 
 def leave_out_shared(
-    x: Tensor, members: Tensor, name: str = "other images", of: str = "training images"
+    x: Tensor, members: Tensor, name: str = "other images", *, of: str = "training images"
 ) -> Tensor:
     """The rows of x that are not among members; a `SharedImagesWarning` counts the others.
 

@@ -568,7 +568,7 @@ def divide_non_members(members: Tensor, non_members: Tensor) -> NonMembers:
     for_guard, test = non_members[:n_for_guard], non_members[n_for_guard:]
     for_guard = leave_out_shared(for_guard, members, "images for the guard")
     test = leave_out_shared(test, members, "images for tests")
-    test = leave_out_shared(test, for_guard, "images for tests", "images for the guard")
+    test = leave_out_shared(test, for_guard, "images for tests", of="images for the guard")
     return NonMembers(for_guard, test)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #9d0621b8

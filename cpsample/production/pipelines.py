@@ -358,7 +358,7 @@ def fit_pipeline_guard(
     """
     # What the network sees of the images is what the guard learns; it is kept beside the guard.
     folder = writable(Path(path).parent)
-    refuse_shared(others, members, "other images", "images to protect")
+    refuse_shared(others, members, "other images", of="images to protect")
     x_members = encode(pipe, members, folder, progress=progress)
     x_others = encode(pipe, others, folder, progress=progress)
 
