@@ -71,10 +71,16 @@ STUDIES = rejection guards fashion membership audit stable_diffusion
 
 results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
-	for name in $(STUDIES); do $(BIN)/cpsample reproduce $$name --out data/results || exit 1; done
+	for name in $(STUDIES); do \
+		$(BIN)/cpsample reproduce $$name --out data/results || exit 1; \
+		test $$name != fashion || $(BIN)/python tools/weights.py fashion_networks || exit 1; \
+	done
 
 comparison: .venv/installed-dev  ## every protection in one table: two to three hours, resumable
 	$(BIN)/cpsample reproduce comparison --out data/results $(ARGS)
 
-clean:  ## remove the environment and what was built
-	rm -rf .venv build dist *.egg-info cpsample-demo
+clean:  ## remove the environment and what was built, as far as make made it
+	test ! -e .venv/installed || rm -rf .venv
+	rm -rf build dist cpsample.egg-info
+	rm -f cpsample-demo/demo.png
+	test ! -d cpsample-demo || rmdir --ignore-fail-on-non-empty cpsample-demo

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel, VQModel
 from PIL import Image
 from torch import Tensor
 
@@ -58,11 +58,11 @@ def seeded(seed, build):
         return build().eval().requires_grad_(False)
 
 
-def _conditional_unet(channels):
+def _conditional_unet(channels, out=4):
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=channels,
-        out_channels=4,
+        out_channels=out,
         layers_per_block=1,
         block_out_channels=(8, 8),
         cross_attention_dim=8,
@@ -84,7 +84,35 @@ def _vae():
     )
 
 
-VAE = seeded(2, _vae)
+def _vq_model():
+    return VQModel(
+        block_out_channels=(4, 4),
+        latent_channels=4,
+        norm_num_groups=4,
+        num_vq_embeddings=8,
+        scaling_factor=3.0,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+def _tiny_autoencoder():
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=2.0,
+    )
+
+
+def new_autoencoder(kind="AutoencoderKL", seed=2):
+    "Latents 4×8×8 of pictures 3×16×16, of any of three kinds."
+    builds = {"AutoencoderKL": _vae, "VQModel": _vq_model, "AutoencoderTiny": _tiny_autoencoder}
+    return seeded(seed, builds[kind])
+
+
+VAE = new_autoencoder()
 PARTS = {
     "vae": VAE,
     "text_encoder": None,
@@ -95,9 +123,12 @@ PARTS = {
 }
 
 
-def latent_pipeline(kind="StableDiffusionPipeline", scheduler=None):
-    "A pipeline of `PIPELINES`: latents 4×8×8 of pictures 3×16×16 (default scheduler: DDIM)."
-    unet = seeded(1, lambda: _conditional_unet(9 if "Inpaint" in kind else 4))
+def latent_pipeline(kind="StableDiffusionPipeline", scheduler=None, out=1):
+    """A pipeline of `PIPELINES`: latents 4×8×8 of pictures 3×16×16 (default scheduler: DDIM).
+
+    out: 2 for a network that answers with a variance, too.
+    """
+    unet = seeded(1, lambda: _conditional_unet(9 if "Inpaint" in kind else 4, 4 * out))
     scheduler = scheduler or scheduler_of("DDIM")
     pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **PARTS)
     pipe.set_progress_bar_config(disable=True)
@@ -124,6 +155,13 @@ def pixel_pipeline(kind="DDIM", prediction="epsilon", *, out=1, channels=1, **op
     pipe = getattr(diffusers, f"{kind}Pipeline")(seeded(1, build), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def other_latent_pipeline(kind):
+    "A KandinskyV22Pipeline or LDMPipeline: their autoencoders are called movq and vqvae."
+    parts = {"movq" if "Kandinsky" in kind else "vqvae": new_autoencoder("VQModel")}
+    unet = pixel_pipeline(channels=4).unet
+    return getattr(diffusers, kind)(unet=unet, scheduler=scheduler_of("DDIM"), **parts)
 
 
 def draw_pixels(pipe, n=1, steps=4):
@@ -180,6 +218,7 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(w)
         self.config = {"shape": list(w.shape)}
+        self.eval()
 
     def forward(self, x, t):
         return 5.0 + (x.sin() * self.w).flatten(1).sum(1, keepdim=True)

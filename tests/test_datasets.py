@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import cpsample.practice.datasets
+from cpsample.cli import app
 from cpsample.core.images import first_occurrence, pixels
 from cpsample.practice.datasets import (
     ImageFileWarning,
@@ -30,6 +33,7 @@ from cpsample.practice.datasets import (
     resized,
     write_idx,
 )
+from cpsample.practice.runs import members_of, run_of
 
 RNG = np.random.default_rng(0)
 
@@ -288,6 +292,8 @@ def test_sheets_of_a_run_are_no_training_images(tmp_path):
     (_, paths), words = only_warning(lambda: load_folder(tmp_path, 8))
     assert [path.name for path in paths] == ["a.png", "b.png"]
     assert "sheets of samples of a run (1): samples-000020.png" in words
+    with pytest.warns(ImageFileWarning):
+        assert len(load_folder(tmp_path, 8, strict=True)[0]) == 2
 
 
 def test_what_pillow_warns_of_is_said_once(tmp_path, monkeypatch):
@@ -351,9 +357,17 @@ def test_bombs_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 64, 64), np.uint8))
     assert (tmp_path / "bomb.npz").stat().st_size < 2000
     assert len(load_array(tmp_path / "bomb.npz")) == 100
-    monkeypatch.setattr(cpsample.practice.datasets, "_memory", lambda: 10**6)
+    monkeypatch.setattr(cpsample.practice.datasets, "memory_of_machine", lambda: 10**6)
     with pytest.raises(ValueError, match="bomb.npz needs 0.0 GB, this machine has"):
         load_array(tmp_path / "bomb.npz")
+
+    # A folder of honest pictures, too many for their size, which may be that of the first.
+    (tmp_path / "folder").mkdir()
+    for name in "ab":
+        Image.new("L", (600, 600)).save(tmp_path / "folder" / f"{name}.png")
+    for size in (600, None):
+        with pytest.raises(ValueError, match="2 pictures in .* of 600×600 pixels each, need"):
+            load_folder(tmp_path / "folder", size, 1)
 
     # A picture of 60 bytes that claims 80 million pixels.
     Image.new("L", (1, 1)).save(tmp_path / "x.bmp")
@@ -417,7 +431,9 @@ def test_sixteen_bits_in_an_array(tmp_path):
     assert x.max() < -0.99 and "no value above 255 of 65535" in words
 
 
-def test_special_files_are_never_opened(tmp_path):
+def test_special_files_are_never_opened(tmp_path, monkeypatch):
+    for module, name in ((Image, "open"), (cpsample.practice.datasets, "_claims")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a pipe was opened"))
     for name in ("a.npy", "a.png"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match="no regular file"):
@@ -523,3 +539,43 @@ def test_damaged_files_are_an_image_or_one_line(tmp_path, seed):
             except (ValueError, OSError) as error:
                 words = str(error)
                 assert name in words and "\n" not in words, (name, case, words)
+
+
+def test_the_command_line_reads_two_folders_at_one_size(tmp_path, monkeypatch):
+    "What was squashed is found where the others are squashed, too, and not where they are cut."
+    wide, copies = tmp_path / "wide", tmp_path / "copies"
+    for folder in (wide, copies):
+        folder.mkdir()
+    for i in range(30):
+        image = photo(40, 24).resize((160, 96))
+        image.save(wide / f"{i:02}.png")
+        image.resize((32, 32)).save(copies / f"{i:02}.png")
+    monkeypatch.chdir(tmp_path)
+
+    def copies_found(*words):
+        "The output, and how many copies the ratio test counts."
+        words = ["audit", "copies", "wide", "--space", "pca-64", "--no-flips", *words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output, int(re.search(r"ratio +(\d+) of 30", result.output)[1])
+
+    with pytest.warns(ImageFileWarning, match="30 of 30 pictures in wide are not square"):
+        output, cut = copies_found()
+    assert "Compared at 32 pixels; scaled to that: training (96)" in output
+    _, squashed = copies_found("--fit", "squash")
+    assert cut < 10 and squashed == 30
+
+
+def test_a_run_remembers_how_its_pictures_became_squares(tmp_path):
+    for i in range(4):
+        photo(40, 24).save(tmp_path / f"{i}.png")
+    run = tmp_path / "run"  # inside the folder of its own images
+    words = ["train", tmp_path, "--out", run, "--tiny", "--size", 16, "--fit", "pad"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert run_of(run)["fit"] == "pad" and list(run.glob("samples-*.png"))
+    with pytest.warns(ImageFileWarning, match=r"folders of runs \(1\): run"):
+        members = members_of(run).members
+    assert len(members) == 4 and (members[:, :, 0] == 0).all()
+    result = CliRunner().invoke(app, ["train", "digits", "--out", "x", "--fit", "pad"])
+    assert result.exit_code == 2

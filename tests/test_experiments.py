@@ -577,7 +577,7 @@ def test_sizes_of_the_data_are_those_that_are_planned_for(name):
     assert train.dtype == torch.uint8 and train.shape[1:] == (3, side, side)
 
     def distinct(images):
-        thumbnails = experiments.features(images.float() / 255, "thumbnail-48")
+        thumbnails = experiments.features(images, "thumbnail-48")
         return {tuple(row) for row in thumbnails.tolist()}
 
     assert len(distinct(train)) > 0.9 * len(train)

@@ -5,6 +5,7 @@ real.
 """
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,15 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from cpsample.cli import app
+from cpsample.core import demo
+from cpsample.practice.datasets import load_fashion
 from cpsample.workshop import files
 from cpsample.workshop.files import (
     NoLockWarning,
@@ -141,12 +147,14 @@ def test_names_that_only_look_alike_stay(tmp_path_factory, name, tail, pid):
 
 
 def test_a_folder_or_link_that_is_called_like_a_leftover_stays(tmp_path):
-    target, place = tmp_path / "a.json", files._this_place()
-    (tmp_path / f".a.json.{NOBODY}-{place}-abcd1234.part.json").mkdir()
-    (tmp_path / "mine").touch()
-    (tmp_path / f".a.json.{NOBODY}-{place}-abcd1235.part.json").symlink_to(tmp_path / "mine")
-    save_json(target, {})
-    assert len(names(tmp_path)) == 4
+    name = f".a.json.{NOBODY}-{files._this_place()}-abcd123{{}}.part.json".format
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "one" / name(1)).mkdir()
+    (tmp_path / "two" / name(2)).symlink_to(tmp_path / "one")
+    for folder in ("one", "two"):
+        save_json(tmp_path / folder / "a.json", {})
+        assert len(names(tmp_path / folder)) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
@@ -181,10 +189,10 @@ def test_through_a_link_the_file_is_replaced_and_not_the_link(tmp_path):
 def test_a_device_and_a_folder_are_no_files(tmp_path):
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
-    for path in ("/dev/null", tmp_path / "folder.json", tmp_path / "pipe.json"):
+    for path in (tmp_path / "folder.json", tmp_path / "pipe.json"):
         with pytest.raises(OSError, match="is a folder or a device, and no file"):
             save_json(path, {})
-    assert Path("/dev/null").is_char_device() and (tmp_path / "pipe.json").is_fifo()
+    assert (tmp_path / "folder.json").is_dir() and (tmp_path / "pipe.json").is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -334,3 +342,89 @@ def test_a_writer_that_fails_names_no_temporary_file(tmp_path):
     with pytest.raises(RuntimeError), atomic(tmp_path / "r.json"):
         raise RuntimeError
     assert names(tmp_path) == []
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of a few steps, beside the arrays `made.npy` and `known.npy`."
+    folder = tmp_path_factory.mktemp("commands")
+    images = load_fashion(small=True)[0][:, 0].numpy()
+    np.save(folder / "made.npy", images[:20])
+    np.save(folder / "known.npy", images[10:40])
+    said = call("train", "fashion-small", "--images", 16, "--tiny", "--out", folder / "run")
+    assert said.exit_code == 0, said.stderr
+    return folder / "run"
+
+
+PAIRS = {
+    "sample": ("{run} --unguarded -n 4 --steps 2 --out {out}", ["o-0.1.npz", "o-0.1.png"]),
+    "audit": ("{made} {known} --out {out}", ["o-0.1.html", "o-0.1.json"]),
+}
+
+
+def words_of(command, run, out):
+    made, known = run.parent / "made.npy", run.parent / "known.npy"
+    line = PAIRS[command][0].format(run=run, out=out, made=made, known=known)
+    return [command, *line.split(" ")]
+
+
+@pytest.mark.parametrize("command", PAIRS)
+def test_a_command_writes_both_of_its_files_or_none(command, run, tmp_path, monkeypatch):
+    "The disk is full when the second file is to be put on it; the next time both are there."
+    words = words_of(command, run, tmp_path / "o-0.1")
+    for broken in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, broken, failing(getattr(os, broken), errno.ENOSPC, 2))
+            told = call(*words)
+        assert told.exit_code == 2 and "No space left" in told.stderr.splitlines()[-1]
+        assert names(tmp_path) == []
+    assert call(*words).exit_code == 0 and names(tmp_path) == PAIRS[command][1]
+
+    # A name that differs behind its dot is another name.
+    assert call(*words[:-1], tmp_path / "o-0.2").exit_code == 0
+    assert names(tmp_path) == PAIRS[command][1] + [
+        n.replace("0.1", "0.2") for n in PAIRS[command][1]
+    ]
+
+
+def test_the_demo_writes_its_picture_and_its_numbers_or_none(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: ({"name": "demo"}, {}, None))
+    monkeypatch.setattr(demo, "show_arms", lambda *_: plt.figure())
+    monkeypatch.setattr(demo, "table", lambda *_: "")
+    words = ["demo", "--out", tmp_path / "a", "--json", tmp_path / "a" / "n"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing(os.replace, errno.EDQUOT, 2))
+        told = call(*words)
+    assert told.exit_code == 2 and "quota" in told.stderr.splitlines()[-1]
+    assert names(tmp_path / "a") == []
+    assert call(*words).exit_code == 0 and names(tmp_path / "a") == ["demo.png", "n"]
+    assert json.loads((tmp_path / "a" / "n").read_text())["name"] == "demo"
+
+
+@pytest.mark.parametrize("command", PAIRS)
+def test_names_that_a_terminal_would_obey_are_printed_escaped(command, run, tmp_path):
+    out = tmp_path / "o\x1b[2J\n\u202e"
+    said = call(*words_of(command, run, "OUT")[:-1], out)
+    assert said.exit_code == 0, said.stderr
+    shown = [line for line in said.stdout.splitlines() if "OUT" in line or "x1b" in line]
+    assert r"o\x1b[2J\n\u202e." in shown[0] and "\x1b" not in said.stdout
+    told = call(*words_of(command, run, "OUT")[:-1], out / "..")
+    assert told.exit_code == 2 and "\x1b" not in told.stderr and r"\x1b[2J" in told.stderr
+
+
+@pytest.mark.parametrize("out", ["..", ".", "taken", "x" * 250])
+@pytest.mark.parametrize("command", PAIRS)
+def test_a_command_refuses_an_output_before_its_work(command, out, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".npz", ".html"):
+        Path(f"taken{suffix}").mkdir()
+    told = call(*words_of(command, run, out))
+    (line,) = told.stderr.splitlines()
+    assert told.exit_code == 2 and line.startswith("cpsample: --out") and out[:9] in line
+    assert names(tmp_path) == ["taken.html", "taken.npz"]

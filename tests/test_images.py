@@ -1,6 +1,7 @@
 "One check at every door: what can be converted is, what is on another scale is refused."
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpsample.core.calibration import calibrate
+from cpsample.core.calibration import UncoveredGuardError, calibrate
 from cpsample.core.classifier import coverage
 from cpsample.core.copying import copy_test, ideal_denoiser, neighbourhood_test
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, train
@@ -52,7 +53,7 @@ DOORS = {
         CONFIGS["digits"].tiny(), x, OTHERS, S, place / "g", preset="paper", progress=False
     ),
     "calibrate": lambda x, place: calibrate(GUARD, x, OTHERS, alpha=0.999),
-    "calibrate, held out": lambda x, place: calibrate(GUARD, X, x, alpha=0.999),
+    "calibrate, held out": lambda x, place: calibrate(GUARD, OTHERS, x, alpha=0.999),
     "coverage": lambda x, place: coverage(GUARD.classifier, x, S, 0.1, [5]),
     "copy_test": lambda x, place: copy_test(x, OTHERS),
     "copy_test, training": lambda x, place: copy_test(OTHERS, x),
@@ -141,18 +142,41 @@ def test_the_line_converts(high, line, convert):
     assert check_images(x) is x and (x.min(), x.max()) == (-1, 1)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(0, 254), st.integers(3, 20))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_scaled_bytes_are_never_taken_for_another_scale(seed, darkest, n):
+    generator = torch.Generator().manual_seed(seed)
+    in_bytes = torch.randint(darkest, 256, (n, 1, 8, 8), generator=generator).byte()
+    x = pixels(in_bytes)
+    assert check_images(x) is x
+    in_bytes[0, 0, 0, :2] = torch.tensor([0, 255])
+    with pytest.raises(ValueError, match="2 . x - 1 converts"):
+        check_images(in_bytes / 255)
+
+
 def test_bright_pictures_pass_as_bytes_and_few_cost_a_warning():
     bright = torch.full((5, 1, 4, 4), 130, dtype=torch.uint8)
     bright[:, :, 0] = 250
+    off_levels = pixels(bright) + 0.001
     with pytest.raises(ValueError, match="or give bytes"):
-        check_images(pixels(bright))
+        check_images(off_levels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_images(bright).equal(pixels(bright))
-        assert check_images(pixels(bright), any_range=True).min() > 0
+        assert check_images(pixels(bright)).min() > 0
+        assert check_images(off_levels, any_range=True) is off_levels
         assert bytes_or_floats(bright) is bright
     with pytest.warns(ImageRangeWarning):
-        check_images(pixels(bright[:2]))
+        check_images(off_levels[:2])
+
+
+def test_the_guard_of_a_run_takes_pictures_that_are_bright_by_nature(tmp_path):
+    "Drawings on white, from a folder, that have nothing darker than a middle grey."
+    bright = (to_bytes(X).float() / 2 + 127).byte()
+    assert conversion_of(pixels(bright).min().item(), pixels(bright).max().item())
+    config = replace(CONFIGS["digits"].tiny(), mirror=True)
+    with pytest.raises(UncoveredGuardError, match="this guard is certain of"):  # after 20 steps
+        fit_run_guard(config, bright[:5], bright[10:], S, tmp_path / "g", progress=False)
 
 
 def test_doubles_stay_where_distances_are_computed():

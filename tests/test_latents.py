@@ -55,7 +55,7 @@ def test_shapes_of_pipelines(pipe):
 
 def test_without_an_autoencoder_images_are_seen_as_they_are():
     x = pictures(5)
-    assert encode(pixel_pipeline(), x).equal(x.float() / 127.5 - 1)
+    assert encode(pixel_pipeline(channels=3), x).equal(x.float() / 127.5 - 1)
 
 
 def test_latents_are_scaled_means_and_come_from_the_disk_the_second_time(
@@ -73,7 +73,7 @@ def test_latents_are_scaled_means_and_come_from_the_disk_the_second_time(
         encode(pipe, x + 1, tmp_path)  # other images are other latents
 
 
-def test_what_is_kept_is_not_scaled_yet(pipe, tmp_path):
+def test_latents_follow_the_scale_of_the_autoencoder(pipe, tmp_path):
     x = pictures(5)
     wanted = encode(pipe, x, tmp_path)
     pipe.vae.register_to_config(scaling_factor=1.0, shift_factor=0.25)
@@ -143,7 +143,7 @@ class TestFromTheShell:
         name = ["--pipeline", tmp_path / "none"]
         words, says = {
             "images": ([*name, *images[:2]], "--reference"),
-            "pipeline": ([*name, *images], "loading"),
+            "pipeline": ([*name, *images], "there is no folder"),
             "one of two": ([*name, *images, tmp_path], "and not both"),
             "the other": ([], "and not both"),
         }[missing]

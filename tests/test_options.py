@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -213,6 +214,14 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(word
     assert "unexpected" not in messages[0] and place.files() == before
 
 
+@pytest.mark.parametrize("command", ["train", "sample", "guard {run} --reference", "audit x"])
+def test_an_empty_argument_is_not_the_current_folder(command, place):
+    code, _, messages = place.call([*command.split(), ""])
+    assert code == 2 and messages == [
+        "cpsample: an argument is empty: is a variable of the shell not set?"
+    ]
+
+
 def test_what_is_right_passes_the_same_checks(place):
     "The commands that the table spoils are right as they are; a second call replaces the first."
     for words in (TRAIN, SAMPLE, SAMPLE, AUDIT, AUDIT, ATTACK + "--json {new}/x.json"):
@@ -221,6 +230,88 @@ def test_what_is_right_passes_the_same_checks(place):
     new = Path(place.names["new"])
     names = {path.name for path in new.iterdir()}
     assert names == {"run", "s.npz", "s.png", "a.html", "a.json", "x.json"}
+
+
+# Files that are not what they should be.
+
+
+def claiming(path, shape, damage=False):
+    "An .npz whose array claims a shape, and has 5 KB; perhaps with bytes of it turned over."
+    header = io.BytesIO()
+    claim = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, claim)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(5120))
+    if damage:
+        content = bytearray(path.read_bytes())
+        content[1000] ^= 255
+        path.write_bytes(content)
+
+
+def damaged_files(folder):
+    "{name of a file or folder: what is wrong with it}, written into a folder."
+    folder.mkdir()
+    claiming(folder / "huge.npz", (10**6, 1, 280, 280))
+    claiming(folder / "negative.npz", (-5, 8, 8))
+    claiming(folder / "crc.npz", (20, 8, 8), damage=True)
+    (folder / "cut.npz").write_bytes((folder / "huge.npz").read_bytes()[:200])
+    (folder / "empty.npz").touch()
+    (folder / "junk.npy").write_bytes(b"\x93NUMPY\x01\x00junk")
+    np.save(folder / "nan.npy", np.full((20, 8, 8), np.nan, np.float32))
+    np.save(folder / "no_side.npy", np.zeros((20, 0, 8), np.uint8))
+    np.save(folder / "text.npy", np.array(["a"] * 20))
+    np.save(folder / "five_axes.npy", np.zeros((5, 5, 5, 5, 5), np.uint8))
+    names = [path.name for path in folder.iterdir()]
+
+    # Folders of one picture that is none.
+    for name in ("nan_picture", "pipe", "escape"):
+        (folder / name).mkdir()
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(folder / "nan_picture" / "a.tif")
+    os.mkfifo(folder / "pipe" / "a.png")
+    (folder / "escape" / "\x1b[31m\n.png").write_bytes(b"no picture")
+    return [*names, "nan_picture", "pipe", "escape"]
+
+
+def test_damaged_images_are_refused_by_every_command_that_reads_them(place):
+    read = (
+        "train {} --tiny --steps 2 --out {{new}}/damaged",
+        "audit {} {{array}}.npy --space thumbnail-48 --out {{new}}/damaged",
+        "audit {{array}}.npy {} --space thumbnail-48 --out {{new}}/damaged",
+        "attack {{run}} --others {}",
+        "guard {{run}} --preset paper --steps 2 --reference {}",
+    )
+    names = damaged_files(place.base / "damaged")
+    before = place.files()
+    for name in names:
+        for command in read:
+            words = command.format(place.base / "damaged" / name).split()
+            code, _, messages = place.call(words)
+            assert code == 2 and len(messages) == 1, (words, messages)
+            assert messages[0].startswith("cpsample: ") and name in messages[0], messages
+            assert "unexpected" not in messages[0] and place.files() == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "model.safetensors", "guard.safetensors"])
+def test_a_damaged_run_is_refused_by_every_command_that_reads_it(name, place):
+    path = Path(place.names["run"]) / name
+    whole = path.read_bytes()
+    contents = [b"", b"{}", b"[]", b"null", b"3", b"\xff", b"[" * 10**5, whole[: len(whole) // 2]]
+    if name == "run.json":
+        record = json.loads(whole)
+        for key, value in (("data", None), ("size", "8"), ("images", "4"), ("config", {})):
+            contents.append(json.dumps(record | {key: value}).encode())
+
+    try:
+        for content in contents:
+            path.write_bytes(content)
+            before = place.files()
+            for words in (SAMPLE, ATTACK, "audit {run} --out {new}/a"):
+                code, _, messages = place.call(words.split())
+                assert code == 2 and len(messages) == 1, (content[:60], words, messages)
+                assert messages[0].startswith("cpsample: ") and name in messages[0], messages
+                assert "unexpected" not in messages[0] and place.files() == before
+    finally:
+        path.write_bytes(whole)
 
 
 # What libraries raise.
@@ -424,7 +515,7 @@ def command_lines(draw):
 
 
 @settings(
-    max_examples=120,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

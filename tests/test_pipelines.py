@@ -1,5 +1,8 @@
 "What a protected pipeline promises: in company, compiled, in half precision, and in refusals."
 
+import copy
+import io
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -19,9 +22,15 @@ from small_pipelines import (
     scheduler_of,
 )
 
-from cpsample.core.ddpm import final_sample, sample
+from cpsample.core.ddpm import final_sample, generate, sample
 from cpsample.core.guard import Corrector, Guard, UncalibratedGuardWarning, protect
-from cpsample.production.pipelines import as_denoiser, protect_pipeline, schedule_of
+from cpsample.judgement.attacks import scores_of
+from cpsample.production.pipelines import (
+    UnguardedWarning,
+    as_denoiser,
+    protect_pipeline,
+    schedule_of,
+)
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 
@@ -235,7 +244,7 @@ def test_a_scheduler_that_is_exchanged_later_is_looked_at():
         draw_latents(pipe)
         assert protection.rows_pushed > 0
         pipe.scheduler = scheduler_of("DDIM", beta_end=0.03)
-        refusal = "another noise schedule than that of the pipeline's DDIMScheduler"
+        refusal = "another noise schedule .* than the model's"
         with pytest.raises(ValueError, match=refusal):
             draw_latents(pipe)
     with pytest.raises(ValueError, match="another noise schedule"):
@@ -262,7 +271,7 @@ def test_a_protection_whose_block_fails_says_nothing_more():
 def test_images_of_another_size_are_refused():
     pipe = latent_pipeline()
     guard = Guard(Linear(torch.zeros(4, 16, 16)), schedule_of(pipe.scheduler))
-    refusal = r"knows images of shape \(4, 16, 16\), the pipeline draws \(4, 8, 8\)"
+    refusal = r"knows images of shape \(4, 16, 16\), the model draws \(4, 8, 8\)"
     with pytest.raises(ValueError, match=refusal), protect_pipeline(pipe, guard):
         draw_latents(pipe)
 
@@ -278,3 +287,246 @@ def test_a_guard_that_is_not_calibrated_is_told_of():
     with pytest.warns(UncalibratedGuardWarning) as told:
         protect_pipeline(pipe, linear_guard(pipe.scheduler).guard)
     assert told[0].filename == __file__  # it points at the caller
+
+
+TO_ZERO = {
+    "DDIM": {},
+    "DDPM": {},
+    "LCM": {},
+    "Euler": {},
+    "DPM++": {},
+    "UniPC": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("name", TO_ZERO)
+def test_where_only_noise_is_left_the_guard_says_nothing(name, prediction, dtype):
+    "Zero terminal SNR, exact or as diffusers writes it: no NaN, and the push everywhere else."
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if name == "LCM":
+        settings = {"num_train_timesteps": 1000, "prediction_type": prediction}
+        scheduler = diffusers.LCMScheduler(**settings | options)
+    else:
+        scheduler = scheduler_of(name, prediction, **options)
+    assert schedule_of(scheduler).abar[-1] < 1e-7
+
+    pipe = pixel_pipeline(channels=4)
+    pipe.scheduler = scheduler
+    pipe.unet.to(dtype)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain = [pipe.unet(x, t).sample for t in (999, 500)]
+    with protect_pipeline(pipe, linear_guard(scheduler).guard):
+        guarded = [pipe.unet(x, t).sample for t in (999, 500)]
+        assert same(guarded[0], plain[0])
+        assert guarded[1].isfinite().all() and not torch.allclose(guarded[1], plain[1], atol=1e-3)
+
+        # The whole way, as a pipeline goes it.
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            answer = pipe.unet(scheduler.scale_model_input(x, t).to(dtype), t).sample
+            x = scheduler.step(answer, t, x).prev_sample.to(dtype)
+        assert x.isfinite().all()
+
+
+# What would take the guard off, or along, without a word.
+
+
+@pytest.fixture
+def protected():
+    "A pipeline of its own network, and its protection."
+    pipe = latent_pipeline()
+    yield pipe, (protection := protect_pipeline(pipe, linear_guard(pipe.scheduler).guard))
+    protection.remove()
+
+
+def exchange(pipe, network):
+    pipe.unet = network
+
+
+def exchange_behind_its_back(pipe, network):
+    vars(pipe)["unet"] = network
+    draw_latents(pipe)
+
+
+def forget_the_hook(pipe, _):
+    pipe.unet._forward_hooks.clear()
+    draw_latents(pipe)
+
+
+EXCHANGES = {
+    "by name": exchange,
+    "registered": lambda pipe, network: pipe.register_modules(unet=network),
+    "none": lambda pipe, _: exchange(pipe, None),
+    "a function": lambda pipe, network: exchange(pipe, lambda *args, **kwargs: network(*args)),
+    "behind its back": exchange_behind_its_back,
+    "hook lost": forget_the_hook,
+    "a second one": lambda pipe, network: setattr(pipe, "unet_2", network) or draw_latents(pipe),
+}
+
+
+@pytest.mark.parametrize("how", EXCHANGES)
+def test_the_network_of_a_protected_pipeline_cannot_be_exchanged(how, protected):
+    pipe, protection = protected
+    with pytest.raises(ValueError, match="but not this network|several denoising") as told:
+        EXCHANGES[how](pipe, latent_pipeline().unet)
+    assert "\n" not in str(told.value)
+
+    # Once it is off, everything is as it was.
+    vars(pipe).pop("unet_2", None)
+    vars(pipe)["unet"] = protection.network
+    protection.remove()
+    assert type(pipe) is diffusers.StableDiffusionPipeline and "_protections" not in vars(pipe)
+    pipe.unet = latent_pipeline().unet
+    draw_latents(pipe)
+
+
+def test_a_network_may_be_wrapped(protected):
+    pipe, protection = protected
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    guarded = draw_latents(pipe)
+    pipe.unet = Wrapper(pipe.unet)
+    assert same(draw_latents(pipe), guarded) and protection.rows_seen == 8
+
+
+def test_a_call_that_passes_the_guard_by_is_told_of(protected):
+    "The images are there; the warning says that nobody looked at them."
+    pipe, protection = protected
+    draw_latents(pipe)
+    pipe.unet._call_impl = pipe.unet.forward  # as a compiled network that looks for no hooks
+    with pytest.warns(UnguardedWarning, match="nothing was guarded") as told:
+        draw_latents(pipe)
+    assert told[0].filename.endswith("small_pipelines.py")
+    del pipe.unet._call_impl
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_latents(pipe)
+    assert protection.rows_seen == 8
+
+
+COPIES = {
+    "pickle of the network": lambda pipe: pickle.dumps(pipe.unet),
+    "torch.save of the network": lambda pipe: torch.save(pipe.unet, io.BytesIO()),
+    "deepcopy of the network": lambda pipe: copy.deepcopy(pipe.unet),
+    "pickle of the pipeline": pickle.dumps,
+    "torch.save of the pipeline": lambda pipe: torch.save(pipe, io.BytesIO()),
+    "deepcopy of the pipeline": copy.deepcopy,
+    "copy of the pipeline": copy.copy,
+    "a module around it": lambda pipe: copy.deepcopy(torch.nn.Sequential(pipe.unet)),
+    "average of weights": lambda pipe: torch.optim.swa_utils.AveragedModel(pipe.unet),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_what_is_protected_is_neither_pickled_nor_copied(how, protected):
+    pipe, protection = protected
+    refusal = "neither pickled nor copied, or its guard, a secret, would go along.*save_pretrained"
+    with pytest.raises(ValueError, match=refusal) as told:
+        COPIES[how](pipe)
+    assert "\n" not in str(told.value)
+    protection.remove()
+    COPIES[how](pipe)
+
+
+def test_the_network_of_a_bundle_of_parts_is_not_copied_either():
+    "A bundle is protected like a pipeline, but cannot be watched."
+    pipe = latent_pipeline()
+    parts = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler)
+    with protect_pipeline(parts, linear_guard(pipe.scheduler).guard) as protection:
+        draw_latents(pipe)
+        with pytest.raises(ValueError, match="neither pickled nor copied"):
+            copy.deepcopy(parts.unet)
+        with pytest.raises(ValueError, match="neither pickled nor copied"):
+            pickle.dumps(protection)
+    assert protection.rows_pushed > 0
+
+
+def test_a_protected_pipeline_is_saved_without_its_guard(protected, tmp_path):
+    pipe, protection = protected
+    protection.guard.classifier = Linear(torch.full((4, 8, 8), 0.02))
+    pipe.save_pretrained(tmp_path)
+    torch.save(pipe.unet.state_dict(), tmp_path / "weights.pt")
+    parts = dict.fromkeys(["text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, **parts)
+    assert type(again) is diffusers.StableDiffusionPipeline and not again.unet._forward_hooks
+    weights = pipe.unet.state_dict()
+    assert all(same(weight, weights[name]) for name, weight in again.unet.state_dict().items())
+    assert not [path for path in tmp_path.rglob("*guard*")]
+
+
+def test_training_while_it_is_protected_is_refused(protected):
+    pipe, protection = protected
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(300), torch.randn(1, 3, 8)
+    pipe.unet.requires_grad_().train()
+    with pytest.raises(ValueError, match="cannot be trained, it would learn against") as told:
+        pipe.unet(*inputs).sample.square().mean().backward()
+    assert "\n" not in str(told.value)
+
+    # Sampling in any mode, and gradients with respect to the image, are no training.
+    with torch.no_grad():
+        pipe.unet(*inputs)
+    pipe.unet.eval()(*inputs)
+    protection.remove()
+    pipe.unet.train()(*inputs).sample.mean().backward()
+
+
+def test_a_second_pipeline_with_the_same_parts_is_protected(protected):
+    pipe, protection = protected
+    parts = pipe.components | {"requires_safety_checker": False}
+    other = diffusers.StableDiffusionImg2ImgPipeline(**parts)
+    third = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    draw_latents(other)
+    assert protection.rows_pushed == protection.rows_seen == 3
+    for pipeline in (other, third):
+        assert pipeline.unet is pipe.unet and "_protections" not in vars(pipeline)
+
+
+# Captions go with their images.
+
+
+class Captioned(torch.nn.Module):
+    "Answers with the caption of each image, and notes how many images it was shown at once."
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x, t, encoder_hidden_states, added, return_dict):
+        self.sizes.append(len(x))
+        marks = encoder_hidden_states.mean((1, 2)) + added["sizes"][0][:, 0]
+        return (marks.view(-1, 1, 1, 1).expand_as(x),)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_conditioning_is_cut_with_the_images(chunk, guarded):
+    scheduler, network, n = scheduler_of("DDIM"), Captioned(), 7
+    captions = torch.arange(n).view(n, 1, 1).expand(n, 2, 3).float()
+    more = {"sizes": [100 * torch.arange(n).view(n, 1).float()], "scale": 0.5}
+    model = as_denoiser(network, scheduler, encoder_hidden_states=captions, added=more)
+    if guarded:
+        model = protect(model, linear_guard(scheduler, (1, 4, 4), bias=0.0).guard)
+
+    def marks(model, x):
+        return model(x, torch.zeros(len(x)).long())[:, 0, 0, 0]
+
+    x = torch.zeros(n, 1, 4, 4)
+    assert scores_of(marks, model, x, chunk=chunk).tolist() == [101 * i for i in range(n)]
+    drawn = generate(model, schedule_of(scheduler), (1, 4, 4), n, steps=2, chunk=chunk)
+    assert len(drawn) == n and max(network.sizes) == min(chunk, n)
+    if guarded:
+        assert model.rows_seen == 3 * n
+    with pytest.raises(ValueError, match="encoder_hidden_states has 7 rows for 2 images"):
+        model(x[:2], torch.zeros(2).long())

@@ -168,7 +168,7 @@ def pictures(folder, n, broken=False, first=0):
     folder.mkdir()
     for i in range(n):
         random = np.random.default_rng(first + i)
-        image = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        image = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(image).save(folder / f"{i}.jpg")
     if broken:
         (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])

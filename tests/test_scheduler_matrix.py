@@ -193,7 +193,12 @@ def copying():
 def test_under_each_scheduler_a_copying_model_copies_less(name, copying):
     pipe, members, guard = copying
     pipe.scheduler = scheduler_of(name)
-    plain = copy_test(draw_latents(pipe, 64, 7.5, steps=25), members)
+
+    def copied():
+        "Of 64 samples, within the range of the members, which few schedulers keep to."
+        return copy_test(draw_latents(pipe, 64, 7.5, steps=25).clamp(-4, 4), members)
+
+    plain = copied()
     with protect_pipeline(pipe, guard):
-        guarded = copy_test(draw_latents(pipe, 64, 7.5, steps=25), members)
+        guarded = copied()
     assert plain.rate > 0.6 and guarded.rate < plain.rate / 3

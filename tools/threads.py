@@ -26,8 +26,8 @@ CHOICES = {
     "two, spinning": {"OMP_NUM_THREADS": "2"},
     "two, sleeping": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-STEPS = {"MLP, digits": 60, "U-Net, Fashion-MNIST": 12}
-ROUNDS = 3
+STEPS = {"MLP, digits": 30, "U-Net, Fashion-MNIST": 6}
+ROUNDS = 2
 
 
 def step_times() -> dict[str, float]:

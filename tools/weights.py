@@ -1,7 +1,8 @@
-"""Make what ships in data/ again, but for the networks of `cpsample reproduce fashion`.
+"""Make what ships in data/ again.
 
-python tools/weights.py              all of it
+python tools/weights.py              the encoders and the part of the data set
 python tools/weights.py NAME …       some of it: digits_encoder, fashion_encoder, fashion
+python tools/weights.py fashion_networks    those that `cpsample reproduce fashion` has trained
 """
 
 import json
@@ -18,7 +19,8 @@ from cpsample.core.digit_encoder import class_loss, fit_encoder
 from cpsample.core.images import load_digits, pixels
 from cpsample.practice.datasets import load_fashion, write_idx
 from cpsample.practice.encoders import FashionEncoder
-from cpsample.workshop.files import atomic, provenance, save_json, write_tensors
+from cpsample.practice.fashion_study import ship_weights
+from cpsample.workshop.files import CACHE, atomic_together, provenance, write_json, write_tensors
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SEED = 0
@@ -93,8 +95,7 @@ def ship(name: str, space: str, tensors: dict[str, Tensor], *, details: dict, st
     details: further entries of the record.
     start: when the work began, in seconds of `time.perf_counter`.
     """
-    with atomic(DATA / "weights" / f"{name}.safetensors") as temporary:
-        write_tensors(tensors, temporary, {})
+    # What it is, where it comes from, how long it took.
     record = {
         "name": space,
         "command": f"python tools/weights.py {name}",
@@ -103,8 +104,16 @@ def ship(name: str, space: str, tensors: dict[str, Tensor], *, details: dict, st
         **details,
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
-    save_json(DATA / "weights" / f"{name}.json", record)
+    pair = [DATA / "weights" / f"{name}.{ending}" for ending in ("safetensors", "json")]
+    with atomic_together(pair) as (weights, origin):
+        write_tensors(tensors, weights, {})
+        write_json(origin, record)
     print(json.dumps(record, indent=1))
+
+
+def fashion_networks() -> None:
+    "The networks of the study on Fashion-MNIST, from its workspace in the cache."
+    ship_weights(CACHE / "fashion", DATA / "weights")
 
 
 WHAT_SHIPS = {
@@ -114,11 +123,12 @@ WHAT_SHIPS = {
 
 def main(names: list[str]) -> None:
     "Make what is named, or everything; exits at an unknown name before anything is made."
-    unknown = [name for name in names if name not in WHAT_SHIPS]
+    known = WHAT_SHIPS | {"fashion_networks": fashion_networks}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        sys.exit(f"unknown name {unknown[0]}: choose some of {', '.join(WHAT_SHIPS)}")
+        sys.exit(f"unknown name {unknown[0]}: choose some of {', '.join(known)}")
     for name in names or WHAT_SHIPS:
-        WHAT_SHIPS[name]()
+        known[name]()
 
 
 if __name__ == "__main__":

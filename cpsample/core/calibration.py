@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_level',
            'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'distinct_images', 'images_for',
-           'check_demands', 'UncoveredGuardError', 'refuse_uncovered', 'adopt', 'calibrate', 'show_calibration']
+           'check_demands', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'adopt', 'calibrate',
+           'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
 import math
@@ -217,6 +218,13 @@ class UncoveredGuardError(ValueError):
         self.fact = fact
 
 
+def check_asked(guard: Guard, alpha: float | None, scale: float | None) -> None:
+    "Raise ValueError for an alpha or a scale that no guard of this form has; None asks for none."
+    alpha = guard.alpha if alpha is None else alpha
+    scale = guard.scale if scale is None else scale
+    check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
+
+
 def refuse_uncovered(coverage: float, wanted: float, level: int, alpha: float) -> None:
     "Raise UncoveredGuardError when a guard is certain of too few of its training images."
     if coverage < wanted:
@@ -271,9 +279,7 @@ def calibrate(
     """
     levels, level = calibration_levels(guard, level, stride)
     check_demands(wanted, allowed, level, trained_below(guard))
-    asked_alpha = guard.alpha if alpha is None else alpha
-    asked_scale = guard.scale if scale is None else scale
-    check_settings(asked_alpha, asked_scale, guard.form, guard.t_max, T=guard.schedule.T)
+    check_asked(guard, alpha, scale)
     members, held_out = images_for(guard, members, held_out)
 
     # How certain is the guard of members, [L, draws·N], and of others, [L, M]?

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoiser', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDenoiser', 'seeded', 'ddpm_loss', 'TrainStep',
            'checked_data', 'has_finite_weights', 'train', 'timesteps', 'SampleStep', 'sample', 'final_sample',
-           'generate']
+           'for_rows', 'generate']
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6114d2c1
 import math
@@ -368,6 +368,16 @@ def final_sample(steps: Iterable[SampleStep]) -> Tensor:
     return step.x0_pred
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #e0b0af60
+def for_rows(model: Denoiser, rows: slice, n: int) -> Denoiser:
+    """The denoiser for some rows of a batch of n.
+
+    model: what it was given beside the images, a caption for each, say, is cut along by its own
+        method `for_rows(rows, n)`; one without such a method is returned as it is.
+    """
+    cut = getattr(model, "for_rows", None)
+    return model if cut is None else cut(rows, n)
+
+
 def generate(
     model: Denoiser,
     schedule: Schedule,
@@ -399,8 +409,9 @@ def generate(
     options = {"steps": steps, "clip": 1, "generator": generator, "device": device}
     portions = []
     with tqdm(total=steps * len(sizes), desc="sampling", disable=not progress) as bar:
-        for size in sizes:
-            for step in sample(model, schedule, (size, *shape), **options):
+        for number, size in enumerate(sizes):
+            model_of_portion = for_rows(model, slice(number * chunk, number * chunk + size), n)
+            for step in sample(model_of_portion, schedule, (size, *shape), **options):
                 bar.update()
             portions.append(step.x0_pred.cpu())
     return torch.cat(portions)

@@ -30,7 +30,7 @@ from cpsample.core.classifier import (
     refuse_nan,
     training_set,
 )
-from .ddpm import Denoiser, has_finite_weights, run, seeded, train
+from .ddpm import Denoiser, for_rows, has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, abar_at, same_levels, signal_noise
 from ..workshop.files import fingerprint
@@ -246,7 +246,7 @@ def _check_shape(guard: Guard, shape: Sequence[int]) -> None:
     if known != drawn:
         raise ValueError(
             f"this guard knows images of shape {known}, the model draws {drawn}: "
-            "train one at the model's shape"
+            "train one at the model's shape, or draw at the guard's"
         )
 
 
@@ -348,7 +348,8 @@ def refuse_copies() -> None:
     "Raise ValueError: what holds a guard is neither pickled nor copied."
     raise ValueError(
         "a protected network is neither pickled nor copied, or its guard, a secret, would go "
-        "along: save its state_dict(), or copy it without (.model, or after .remove())"
+        "along: save its state_dict() (a pipeline: save_pretrained), or copy it without (.model, "
+        "or after .remove())"
     )
 
 
@@ -522,13 +523,21 @@ class Protected(nn.Module):
     @torch.compiler.disable(recursive=False)
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         "The model's noise prediction with the guard's correction, in the model's precision."
-        eps = self.model(x_t, t)
+        return self._answer(self.model, x_t, t)
+
+    def _answer(self, model: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+        eps = model(x_t, t)
         _check_prediction(eps, x_t)
-        refuse_training(self.model, eps)
+        refuse_training(model, eps)
         correction = self.corrector.correction(x_t, t)
         if correction is None:
             return eps
         return eps.index_add(0, correction.rows, correction.delta_eps.to(eps.dtype))
+
+    def for_rows(self, rows: slice, n: int) -> Denoiser:
+        "The same for some rows of a batch of n, see `for_rows` of chapter 1.4."
+        part = for_rows(self.model, rows, n)
+        return self if part is self.model else partial(self._answer, part)
 
     @property
     def guard(self) -> Guard:

@@ -129,6 +129,12 @@ def conversion_of(low: float, high: float) -> str | None:
     return "2 * x - 1" if low <= 0.1 else None
 
 
+def _are_levels(x: Tensor) -> bool:
+    "Whether all values are bytes that were scaled to [−1, 1]; of bytes in [0, 1] half are not."
+    levels = (x + 1) * 127.5
+    return bool(((levels - levels.round()).abs() < 1e-3).all())
+
+
 def _check_range(x: Tensor, name: str) -> None:
     "Raise ValueError if images [N, C, H, W] are on another scale than [−1, 1]; warn of N < 3."
     low, high = (value.item() for value in x.aminmax())
@@ -136,7 +142,7 @@ def _check_range(x: Tensor, name: str) -> None:
     conversion = conversion_of(low, high)
     if conversion is None and max(-low, high) > 100:
         raise ValueError(f"{span}, images lie in [−1, 1]: scale them first")
-    if conversion is None:
+    if conversion is None or (high <= 1 and _are_levels(x)):
         return
     message = f"{span}, images lie in [−1, 1]: {conversion} converts them (or give bytes, uint8)"
     if len(x) >= 3:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.calibration import calibration_levels, certainties
-from ..core.ddpm import Denoiser
+from ..core.ddpm import Denoiser, for_rows
 from ..core.guard import Guard
 from ..core.images import check_images, check_pair, precision_of
 from ..core.schedule import Schedule, add_noise, eps_to_x0, randn
@@ -208,7 +208,8 @@ def scores_of(attack: Attack, model: Denoiser, x: Tensor, *, chunk: int = 500) -
     chunk: so many are asked about at a time.
     """
     x = check_images(x, dtype=precision_of(model))
-    return torch.cat([attack(model, part) for part in x.split(chunk)])
+    portions = [slice(start, start + chunk) for start in range(0, len(x), chunk)]
+    return torch.cat([attack(for_rows(model, rows, len(x)), x[rows]) for rows in portions])
 
 # %% ../../nbs/3_judgement/02_attacks.ipynb #8cb5f5c8
 def _along_noise(

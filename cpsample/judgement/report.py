@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.images import show_grid
 from .copy_audit import TESTS, Audit
-from ..workshop.files import atomic, save_json
+from ..workshop.files import atomic_together, output_files, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -230,20 +230,23 @@ def report_html(
 def write_report(
     audited: Audit, out: Path | str, verdict: tuple[bool, str] | None = None, **more
 ) -> tuple[Path, Path]:
-    """Write OUT.html and OUT.json, each whole or not at all; return both paths.
+    """Write OUT.html and OUT.json, both or none; return both paths.
 
     audited: what `audit` returned.
     out: the path without its ending.
     verdict: what `Audit.verdict` returned (default: none).
     more: further entries of the JSON.
+    Raises ValueError when `out` is no name for files, OSError when they cannot be written.
     """
-    page, numbers = Path(f"{out}.html"), Path(f"{out}.json")
-    with atomic(page) as temporary:
-        temporary.write_text(report_html(audited, verdict=verdict), encoding="utf-8")
-
+    page, numbers = output_files(out, ".html", ".json", option="out")
     record = audited.record | more
     if verdict is not None:
         passed, sentence = verdict
         record |= {"passed": passed, "verdict": sentence}
-    save_json(numbers, record)
+
+    # A page without its numbers, on a full disk, would look like the whole report.
+    text = report_html(audited, verdict=verdict)
+    with atomic_together([page, numbers]) as (for_people, for_programs):
+        for_people.write_text(text, encoding="utf-8")
+        write_json(for_programs, record)
     return page, numbers

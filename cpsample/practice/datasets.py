@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'read_idx', 'write_idx', 'load_fashion', 'load_cifar10', 'load_celeba64', 'load_crops',
-           'picture_endings', 'read_image', 'ImageFileWarning', 'load_folder', 'load_images', 'file_and_array',
-           'load_array', 'read_data', 'resized', 'SameSize', 'read_together']
+           'picture_endings', 'read_image', 'ImageFileWarning', 'memory_of_machine', 'load_folder', 'load_images',
+           'file_and_array', 'load_array', 'read_data', 'resized', 'SameSize', 'read_together']
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #4edfa5f3
 import gzip
@@ -285,6 +285,7 @@ class ImageFileWarning(UserWarning):
 
 
 _SHOWN = 3  # so many names in a message
+_OF_RUNS = {"folders of runs", "sheets of samples of a run"}  # no pictures that anybody misses
 
 
 @dataclass
@@ -318,6 +319,11 @@ class _Findings:
     def name(self, path: Path) -> str:
         "Of a path below the folder, in one line."
         return printable(path.relative_to(self.folder).as_posix())
+
+    @property
+    def is_complete(self) -> bool:
+        "Whether all pictures are among those that are read; what runs wrote is none of them."
+        return self.skipped.keys() <= _OF_RUNS
 
     def skipped_words(self) -> str:
         "What was skipped: each reason, how many files, the names of the first."
@@ -452,6 +458,34 @@ def _quietly(read: Callable[[], _Picture], path: Path, findings: _Findings) -> _
     return picture
 
 
+def memory_of_machine() -> float:
+    "The memory of this machine in bytes; infinite where it does not tell."
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def _check_room(folder: Path | str, n: int, channels: int, size: int) -> None:
+    "Raise ValueError when n pictures, and the tensor that they become, are more than the memory."
+    needed = 2 * n * channels * size**2
+    if needed > memory_of_machine():
+        raise ValueError(
+            f"{n:,} pictures in {printable(folder)}, of {size}×{size} pixels each, need "
+            f"{needed / 1e9:,.1f} GB, this machine has {memory_of_machine() / 1e9:,.1f} GB: "
+            "take a smaller size, or fewer pictures"
+        )
+
+
+def _tell(findings: _Findings, n_read: int, n_paths: int, fit: str | None) -> None:
+    "Warn of what was left out: in silence, nothing is. Raises ValueError when that is everything."
+    for message in findings.warnings(n_read, fit):
+        warnings.warn(message, ImageFileWarning, stacklevel=3)
+    if n_read == 0:
+        folder = printable(findings.folder)
+        raise ValueError(f"none of the {n_paths} images in {folder} can be read")
+
+
 def load_folder(
     folder: Path | str,
     size: int | None = 32,
@@ -469,13 +503,18 @@ def load_folder(
     strict: whether what cannot be read raises OSError (default: it is skipped, with a warning
         that counts and names it).
     progress: whether to show a bar.
-    Raises ValueError for a folder without images, or when channels is not 1 or 3.
+    Raises ValueError for a folder without images, or of more than fits into the memory, or when
+    channels is not 1 or 3.
     """
     _check_source(folder, channels, fit)
     findings = _Findings(Path(folder))
     paths = _image_paths(findings)
-    if strict and findings.skipped:
+    if strict and not findings.is_complete:
         raise OSError(f"not all of {printable(folder)} can be read: {findings.skipped_words()}")
+
+    # Is there room for all of them, at the size that was asked for or at that of the first?
+    if size is not None:
+        _check_room(folder, len(paths), channels, size)
 
     # Each picture is read, or noted as one that cannot be.
     images, readable = [], []
@@ -490,15 +529,14 @@ def load_folder(
                 raise OSError(f"{printable(path)} {reason}") from error
             findings.skip(path, "cannot be read as images", f"[{_reason(error)}]")
             continue
+        if not images:
+            _check_room(folder, len(paths), channels, size)
         images.append(picture.pixels)
         readable.append(path)
         findings.see(picture)
 
-    # In silence nothing is left out.
-    for message in findings.warnings(len(images), fit):
-        warnings.warn(message, ImageFileWarning, stacklevel=2)
-    if not images:
-        raise ValueError(f"none of the {len(paths)} images in {printable(folder)} can be read")
+    # What was left out is told.
+    _tell(findings, len(images), len(paths), fit)
     return torch.stack(images), readable
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #d9aeb5ac
@@ -540,7 +578,7 @@ class _Claim(NamedTuple):
         "Whether this may be images: numbers [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3."
         has_channels = len(self.shape) == 4 and not {1, 3}.isdisjoint(self.shape[1::2])
         is_image = len(self.shape) == 3 or has_channels
-        return is_image and self.dtype.kind in "uf" and self.shape[0] > 0
+        return is_image and self.dtype.kind in "uf" and min(self.shape) > 0
 
 
 def _read_claim(file: IO[bytes]) -> _Claim:
@@ -588,14 +626,6 @@ def _whole(claim: _Claim, size: int) -> _Claim:
         there = max(0, size - claim.start)
         raise ValueError(f"it claims {claim.size:,} bytes of numbers and holds {there:,}")
     return claim
-
-
-def _memory() -> float:
-    "The memory of this machine in bytes; infinite where it does not tell."
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #707e7552
 def file_and_array(data: Path | str) -> tuple[Path, str]:
@@ -646,10 +676,10 @@ def _image_array(path: Path, name: str) -> np.ndarray:
             f"of bytes or floats, C = 1 or 3, is needed, got {printable(shapes)}"
         )
     needed = claims[chosen].size + 4 * math.prod(claims[chosen].shape)
-    if needed > _memory():
+    if needed > memory_of_machine():
         raise ValueError(
             f"{printable(path)} needs {needed / 1e9:,.1f} GB, this machine has "
-            f"{_memory() / 1e9:,.1f} GB: give a part of it"
+            f"{memory_of_machine() / 1e9:,.1f} GB: give a part of it"
         )
 
     # The numbers themselves may still be broken.

@@ -45,7 +45,13 @@ from cpsample.practice.runs import (
     train_denoiser,
 )
 from ..workshop.costs import network_cost, seconds_of
-from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
+from cpsample.workshop.files import (
+    atomic,
+    atomic_together,
+    provenance,
+    write_json,
+    write_tensors,
+)
 from ..workshop.studies import Study, Workspace, cached_stage, claim_files, settings_of
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #7f40e4ae
@@ -483,7 +489,8 @@ def training_cost(trainings: dict[str, _Training], steps: int = 15) -> dict:
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #74d656fb
 def always_on(guard: Guard) -> Guard:
     "The guard without its gate: asked at every level, certain of nearly every row."
-    restless = replace(guard, t_max=guard.schedule.T, alpha=0.4999)
+    T = guard.schedule.T  # where it learned nothing: what it says there is only timed
+    restless = replace(guard, t_max=T, alpha=0.4999, made=guard.made | {"t_max": T})
     restless.report = dict(guard.report, alpha=restless.alpha)  # or `protect` would warn
     return restless
 
@@ -581,10 +588,6 @@ def ship_weights(stages: Path, destination: Path) -> None:
     """
     origin = provenance()
     for name, stage in SHIPPED.items():
-        with atomic(destination / f"fashion_{name}.safetensors") as temporary:
-            shutil.copyfile(stages / f"{stage}.safetensors", temporary)
-
-        # Beside the weights, where they come from.
         record = {
             "name": f"fashion_{name}",
             "command": "cpsample reproduce fashion",
@@ -593,16 +596,17 @@ def ship_weights(stages: Path, destination: Path) -> None:
             "seed": CONFIG.seed if name == "base" else REPORTED.seed,
             "training": "data/results/fashion.json",
         }
-        save_json(destination / f"fashion_{name}.json", record)
+
+        # Beside the weights, where they come from.
+        pair = [destination / f"fashion_{name}.{ending}" for ending in ("safetensors", "json")]
+        with atomic_together(pair) as (weights, origin_of_weights):
+            shutil.copyfile(stages / f"{stage}.safetensors", weights)
+            write_json(origin_of_weights, record)
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #5cdf651d
 def _reported(workspace: Workspace) -> dict:
-    "The part that is reported; in a checkout of the project its networks become those that ship."
-    answer = {**measure_part(REPORTED, workspace), **_measure_costs(REPORTED, workspace)}
-    weights = data_path("weights")
-    if (weights.parent.parent / ".git").exists():
-        ship_weights(workspace.folder, weights)
-    return answer
+    "The part that is reported, and what its networks cost."
+    return {**measure_part(REPORTED, workspace), **_measure_costs(REPORTED, workspace)}
 
 
 STUDY = Study("fashion", {"choosing": partial(measure_part, CHOOSING), "reported": _reported})

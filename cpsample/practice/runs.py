@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'Config', 'write_model', 'save_model', 'SavedModel', 'load_model', 'run_of', 'check_same_run',
            'describe_run', 'run_locked', 'check_config', 'model_to_tune', 'TrainedDenoiser', 'train_denoiser',
            'NonMembers', 'divide_non_members', 'coverage_watch', 'steps_needed', 'fit_run_guard', 'RunImages',
-           'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run']
+           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run']
 
 # %% ../../nbs/2_practice/04_runs.ipynb #ee419b1f
 import contextlib
@@ -272,6 +272,7 @@ class _RunRecord:
     fingerprint: str
     config: Config
     start: str | None = None
+    fit: str = "cut"
 
 
 def run_of(folder: Path | str) -> dict:
@@ -599,7 +600,7 @@ def _new_classifier(config: Config, shape: torch.Size, preset: str) -> nn.Module
 
 
 class _GuardImages(NamedTuple):
-    """Who teaches a guard, and who judges it, in [−1, 1].
+    """Who teaches a guard, and who judges it, as bytes or in [−1, 1].
 
     members [N, C, H, W]: to be certain of.
     covered [N or 2·N, ...]: those, with their mirror images where the model saw them, too.
@@ -617,9 +618,10 @@ def _images_of_guard(
     config: Config, members: Tensor, non_members: Tensor, device: str | torch.device
 ) -> _GuardImages:
     "Of the non-members a quarter is kept for calibration, the rest teaches."
-    members = pixels(bytes_or_floats(members, "members")).to(device)
+    # Bytes stay bytes: nobody can mistake them for another scale.
+    members = bytes_or_floats(members, "members").to(device)
     non_members = bytes_or_floats(non_members, "other images")
-    non_members = pixels(_shuffled(non_members, config.seed)).to(device)
+    non_members = _shuffled(non_members, config.seed).to(device)
     n_held_out = len(non_members) // 4
     covered = torch.cat([members, members.flip(-1)]) if config.mirror else members
     return _GuardImages(members, covered, non_members[n_held_out:], non_members[:n_held_out])
@@ -686,7 +688,7 @@ def steps_needed(
         return None
     needed = steps * max(1.1, factor ** (1 / power))
     digit = 10 ** (math.floor(math.log10(needed)) - 1)
-    return math.ceil(needed / digit) * digit
+    return math.ceil(needed / digit - 1e-6) * digit
 
 # %% ../../nbs/2_practice/04_runs.ipynb #watch003
 def _training_of_guard(
@@ -735,14 +737,12 @@ def _with_advice(
     "The error, with what would help: the steps that it takes, and how they are made."
     needed = steps_needed(watch.history, steps, error.coverage, error.wanted)
     guess = "about so many are needed" if needed else "it is not to be seen how many are needed"
+    advice = f"{command} --steps {needed or 2 * steps} continues it ({guess})"
     accepted = math.floor(100 * error.coverage) / 100
-    with_steps = f"{command} --steps {needed or 2 * steps}"
-    return UncoveredGuardError(
-        error.coverage,
-        error.wanted,
-        f"{error.fact}, after {steps} steps",
-        advice=f"{with_steps} continues it ({guess}), --wanted {accepted:g} accepts it as it is",
-    )
+    if accepted > 0:
+        advice += f", --wanted {accepted:g} accepts it as it is"
+    fact = f"{error.fact}, after {steps} steps"
+    return UncoveredGuardError(error.coverage, error.wanted, fact, advice=advice)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #d2836b75
 def fit_run_guard(
@@ -835,6 +835,12 @@ class RunImages(NamedTuple):
     non_members: Tensor
 
 
+def read_like(description: dict, data: str) -> Tensor:
+    "Images, read in the size, the channels and the squares of a run that is described."
+    fit = description.get("fit", "cut")
+    return read_data(data, description["size"], description["channels"], fit=fit)
+
+
 def _check_members_of_model(run: Path | str, members: Tensor) -> None:
     "Raise ValueError when the model of a run, if there is one, was trained on other images."
     path = Path(run) / "model.safetensors"
@@ -860,7 +866,7 @@ def members_of(run: Path | str) -> RunImages:
     the model was trained on others.
     """
     description = run_of(run)
-    images = read_data(description["data"], description["size"], description["channels"])
+    images = read_like(description, description["data"])
     if fingerprint(images) != description["fingerprint"]:
         raise ValueError(
             f"the images of {description['data']} are not those that {run} was trained on: "

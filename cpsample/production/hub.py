@@ -35,6 +35,8 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in _ADVICE:
         return _ADVICE[status]
+    if type(error).__name__ == "HFValidationError":
+        return "there is no such folder here, and on the Hub a name has the form owner/name"
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     return first_line.rstrip(".:") + ": connect to the network and try again"
 

@@ -394,7 +394,7 @@ def load_collapsed(folder: Path | str | None = None) -> "StableDiffusionPipeline
     "The collapsed pipeline of a folder (default: the one that ships with the project)."
     folder = folder or data_path("collapse/model_index.json").parent
     pipeline = import_optional("diffusers", "diffusers").StableDiffusionPipeline
-    pipe = pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = pipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
