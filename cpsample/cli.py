@@ -1112,16 +1112,14 @@ def strangers_for_attack(run: Path, others: str | None) -> Any:
     from cpsample.practice.runs import divide_non_members, members_of, read_like
 
     description, members, non_members = members_of(run)
-    divided = divide_non_members(members, non_members)
-    test = divided.test
-
-    # What is given may be neither a member nor one that taught the guard.
     if others:
+        # What is given may be neither a member nor one that taught the guard.
         test = read_like(description, others)
         refuse_shared(test, members, f"images of --others {others}")
-        test = leave_out_shared(
-            test, divided.for_guard, "images for tests", of="images for the guard"
-        )
+        taught = divide_non_members(members, non_members).for_guard
+        test = leave_out_shared(test, taught, "images for tests", of="images for the guard")
+    else:
+        test = divide_non_members(members, non_members).test
     if len(test) < 20:
         holder = f"{others} holds" if others else f"{run} left over"
         raise ValueError(

@@ -13,6 +13,7 @@ from cpsample.judgement.audit_study import (
     measure_large,
     measure_models,
     measure_planted,
+    measure_renderings,
     plant_share,
     smooth_images,
     with_twins,
@@ -45,7 +46,12 @@ SMALL = AuditSettings(
     sizes=(200, 400),
     models=MODELS,
 )
-PARTS = {"planted": measure_planted, "large": measure_large, "models": measure_models}
+PARTS = {
+    "planted": measure_planted,
+    "renderings": measure_renderings,
+    "large": measure_large,
+    "models": measure_models,
+}
 STUDY = Study("audit", {name: partial(part, settings=SMALL) for name, part in PARTS.items()})
 ON_FILE = json.loads(data_path("results/audit.json").read_text())
 

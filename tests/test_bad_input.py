@@ -58,7 +58,7 @@ def draw(model):
 
 
 def wide_sure(x, t):
-    return 9 + 0 * x.flatten(1)[:, :1]
+    return 9 + 1e-3 * x.flatten(1)[:, :1]
 
 
 def wide(K):

@@ -387,6 +387,7 @@ def test_held_out_images_that_are_members_are_refused(form):
         calibrate(guard, NEAR, NEAR[3:10])
 
 
+@pytest.mark.filterwarnings("ignore::cpsample.core.guard.IdleGuardWarning")
 def test_held_out_images_that_are_nearly_members_are_counted():
     digits, _ = load_digits()
     generator = torch.Generator().manual_seed(0)
@@ -395,6 +396,6 @@ def test_held_out_images_that_are_nearly_members_are_counted():
     with pytest.warns(SharedImagesWarning, match=r"4 of 34 .* \(first in rows 30, 31, 32, 33\)"):
         calibrate(covering(), digits[:100], mixed)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", SharedImagesWarning)
         calibrate(covering(), digits[:100], digits[100:1100])
         calibrate(covering(), NEAR, NEAR + 1e-6)  # of points nothing can be said

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
+from small_pipelines import pixel_pipeline
 
 from cpsample.core.copying import (
     SharedImagesWarning,
@@ -163,14 +164,16 @@ def test_strangers_are_kept_in_their_order_and_counted():
     assert leave_out_shared(others, members) is others
     refuse_shared(others, members)
     with pytest.raises(ValueError, match=r"1 of 1 strangers are pupils, too \(first in row 0\)"):
-        refuse_shared(members[:1], members, "strangers", "pupils")
+        refuse_shared(members[:1], members, "strangers", of="pupils")
 
 
 def test_a_pipeline_is_not_guarded_with_its_own_images_as_the_others(tmp_path):
-    "In the pipeline's own space a draw of the autoencoder would hide that they are the same."
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    "In a pipeline's own space a draw of the autoencoder would hide that they are the same."
+    pipe = pixel_pipeline(channels=3)
+    size = pipe.unet.config.sample_size
+    x = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with pytest.raises(ValueError, match="4 of 4 other images are images to protect, too"):
-        fit_pipeline_guard(None, x, to_bytes(x[:4]), tmp_path / "guard")
+        fit_pipeline_guard(pipe, x, to_bytes(x[:4]), tmp_path / "guard")
     assert not list(tmp_path.iterdir())
 
 

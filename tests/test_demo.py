@@ -75,6 +75,7 @@ def test_record_has_the_agreed_shape(small):
     assert all(x.shape == (60, 1, 8, 8) and x.abs().max() <= 1 for x in images.values())
 
 
+@pytest.mark.filterwarnings("ignore::cpsample.core.guard.IdleGuardWarning")
 def test_scale_zero_gives_the_unguarded_images():
     images = run_demo((3,), scale=0.0, **SMALL).images
     assert torch.equal(images["unguarded"], images["guarded"])

@@ -120,6 +120,7 @@ class TestFromTheShell:
     def call(self, *words):
         return CliRunner().invoke(app, ["guard", *map(str, words)])
 
+    @pytest.mark.filterwarnings("ignore:6 of 6 pictures", "ignore:40 of 40 pictures")
     def test_a_guard_for_a_pipeline_in_a_folder(self, tmp_path, images):
         "Trained in the pipeline's space and at its levels."
         pipe = latent_pipeline()

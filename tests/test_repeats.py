@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cpsample.core.copying import ratio_score
 from cpsample.core.images import first_occurrence, pixels, to_bytes
 from cpsample.judgement.repeats import duplicate_groups, near_pairs, principal_axes, project
 from cpsample.practice.datasets import load_fashion
@@ -210,6 +211,30 @@ def test_every_repeat_counts_however_many_there_are(k, times, strength, mirrored
     assert len(groups.unique()) == 30
     same = (order % 30)[:, None] == order % 30
     assert torch.equal(groups[:, None] == groups, same)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 50), st.sampled_from([1, 3, 7, 50])
+)
+def test_planted_shares_are_read_whatever_repeats_there_are(k, times, copies, groups_of):
+    "Of fifty images so many copy; one of so many training pictures is there again and again."
+    g = seed(k)
+    coarse = torch.rand(90, 1, 7, 7, generator=g) * 2 - 1
+    pictures = torch.nn.functional.interpolate(coarse, (28, 28), mode="bilinear")
+    own, strangers = pictures[:40], pictures[40:]
+    training = torch.cat([own, own[::groups_of].repeat(times, 1, 1, 1)])
+    training = training + 0.03 * torch.randn(training.shape, generator=g)
+    training = training[torch.randperm(len(training), generator=g)]
+
+    rows = torch.randint(40, (copies,), generator=g)
+    x = torch.cat([own[rows], strangers[: 50 - copies]])
+    x = x + 0.03 * torch.randn(x.shape, generator=g)
+    groups = duplicate_groups(training, typical_distance(training) / 3)
+    assert len(groups.unique()) == 40
+    d, _ = nearest_groups(x, training, groups, k=2, flips=True)
+    is_copy = ratio_score(d) < 1 / 3
+    assert is_copy.tolist() == [True] * copies + [False] * (50 - copies)
 
 
 def test_pictures_saved_twelve_times_are_one():

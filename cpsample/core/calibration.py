@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_level',
            'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'distinct_images', 'images_for',
-           'check_demands', 'check_given', 'UncoveredGuardError', 'refuse_uncovered', 'adopt', 'calibrate',
+           'check_demands', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'adopt', 'calibrate',
            'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
@@ -196,13 +196,6 @@ def check_demands(wanted: float, allowed: float, level: int, top: int) -> None:
         )
 
 
-def check_given(guard: Guard, alpha: float | None, scale: float | None) -> None:
-    "Raise ValueError, before anything is measured, for a gate or strength that no guard can have."
-    alpha = guard.alpha if alpha is None else alpha
-    scale = guard.scale if scale is None else scale
-    check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
-
-
 class UncoveredGuardError(ValueError):
     """A guard is certain of too few of its training images.
 
@@ -223,6 +216,13 @@ class UncoveredGuardError(ValueError):
         self.coverage = coverage
         self.wanted = wanted
         self.fact = fact
+
+
+def check_asked(guard: Guard, alpha: float | None, scale: float | None) -> None:
+    "Raise ValueError for an alpha or a scale that no guard of this form has; None asks for none."
+    alpha = guard.alpha if alpha is None else alpha
+    scale = guard.scale if scale is None else scale
+    check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
 
 
 def refuse_uncovered(coverage: float, wanted: float, level: int, alpha: float) -> None:
@@ -277,10 +277,10 @@ def calibrate(
     cover its members. With
     an alpha from `choose_alpha` that happens only at its widest gate, `loosest` (0.4).
     """
-    members, held_out = images_for(guard, members, held_out)
     levels, level = calibration_levels(guard, level, stride)
     check_demands(wanted, allowed, level, trained_below(guard))
-    check_given(guard, alpha, scale)
+    check_asked(guard, alpha, scale)
+    members, held_out = images_for(guard, members, held_out)
 
     # How certain is the guard of members, [L, draws·N], and of others, [L, M]?
     certain, certain_of_others = certainties_of_both(guard, members, held_out, levels, seed=seed)
