@@ -33,6 +33,15 @@ from cpsample.practice.training import (
 )
 from cpsample.workshop.files import write_tensors
 
+
+@pytest.fixture(autouse=True)
+def listening():
+    "Ctrl-C is heard here, also where the tests run in the background of a shell, deaf to it."
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 X = torch.linspace(-1, 1, 24).view(12, 2)
 EXTEND = Keeping(extend=True)
 

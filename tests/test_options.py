@@ -33,7 +33,17 @@ class Place:
         self.here.mkdir(parents=True)
         self.names = {
             name: str(base / name)
-            for name in ("run", "pictures", "others", "folder", "file", "array", "new", "taken")
+            for name in (
+                "run",
+                "pictures",
+                "others",
+                "folder",
+                "file",
+                "array",
+                "new",
+                "taken",
+                "fifo",
+            )
         }
 
     def files(self):
@@ -82,6 +92,7 @@ def place(tmp_path_factory):
     for suffix in (".npz", ".html", ".safetensors"):
         (base / f"folder{suffix}").mkdir()
     (base / "file").write_text("mine")
+    os.mkfifo(base / "fifo")  # a device of the system would be lost, should a check ever fail
     (base / "taken.png").write_text("mine")
     random = np.random.default_rng(0)
     np.save(base / "array.npy", random.integers(0, 256, (30, 8, 8), dtype=np.uint8))
@@ -476,7 +487,7 @@ def test_an_interrupt_during_imports_is_one_line(place, monkeypatch, capsys):
 VALUES = (
     *("0", "1", "-1", "3", "nan", "inf", "-inf", "1e400", "1e-400", "-0.0", HUGE, "9" * 5000),
     *("", " ", "½", "٣", "0x10", "1_0", "true", "None", "[1]", "*", "-", "--", "--help", "{{}}"),
-    *("..", ".", "~", "/dev/null", "/dev/full", "/dev/null/x", "{folder}", "{file}", "{run}"),
+    *("..", ".", "~", "{fifo}", "{fifo}/x", "{folder}", "{file}", "{run}"),
     *("{array}.npy", "{pictures}", "{run}/run.json", "{run}/guard", "{taken}", "new", LONG),
     *("\x1b[31mred", "a\nb", "a\0b", "🙂", "\udcff", "%s", "cpu", "cuda", "cosine", "digits"),
 )
