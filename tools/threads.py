@@ -31,7 +31,7 @@ ROUNDS = 2
 
 
 def step_times() -> dict[str, float]:
-    "Median milliseconds per training step of each network, in this process."
+    "Mean milliseconds per training step of each network, in this process."
     import torch
 
     from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, train
@@ -49,7 +49,7 @@ def step_times() -> dict[str, float]:
     jobs = {"MLP, digits": (mlp, digits, 256), "U-Net, Fashion-MNIST": (unet, clothes, 128)}
 
     # The first two steps warm up; a step lasts from the end of one to the end of the next.
-    medians = {}
+    means = {}
     for name, (network, images, batch_size) in jobs.items():
         loss = partial(ddpm_loss, schedule=make_schedule())
         generator = torch.Generator().manual_seed(0)
@@ -59,8 +59,8 @@ def step_times() -> dict[str, float]:
         for _ in training:
             ends.append(time.perf_counter())
         durations = [after - before for before, after in zip(ends[1:], ends[2:])]
-        medians[name] = 1000 * statistics.median(durations)
-    return medians
+        means[name] = 1000 * statistics.mean(durations)
+    return means
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def busy_cores(cores: int) -> Iterator[None]:
 
 
 def measured(others: int) -> dict[str, dict[str, float]]:
-    "{choice: {network: median milliseconds over the rounds}}, the choices taking turns."
+    "{choice: {network: milliseconds, median of the rounds}}, the choices taking turns."
     # A process per choice and round, so that each reads its own environment.
     rounds = {choice: [] for choice in CHOICES}
     with busy_cores(others):
