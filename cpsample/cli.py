@@ -102,7 +102,7 @@ def share_cores() -> None:
     """Let threads that wait sleep, unless the environment says otherwise; before torch is loaded.
 
     OpenMP's threads keep their cores while they wait for one another. On a machine that has other
-    work a small network then takes twenty times as long (data/results/threads.json).
+    work a small network then takes fifty times as long (data/results/threads.json).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
