@@ -274,8 +274,8 @@ def calibrate(
     stride: from one measured level to the next.
     seed: of the noise.
     Raises UncoveredGuardError (a ValueError), and leaves the guard as it was, when it does not
-    cover its members. With
-    an alpha from `choose_alpha` that happens only at its widest gate, `loosest` (0.4).
+    cover its members. With an alpha from `choose_alpha` that happens only at its widest gate,
+    `loosest` (0.4).
     """
     levels, level = calibration_levels(guard, level, stride)
     check_demands(wanted, allowed, level, trained_below(guard))

@@ -38,7 +38,7 @@ from cpsample.core.guard import (
 )
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import bytes_or_floats, pixels, split
-from ..core.schedule import Schedule, make_schedule
+from ..core.schedule import Schedule, make_schedule, same_levels
 from .datasets import read_data
 from cpsample.practice.training import (
     AfterCheckpoint,
@@ -412,11 +412,11 @@ def model_to_tune(path: Path | str, config: Config) -> tuple[nn.Module, Config]:
     """
     model, schedule, _ = load_model(path)
     config = replace(config, schedule=schedule.name)
-    abar = make_schedule(schedule.name).abar
-    if abar.shape != schedule.abar.shape or not (abar - schedule.abar).abs().max() <= 1e-3:
+    ours = make_schedule(schedule.name)
+    if not same_levels(ours, schedule):
         raise ValueError(
             f"the schedule of {path} is called {schedule.name!r} and is another one "
-            f"(T={schedule.T}): only linear and cosine ones with T={len(abar)} can be trained on"
+            f"(T={schedule.T}): only linear and cosine ones with T={ours.T} can be trained on"
         )
     return model, config
 
