@@ -1,5 +1,6 @@
 "Small pipelines of diffusers with random weights, and guards whose push is known in closed form."
 
+import copy
 from typing import NamedTuple
 
 import diffusers
@@ -126,11 +127,13 @@ PARTS = {
 def latent_pipeline(kind="StableDiffusionPipeline", scheduler=None, out=1):
     """A pipeline of `PIPELINES`: latents 4×8×8 of pictures 3×16×16 (default scheduler: DDIM).
 
+    Its networks are its own, so a test may change them.
     out: 2 for a network that answers with a variance, too.
     """
     unet = seeded(1, lambda: _conditional_unet(9 if "Inpaint" in kind else 4, 4 * out))
     scheduler = scheduler or scheduler_of("DDIM")
-    pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **PARTS)
+    parts = PARTS | {"vae": copy.deepcopy(VAE)}
+    pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,6 +1,5 @@
 "Guards in the space of a pipeline: latents, training, the command line, the lines of the README."
 
-import copy
 import re
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from small_pipelines import (
     QUIET,
-    VAE,
     draw_latents,
     latent_pipeline,
     pixel_pipeline,
@@ -33,10 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def pipe():
-    "A latent pipeline whose autoencoder may be changed."
-    pipe = latent_pipeline()
-    pipe.vae = copy.deepcopy(VAE)
-    return pipe
+    return latent_pipeline()
 
 
 def pictures(n):

@@ -1,6 +1,5 @@
 "The space of a pipeline: encoded with what it decodes with, kept by all that made it, or refused."
 
-import copy
 from types import SimpleNamespace
 
 import accelerate
@@ -40,10 +39,7 @@ KINDS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 
 @pytest.fixture
 def pipe():
-    "A latent pipeline whose autoencoder may be changed."
-    pipe = latent_pipeline()
-    pipe.vae = copy.deepcopy(VAE)
-    return pipe
+    return latent_pipeline()
 
 
 def pictures(n, channels=3, side=16):

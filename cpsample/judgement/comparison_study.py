@@ -51,6 +51,7 @@ from cpsample.judgement.comparison import (
 from ..practice.unet import UNet, UNetClassifier
 from ..workshop.costs import network_cost
 from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
+from ..workshop.records import read_json
 from ..workshop.studies import Study, Workspace, cached_stage, kept_record, settings_of
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #07452acc
@@ -249,8 +250,9 @@ def chosen_settings(data: str, workspace: Workspace) -> dict[str, dict]:
     "{method: setting} as chosen in this workspace or, if nothing was, in the results on file."
     path = workspace.folder / f"{data}-chosen.json"
     if path.exists():
-        return json.loads(path.read_text())
-    return json.loads(data_path("results/comparison.json").read_text())[data]["chosen"]
+        return read_json(path.read_text(), path)
+    record = read_json(data_path("results/comparison.json").read_text(), "comparison.json")
+    return record[data]["chosen"]
 
 
 def sampling_seconds(method: Method, model: Denoiser, world: World) -> float:
