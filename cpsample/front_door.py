@@ -49,6 +49,6 @@ def protect(model: Any, guard: Any) -> Any:
 
         return protect_pipeline(model, guard)
 
-    from cpsample.core.guard import protect as protect_denoiser
+    from cpsample.core.protection import protect as protect_denoiser
 
     return protect_denoiser(model, guard)

@@ -21,9 +21,10 @@ from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, final_sample, run, sample
 from cpsample.core.demo import run_demo
 from cpsample.core.densities import GaussianMixture, exact_denoiser, toy
 from cpsample.core.digit_encoder import frechet_distance
-from cpsample.core.guard import Guard, fit_guard, protect, push
+from cpsample.core.guard import Guard, fit_guard, push
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import check_images, load_digits, plant_duplicates, split
+from cpsample.core.protection import protect
 from cpsample.core.rejection import ideal_classifier, lipschitz_bound, log_acceptance, tilt
 from cpsample.core.schedule import add_noise, make_schedule
 from cpsample.practice.datasets import load_images

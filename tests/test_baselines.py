@@ -16,7 +16,8 @@ from scipy.stats import norm
 from cpsample.core.copying import ideal_denoiser
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
 from cpsample.core.densities import GaussianMixture, exact_denoiser
-from cpsample.core.guard import Guard, protect
+from cpsample.core.guard import Guard
+from cpsample.core.protection import protect
 from cpsample.core.schedule import Schedule, eps_to_x0, make_schedule, signal_noise, x0_to_eps
 from cpsample.judgement.baselines import (
     ambient_denoiser,

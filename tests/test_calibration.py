@@ -27,9 +27,10 @@ from cpsample.core.calibration import (
 )
 from cpsample.core.classifier import certainty, coverage, is_certain, log_odds
 from cpsample.core.copying import SharedImagesWarning, proportion_ci
-from cpsample.core.guard import Guard, fit_guard, protect, push
+from cpsample.core.guard import Guard, fit_guard, push
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits, split, to_bytes
+from cpsample.core.protection import protect
 from cpsample.core.schedule import add_noise, make_schedule
 
 # Planted classifiers are certain in steps, so that their pushes are 0.

@@ -8,9 +8,10 @@ import torch
 from cpsample.core.calibration import calibrate
 from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
-from cpsample.core.guard import fit_guard, protect
+from cpsample.core.guard import fit_guard
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits
+from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.judgement.attacks import published_attacks, scores_of
 from cpsample.practice.datasets import load_fashion

@@ -23,19 +23,16 @@ from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded
 from cpsample.core.guard import (
     FORMS,
     GUARDS,
-    Correction,
-    Corrector,
     Guard,
     UncalibratedGuardWarning,
     fit_guard,
     frozen_copy,
-    level_per_row,
     preset_settings,
-    protect,
     push,
 )
 from cpsample.core.guard_files import SETTINGS, guard_record, load_guard, save_guard
 from cpsample.core.images import load_digits, plant_duplicates
+from cpsample.core.protection import Correction, Corrector, level_per_row, protect
 from cpsample.core.schedule import make_schedule
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpsample.core.ddpm import final_sample, generate, sample
-from cpsample.core.guard import Guard, protect
+from cpsample.core.guard import Guard
+from cpsample.core.protection import protect
 from cpsample.core.schedule import (
     Schedule,
     abar_at,

@@ -23,7 +23,8 @@ from small_pipelines import (
 )
 
 from cpsample.core.ddpm import final_sample, generate, sample
-from cpsample.core.guard import Corrector, Guard, UncalibratedGuardWarning, protect
+from cpsample.core.guard import Guard, UncalibratedGuardWarning
+from cpsample.core.protection import Corrector, protect
 from cpsample.judgement.attacks import scores_of
 from cpsample.production.pipelines import (
     UnguardedWarning,

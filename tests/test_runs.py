@@ -14,9 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cpsample.cli import app
-from cpsample.core.guard import UncalibratedGuardWarning, protect
+from cpsample.core.guard import UncalibratedGuardWarning
 from cpsample.core.guard_files import load_guard
 from cpsample.core.images import first_occurrence
+from cpsample.core.protection import protect
 from cpsample.practice import runs
 from cpsample.practice.runs import (
     CONFIGS,

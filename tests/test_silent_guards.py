@@ -31,10 +31,10 @@ from cpsample.core.guard import (
     check_guard_fits,
     fit_guard,
     members_identity,
-    protect,
 )
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits, pixels, to_bytes
+from cpsample.core.protection import protect
 from cpsample.core.rejection import log_acceptance
 from cpsample.core.schedule import Schedule, make_schedule
 from cpsample.workshop.files import fingerprint

@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from cpsample.core.calibration import calibrate
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, sample, seeded, timesteps, train
 from cpsample.core.demo import DEFAULTS, fit_denoiser
-from cpsample.core.guard import fit_guard, protect
+from cpsample.core.guard import fit_guard
 from cpsample.core.images import load_digits, pixels, split
+from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS

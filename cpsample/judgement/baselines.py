@@ -18,8 +18,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.ddpm import Denoiser, TrainStep
-from ..core.guard import Protected
 from ..core.images import check_images, pixels
+from ..core.protection import Protected
 from ..core.schedule import Schedule, add_noise, eps_to_x0, signal_noise, x0_to_eps
 from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest

@@ -26,15 +26,9 @@ from ..core.copying import copy_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, MLPDenoiser, ddpm_loss, generate, run, seeded, train
 from ..core.demo import DEFAULTS
 from ..core.digit_encoder import frechet_distance
-from cpsample.core.guard import (
-    GUARDS,
-    Guard,
-    UncalibratedGuardWarning,
-    fit_guard,
-    preset_kind,
-    protect,
-)
+from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard, preset_kind
 from ..core.images import load_digits, pixels, split
+from ..core.protection import protect
 from ..core.schedule import Schedule, make_schedule
 from cpsample.judgement.attacks import (
     guard_attacks,

@@ -31,7 +31,8 @@ import cpsample
 from ..core.classifier import MLPClassifier
 from ..core.copying import copy_test
 from ..core.ddpm import Denoiser, MLPDenoiser, generate, seeded
-from ..core.guard import Guard, protect
+from ..core.guard import Guard
+from ..core.protection import protect
 from .baselines import similarity_guidance, spell
 from cpsample.judgement.comparison import (
     BAGS,

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from ..core.calibration import calibrate
 from ..core.ddpm import Denoiser, generate
 from ..core.demo import DEFAULTS, fit_denoiser
-from ..core.guard import Guard, UncalibratedGuardWarning, fit_guard, protect
+from ..core.guard import Guard, UncalibratedGuardWarning, fit_guard
 from ..core.guard_files import load_guard
 from ..core.images import Split, load_digits, pixels, split
+from ..core.protection import protect
 from ..core.schedule import make_schedule
 from cpsample.judgement.attacks import (
     Attack,

@@ -29,9 +29,10 @@ from ..core.calibration import calibrate
 from ..core.classifier import label_loss
 from ..core.copying import copy_test, cosine_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, ddpm_loss, generate, train
-from ..core.guard import Guard, UncalibratedGuardWarning, protect
+from ..core.guard import Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels, split
+from ..core.protection import protect
 from ..core.schedule import Schedule
 from .datasets import load_fashion
 from .encoders import features

@@ -34,10 +34,10 @@ from cpsample.core.guard import (
     members_identity,
     preset_kind,
     preset_settings,
-    protect,
 )
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import bytes_or_floats, pixels, split
+from ..core.protection import protect
 from ..core.schedule import Schedule, make_schedule, same_levels
 from .datasets import read_data
 from cpsample.practice.training import (

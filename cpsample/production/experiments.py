@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 from ..core.copying import copy_test, cosine_test, neighbourhood_test, reject
 from ..core.ddpm import Denoiser, generate, timesteps
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning, protect
+from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard
 from ..core.images import pixels, split
+from ..core.protection import protect
 from ..core.schedule import Schedule, make_schedule
 from ..judgement.attacks import guard_attacks, published_attacks, scores_of
 from ..judgement.inference import loss_test, verdicts

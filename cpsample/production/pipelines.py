@@ -26,15 +26,10 @@ from tqdm.auto import tqdm
 
 from ..core.copying import refuse_shared
 from ..core.ddpm import Denoiser
-from cpsample.core.guard import (
-    Corrector,
-    Guard,
-    check_guard_fits,
-    refuse_copies,
-    refuse_training,
-)
+from ..core.guard import Guard, check_guard_fits
 from ..core.guard_files import save_guard
 from ..core.images import bytes_or_floats, first_occurrence, pixels
+from ..core.protection import Corrector, refuse_copies, refuse_training
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
