@@ -140,12 +140,13 @@ def test_the_formula_is_applied_on_certain_rows_only(schedule):
 
 def test_a_correction_names_the_rows_and_what_is_added_there(schedule):
     corrector = Corrector(Guard(first_coordinate, schedule, scale=0.0))
-    assert corrector.correction(torch.ones(3, 2), 50) is None
+    assert corrector.correction(torch.ones(3, 2), 50, torch.ones(3, 2)) is None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         corrector = Corrector(Guard(first_coordinate, schedule, scale=1.0))
 
-    correction = corrector.correction(torch.tensor([[0.1, 0.0], [1.0, 0.0]]), 50)
+    x = torch.tensor([[0.1, 0.0], [1.0, 0.0]])
+    correction = corrector.correction(x, 50, x)
     assert isinstance(correction, Correction)
     assert correction.rows.tolist() == [1]
     assert correction.delta_eps.shape == (1, 2)
@@ -375,9 +376,12 @@ def test_the_warning_can_be_turned_off_by_its_class(schedule):
 def test_a_preset_takes_changes_and_fits_the_schedule():
     assert preset_settings("paper", {}, T=500)["t_max"] == 500
     assert preset_settings("paper", {"t_max": 800}, T=500)["t_max"] == 800  # refused later
-    assert preset_settings("default", {"K": 3}, T=1000) == {**GUARDS["default"], "K": 3}
+    of_default = {**GUARDS["default"], "at": "x_t", "t_learn": 400}
+    assert preset_settings("default", {"K": 3}, T=1000) == {**of_default, "K": 3}
+    few_levels = preset_settings("predicted", {}, T=100)
+    assert (few_levels["t_learn"], few_levels["level"], few_levels["t_max"]) == (15, 10, 100)
     assert GUARDS["default"]["K"] == 8
-    with pytest.raises(ValueError, match="choose one of default, member, paper"):
+    with pytest.raises(ValueError, match="choose one of default, member, paper, predicted"):
         preset_settings("best", {}, T=1000)
 
 
@@ -463,5 +467,6 @@ def test_names_in_the_file_are_those_of_last_year(tmp_path, unusual):
     save_guard(unusual, tmp_path / "g")
     record = json.loads((tmp_path / "g.json").read_text())
     settings_in_file = ["alpha", "scale", "form", "t_max", "made", "report"]
+    settings_in_file += ["at", "level", "noisings", "moves", "longest", "clip"]
     assert list(record) == [*settings_in_file, "schedule", "network", "config"]
     assert record == guard_record(unusual)

@@ -159,7 +159,8 @@ def test_in_pure_noise_a_guard_says_nothing(eta):
     assert drawn.isfinite().all()
     assert max(asked) == 998
     assert guarded.rows_pushed == 5 * 999
-    assert guarded.corrector.correction(torch.ones(2, 2), torch.tensor([998.5, 999.0])) is None
+    x, t = torch.ones(2, 2), torch.tensor([998.5, 999.0])
+    assert guarded.corrector.correction(x, t, x) is None
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

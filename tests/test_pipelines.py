@@ -213,7 +213,7 @@ def test_half_precision(dtype):
     with protect_pipeline(pipe, guard):
         guarded = pipe.unet(x, t).sample
 
-    wanted = Corrector(guard).correction(x, t).delta_eps
+    wanted = Corrector(guard).correction(x, t, x).delta_eps
     assert guarded.dtype == dtype and wanted.dtype == torch.float32
     difference = guarded.float() - plain.float()
     torch.testing.assert_close(difference, wanted, atol=0.05, rtol=0.05)

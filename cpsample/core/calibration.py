@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_level',
-           'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'distinct_images', 'images_for',
-           'check_demands', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'adopt', 'calibrate',
-           'show_calibration']
+           'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'rows_of_distinct',
+           'distinct_images', 'images_for', 'check_demands', 'UncoveredMemberWarning', 'UncoveredGuardError',
+           'check_asked', 'refuse_uncovered', 'shares_at', 'least_covered', 'asked_below', 'proposed_scale',
+           'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate', 'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,12 +143,14 @@ def calibration_levels(
 ) -> tuple[list[int], int]:
     """The noise levels to measure, and the one among them at which coverage is asked for.
 
-    level: that one (default: T/10, at most a quarter of what the guard was trained on).
+    level: that one (default: that at which the guard is shown predictions; of one that looks at
+        x_t, T/10, at most a quarter of what it was trained on).
     stride: from one level to the next.
     """
     top = trained_below(guard)
     if level is None:
-        level = calibration_level(top, guard.schedule.T)
+        at_x_t = calibration_level(top, guard.schedule.T)
+        level = guard.level if guard.at == "x0" else at_x_t
     return sorted({*range(0, top, stride), level}), level
 
 # %% ../../nbs/1_core/09_calibration.ipynb #40e8f7b6
@@ -168,6 +172,11 @@ def first_silent_level(levels: Sequence[int], coverage: Sequence[float], stride:
     return max(certain_at) + stride
 
 # %% ../../nbs/1_core/09_calibration.ipynb #b1f36e09
+def rows_of_distinct(members: Tensor) -> Tensor:
+    "The numbers of the training images without exact repeats, int64, ascending."
+    return unique_rows(check_images(members, "training images", dtype=None))
+
+
 def distinct_images(x: Tensor, name: str) -> Tensor:
     "x [N, ...] without exact repeats. Raises ValueError when it is no batch of finite images."
     x = check_images(x, name, dtype=None)
@@ -187,13 +196,18 @@ def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor,
     return guard.cast(members), guard.cast(held_out)
 
 
-def check_demands(wanted: float, allowed: float, level: int, top: int) -> None:
+def check_demands(guard: Guard, wanted: float, allowed: float, level: int) -> None:
     "Raise ValueError for shares outside their ranges and for a level the guard never learned."
+    top = trained_below(guard)
     if not (0 < wanted <= 1 and 0 <= allowed < 1 and 0 <= level < top):
         raise ValueError(
             f"wanted must lie in (0, 1], allowed in [0, 1) and level in [0, {top}), "
             f"got {wanted}, {allowed} and {level}"
         )
+
+
+class UncoveredMemberWarning(UserWarning):
+    "A guard that covers enough of its training images does not know one of them."
 
 
 class UncoveredGuardError(ValueError):
@@ -235,6 +249,83 @@ def refuse_uncovered(coverage: float, wanted: float, level: int, alpha: float) -
         raise UncoveredGuardError(coverage, wanted, fact)
 
 
+def shares_at(certain: Tensor, certain_of_others: Tensor, gate: float) -> dict[str, list]:
+    "What a gate lets through at each level: coverage, false alarms, and the latter's interval."
+    return {
+        "coverage": share_above(certain, gate),
+        "false_alarms": share_above(certain_of_others, gate),
+        "false_alarm_ci": share_interval(certain_of_others, gate),
+    }
+
+
+def least_covered(is_certain: Tensor, rows: Tensor) -> dict[str, Any]:
+    """The member that a guard knows worst: {"member": its number, "coverage": how often}.
+
+    is_certain bool [draws · N]: of N members, each noised several times.
+    rows [N]: the members' numbers among the training images.
+    Warns (`UncoveredMemberWarning`) when that is never: a guard that misses one image protects all
+    others.
+    """
+    shares = is_certain.float().view(-1, len(rows)).mean(0)  # [N]
+    worst = int(shares.argmin())
+    member, coverage = int(rows[worst]), shares[worst].item()
+
+    # Of this one the guard knows nothing that protects it.
+    if coverage == 0:
+        missed = int((shares == 0).sum())
+        warnings.warn(
+            f"{missed} of {len(rows)} training images are unprotected, first of all number "
+            f"{member}: however it is noised, this guard is not certain of it: train it longer",
+            UncoveredMemberWarning,
+            stacklevel=3,
+        )
+    return {"member": member, "coverage": coverage}
+
+
+def asked_below(guard: Guard, levels: Sequence[int], coverage: Sequence[float], stride: int) -> int:
+    """The level from which on a guard need not be asked.
+
+    There no training image was certain any more, or it has learned nothing. A guard that looks at
+    predictions keeps its own t_max: a prediction may be a training image at any level.
+    """
+    if guard.at == "x0":
+        return guard.t_max
+    return min(trained_below(guard), first_silent_level(levels, coverage, stride))
+
+
+def proposed_scale(guard: Guard, members: Tensor, level: int, *, alpha: float, seed: int) -> float:
+    "`propose_scale` at ¾ of a level; before predictions 1, the length to first order."
+    if guard.at == "x0":
+        return 1.0
+    return propose_scale(guard, members, 3 * level // 4, alpha=alpha, seed=seed)
+
+
+def chosen_alpha(
+    guard: Guard,
+    asked: float | None,
+    certain: Tensor,
+    certain_of_others: Tensor,
+    wanted: float,
+    allowed: float,
+) -> float:
+    """The gate that was asked for; else that of `choose_alpha`.
+
+    A gate before predictions is never made tighter than it was.
+    """
+    if asked is not None:
+        return asked
+    alpha = choose_alpha(certain, certain_of_others, wanted, allowed)
+    return max(alpha, guard.alpha) if guard.at == "x0" else alpha
+
+
+def chosen_scale(guard: Guard, asked: float | None, proposed: float) -> float:
+    "The scale that was asked for; else the proposed one, or a guard's own where that is better."
+    if asked is not None:
+        return asked
+    keeps_its_own = guard.form == "away" or guard.at == "x0"
+    return guard.scale if keeps_its_own else proposed
+
+
 def adopt(guard: Guard, report: dict[str, Any]) -> None:
     "Set a guard up as a report says. Raises ValueError, before anything changes, if it cannot be."
     alpha, scale, t_max = report["alpha"], report["scale"], report["t_max"]
@@ -260,17 +351,20 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure what a guard covers and set it up accordingly.
 
-    Returns the report, also kept as `guard.report`. The guard's t_max becomes the level from
-    which no training image was certain, or the limit of its training.
+    Returns the report, also kept as `guard.report`. The t_max of a guard that looks at x_t becomes
+    the level from which no training image was certain, or the limit of its training. A guard that
+    looks at predictions keeps its own, and its scale.
 
     members [N, ...]: the guard's training images; exact repeats are counted once.
     held_out [M, ...]: images that it was never shown; ValueError if some are members.
     wanted: share of members to be certain of at noise `level`.
     allowed: share of held-out images, certain there, up to which the gate may be wider than
         coverage needs. It is no limit: no guard is refused for its false alarms.
-    level: default T/10, at most a quarter of what the guard was trained on.
-    alpha: the gate (default: `choose_alpha`).
-    scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own).
+    level: default that at which predictions are shown; of a guard that looks at x_t, T/10, at most
+        a quarter of what it was trained on.
+    alpha: the gate (default: `choose_alpha`; before predictions at least the guard's own).
+    scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own, and so
+        does a guard that looks at predictions).
     stride: from one measured level to the next.
     seed: of the noise.
     Raises UncoveredGuardError (a ValueError), and leaves the guard as it was, when it does not
@@ -278,8 +372,9 @@ def calibrate(
     `loosest` (0.4).
     """
     levels, level = calibration_levels(guard, level, stride)
-    check_demands(wanted, allowed, level, trained_below(guard))
+    check_demands(guard, wanted, allowed, level)
     check_asked(guard, alpha, scale)
+    rows = rows_of_distinct(members)
     members, held_out = images_for(guard, members, held_out)
 
     # How certain is the guard of members, [L, draws·N], and of others, [L, M]?
@@ -287,34 +382,31 @@ def calibrate(
 
     # The gate: as tight as coverage lets it be, or wider, while few other images pass.
     at_level = levels.index(level)
-    if alpha is None:
-        alpha = choose_alpha(certain[at_level], certain_of_others[at_level], wanted, allowed)
+    both = certain[at_level], certain_of_others[at_level]
+    alpha = chosen_alpha(guard, alpha, *both, wanted, allowed)
     gate = log_odds(alpha, below=1)
-    coverage = share_above(certain, gate)
+    shares = shares_at(certain, certain_of_others, gate)
+    coverage = shares["coverage"]
     refuse_uncovered(coverage[at_level], wanted, level, alpha)
 
-    # From this level on no training image was certain, or the guard has learned nothing: it need
-    # not be asked.
-    t_max = min(trained_below(guard), first_silent_level(levels, coverage, stride))
-
-    # The strength that takes a training image back to the gate in one push.
-    proposed = propose_scale(guard, members, 3 * level // 4, alpha=alpha, seed=seed)
-    if scale is None:
-        scale = guard.scale if guard.form == "away" else proposed
+    # From where on the guard need not be asked, and how strong it has to be.
+    t_max = asked_below(guard, levels, coverage, stride)
+    proposed = proposed_scale(guard, members, level, alpha=alpha, seed=seed)
+    scale = chosen_scale(guard, scale, proposed)
 
     # The data sheet. Nothing has changed the guard so far.
     report = dict(
         wanted=wanted,
         allowed=allowed,
         level=level,
+        look=guard.look,
         alpha=alpha,
         t_max=t_max,
         scale=scale,
         proposed_scale=proposed,
         levels=levels,
-        coverage=coverage,
-        false_alarms=share_above(certain_of_others, gate),
-        false_alarm_ci=share_interval(certain_of_others, gate),
+        **shares,
+        least_covered=least_covered(certain[at_level] > gate, rows),
         n_train=len(members),
         n_held_out=len(held_out),
         seed=seed,

@@ -416,7 +416,7 @@ class PipelineGuard:
         self.check_shape(x_t)
 
         # What the guard says about it.
-        correction = self.corrector.correction(x_t, t)
+        correction = self.corrector.correction(x_t, t, answer)
         if correction is None:
             return output
 
