@@ -185,6 +185,8 @@ class Guard:
     moves: the most steps in which a prediction is moved.
     longest: how far at most, as the root mean square over its numbers.
     clip: bound on the prediction's numbers before it is shown (default: none).
+    And of any guard:
+    recognition: what `calibrate_check` measured (chapter 1.13), or None.
     Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
 
@@ -202,6 +204,7 @@ class Guard:
     moves: int = 5
     longest: float = 0.25
     clip: float | None = None
+    recognition: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.check()

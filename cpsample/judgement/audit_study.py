@@ -16,15 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.copying import CHANGES, plant
 from ..core.images import pixels
-from cpsample.judgement.copy_audit import (
-    CHANGES,
-    audit,
-    copy_reports,
-    feature_space,
-    plant,
-    sensitivity,
-)
+from .copy_audit import audit, copy_reports, feature_space, sensitivity
 from .membership_study import ARMS, MembershipSettings, kept_samples
 from .repeats import duplicate_groups
 from ..practice.datasets import load_crops, load_fashion
