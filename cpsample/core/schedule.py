@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'MOST_TRIES', 'Schedule', 'linear_betas', 'cosine_betas'
 
 # %% ../../nbs/1_core/01_schedule.ipynb #dbf52bbb
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,14 +190,18 @@ def row_seeds(seed: int, rows: Sequence[int], tries: Sequence[int]) -> list[int]
     tries: how often each has been drawn before, below `MOST_TRIES`.
     Raises ValueError for rows and tries beyond that.
     """
+    # What has no number below 2³² of its own would share its noise with another image.
     for name, numbers, end in (("rows", rows, _MOST_ROWS), ("tries", tries, MOST_TRIES)):
         if len(numbers) and not 0 <= min(numbers) <= max(numbers) < end:
             got = f"{min(numbers)} … {max(numbers)}"
             raise ValueError(f"{name} must lie within 0 … {end - 1}, got {got}")
 
+    # Hashed with one such number, a seed becomes another for each of them.
+    entropy = operator.index(seed) % 2**64
     seeds = []
     for row, earlier in zip(rows, tries, strict=True):
-        hashed = np.random.SeedSequence(seed % 2**64, spawn_key=(row + _MOST_ROWS * earlier,))
+        number = row + _MOST_ROWS * earlier
+        hashed = np.random.SeedSequence(entropy, spawn_key=(number,))
         seeds.append(int(hashed.generate_state(1)[0]))
     return seeds
 
