@@ -131,10 +131,25 @@ def check_look(
 
 # %% ../../nbs/1_core/08_guard.ipynb #70a2b9e5
 def check_weights(classifier: Classifier) -> None:
-    "Raise ValueError when a guard's classifier, if it has weights, holds NaN or infinity."
+    """Raise ValueError when a guard's classifier, if it has weights, can say nothing with them.
+
+    They hold NaN or infinity, are all 0, or whole numbers.
+    """
     if not has_finite_weights(classifier):
         raise ValueError(
             "the guard's weights hold NaN or infinity: train it again with a lower learning rate"
+        )
+
+    # No logit of such a network follows from an image: it would protect nobody, in silence.
+    parameters = getattr(classifier, "parameters", tuple)
+    weights = [weight for weight in parameters() if weight.numel() > 0]
+    whole = [weight.dtype for weight in weights if not weight.is_floating_point()]
+    if whole:
+        raise ValueError(f"the guard's weights are whole numbers ({whole[0]}): load them as floats")
+    if weights and not any(bool(weight.any()) for weight in weights):
+        raise ValueError(
+            "all of the guard's weights are 0, it can be certain of nothing: load them again, or "
+            "train it again"
         )
 
 
@@ -237,13 +252,14 @@ class Guard:
 
     @property
     def calibrated(self) -> bool:
-        "Whether somebody has measured what it covers at its present gate, up to its t_max."
+        "Whether it was measured at its present gate, and asks and pushes no less than it did then."
         if self.report is None:
             return False
-        measured = self.report.get("t_max", self.t_max)
         is_same_look = self.report.get("look", {"at": "x_t"}) == self.look
         is_same_gate = self.report.get("alpha") == self.alpha
-        return is_same_look and is_same_gate and self.t_max >= measured
+        asks_enough = self.t_max >= self.report.get("t_max", self.t_max)
+        pushes_enough = self.scale >= self.report.get("scale", self.scale)
+        return is_same_look and is_same_gate and asks_enough and pushes_enough
 
     def cast(self, x_t: Tensor) -> Tensor:
         """x_t in the precision of the classifier's weights, which come to its device.
@@ -261,11 +277,18 @@ class Guard:
 
     @torch.no_grad()
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        "The classifier's logits [B, K]. Raises ValueError for any other shape, and for NaN."
+        """The classifier's logits [B, K].
+
+        Raises ValueError for any other shape, for NaN and, where only one side of the labels
+        counts, for −∞.
+        """
         logits = self.classifier(x_t, t)
         _check_shape_of_logits(logits, len(x_t))
         if logits.isnan().any():
             refuse_nan(logits, _why_nan(self.classifier, x_t))
+        if self.one_sided and logits.isneginf().any():
+            why = _why_nan(self.classifier, x_t)
+            raise ValueError(f"the logits of the guard's classifier are -infinity: {why}")
         return logits
 
 # %% ../../nbs/1_core/08_guard.ipynb #8c2b7e15
@@ -350,11 +373,11 @@ class IdleGuardWarning(UserWarning):
 
 
 def warn_of_vanished(vanished: int, rows: int, form: str) -> None:
-    "Warn when a push, of a form, is 0 at some of the rows that the guard is certain of."
+    "Warn when a push, of a form, changes nothing at some of the rows that a guard is certain of."
     if vanished > 0:
         warnings.warn(
-            f"the guard's push ({form}) is 0 at {vanished} of {rows} images that it is certain of: "
-            "they stay as they are",
+            f"the guard's push ({form}) is 0 at {vanished} of {rows} images that it is certain of, "
+            "or too small to change a number: they stay as they are",
             IdleGuardWarning,
             stacklevel=3,
         )

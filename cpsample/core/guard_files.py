@@ -116,6 +116,9 @@ def _rebuilt(
         classifier = build_network(record["network"], record["config"])
     schedule = Schedule(record["schedule"], tensors.pop("abar"))
     weights = {name.removeprefix("classifier."): weight for name, weight in tensors.items()}
+    for name, weight in unwrapped(classifier).state_dict().items():
+        if weight.is_floating_point() and not weights.get(name, weight).is_floating_point():
+            raise ValueError(f"its {name} are whole numbers ({weights[name].dtype})")
     unwrapped(classifier).load_state_dict(weights)
 
     # A report says at which gate it was measured, and a check what it rings at.

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from ..core.ddpm import Denoiser
 from ..core.guard import Guard, check_guard_fits
 from ..core.guard_files import save_guard
 from ..core.images import bytes_or_floats, first_occurrence, pixels
-from ..core.protection import Corrector, refuse_copies, refuse_training
+from ..core.protection import Corrector, refuse_copies, refuse_tracing, refuse_training
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
@@ -74,7 +74,8 @@ def schedule_of(scheduler: "SchedulerMixin") -> Schedule:
             "could know: take a scheduler of the DDPM family (DDIM, DPM-Solver++, Euler, UniPC, …) "
             f"and a network that predicts {', '.join(_TO_EPS)}"
         )
-    return Schedule(config.get("beta_schedule", name), abar.float().cpu())
+    levels = abar.float().cpu().clone()  # whatever becomes of the scheduler's own
+    return Schedule(config.get("beta_schedule", name), levels)
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #35e61cb3
 _NOTHING_LEFT = 3e-4  # a share √ᾱ of x0 below this counts as none; some schedulers write 2⁻¹² for 0
@@ -284,18 +285,33 @@ def _upcast(autoencoder: nn.Module) -> Iterator[None]:
             autoencoder.half()
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #0a51c0d7
-def _scaled(latents: Tensor, pipe: "DiffusionPipeline", name: str, config: dict) -> Tensor:
-    "Latents as a pipeline hands them to its network, by what the autoencoder's config says."
+class _Scaling(NamedTuple):
+    "How latents become what a network sees: (z − shift)·factor/spread, numbers or one per channel."
+
+    shift: float | list[float] = 0
+    factor: float = 1
+    spread: float | list[float] = 1
+
+
+def _scaling_of(pipe: "DiffusionPipeline", name: str, config: dict) -> _Scaling:
+    "The scaling between a pipeline's autoencoder, of a name and a config, and its network."
     if name == "movq" or type(pipe).__name__ == "LDMSuperResolutionPipeline":
-        return latents  # these decode what the network draws as it is
+        return _Scaling()  # these decode what the network draws as it is
 
     # Stable Diffusion XL has a mean and a spread per channel, others one shift and one factor.
     factor = config.get("scaling_factor") or 1
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        mean, std = [torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
-        return (latents - mean) * factor / std
-    return (latents - (config.get("shift_factor") or 0)) * factor
+        return _Scaling(mean, factor, std)
+    return _Scaling(config.get("shift_factor") or 0, factor)
+
+
+def _scaled(latents: Tensor, scaling: _Scaling) -> Tensor:
+    "Latents as a pipeline hands them to its network."
+    shift, spread = [
+        torch.tensor(values).view(1, -1, 1, 1) for values in (scaling.shift, scaling.spread)
+    ]
+    return (latents - shift) * scaling.factor / spread
 
 
 def _check_latents(latents: Tensor, autoencoder: nn.Module) -> None:
@@ -326,7 +342,7 @@ def _encoded(
             latents.append(_latents_of(autoencoder.encode(x), autoencoder).float().cpu())
     latents = torch.cat(latents)
     _check_latents(latents, autoencoder)
-    return _scaled(latents, pipe, name, autoencoder.config)
+    return _scaled(latents, _scaling_of(pipe, name, autoencoder.config))
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #0a51c0d8
 def _space_of(pipe: "DiffusionPipeline") -> list[float] | None:
@@ -369,6 +385,37 @@ _NEVER_ASKED = (
 )
 
 
+class _Checked(NamedTuple):
+    "What decides a scheduler's noise levels, at one time. Reads nothing back from a GPU."
+
+    scheduler: "SchedulerMixin"
+    config: dict
+    abar: Tensor
+    changes: int | None  # of ᾱ in place, as torch counts them; in inference mode it does not
+
+    @classmethod
+    def now(cls, scheduler: "SchedulerMixin") -> "_Checked":
+        abar = scheduler.alphas_cumprod
+        changes = None if abar.is_inference() else abar._version
+        return cls(scheduler, scheduler.config, abar, changes)
+
+    def still_is(self, scheduler: "SchedulerMixin") -> bool:
+        "Whether a scheduler is that one, and nobody has changed its levels or its settings."
+        abar = getattr(scheduler, "alphas_cumprod", None)
+        is_same = scheduler is self.scheduler and abar is self.abar
+        if not is_same or scheduler.config is not self.config or self.changes is None:
+            return False
+        return abar._version == self.changes
+
+
+def _refuse_twice(network: nn.Module, guard: Guard) -> None:
+    "Raise ValueError when a network, or one that it wraps, has this very guard already."
+    for part in network.modules():
+        protections = [getattr(hook, "__self__", None) for hook in part._forward_hooks.values()]
+        if any(guard is getattr(protection, "guard", None) for protection in protections):
+            raise ValueError("this network has this guard already: it would push twice as hard")
+
+
 class PipelineGuard:
     """A guard at the door of a pipeline's network; `protect_pipeline` puts it there.
 
@@ -380,8 +427,9 @@ class PipelineGuard:
     def __init__(self, pipe: "DiffusionPipeline", guard: Guard):
         self.pipe = pipe
         self.network = _network_of(pipe)
-        self.scheduler = None  # the one that was checked
+        self.checked = None  # what of the scheduler was looked at
         self.check_fits(guard)
+        _refuse_twice(self.network, guard)
         self.corrector = Corrector(guard)
         self.hook = self.network.register_forward_hook(self.post_forward, with_kwargs=True)
         _watch(self)
@@ -404,6 +452,7 @@ class PipelineGuard:
     @torch.compiler.disable
     def post_forward(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         "Called by torch after the network: its output, changed where the guard is certain."
+        refuse_tracing()
         self.check_schedule(self.guard)
         answer = output if isinstance(output, Tensor) else output[0]
         refuse_training(network, answer)
@@ -421,7 +470,7 @@ class PipelineGuard:
             return output
 
         # What becomes of the answer: all repetitions of an image change alike.
-        rows, prediction = correction.rows, _prediction_of(self.scheduler)
+        rows, prediction = correction.rows, _prediction_of(self.pipe.scheduler)
         levels = t.expand(len(x_t))[rows]
         schedule = self.guard.schedule
         change = change_of_answer(correction.delta_eps, levels, prediction, schedule=schedule)
@@ -442,10 +491,11 @@ class PipelineGuard:
         _check_space(guard, self.pipe)
 
     def check_schedule(self, guard: Guard) -> None:
-        "Look at the pipeline's scheduler, which anybody may exchange. Raises ValueError."
-        if self.pipe.scheduler is not self.scheduler:
-            check_guard_fits(guard, schedule=schedule_of(self.pipe.scheduler))
-            self.scheduler = self.pipe.scheduler
+        "Look at the pipeline's scheduler, which anybody may exchange or change. ValueError."
+        scheduler = self.pipe.scheduler
+        if self.checked is None or not self.checked.still_is(scheduler):
+            check_guard_fits(guard, schedule=schedule_of(scheduler))
+            self.checked = _Checked.now(scheduler)
 
     def check_shape(self, x_t: Tensor) -> None:
         "Take the guard to the images' device. Raises ValueError if it learned other shapes."
@@ -534,16 +584,17 @@ def protect_pipeline(pipe: "DiffusionPipeline", guard: Guard) -> PipelineGuard:
     """Protect a `diffusers` pipeline in place: whatever its network predicts passes the guard.
 
     Take it off with `.remove()`, or use `with protect_pipeline(pipe, guard): pipe(…)`. The
-    scheduler may be exchanged meanwhile, guards may be nested, other hooks, LoRA and torch.compile
-    may be there; every pipeline that shares the network is protected, too.
+    scheduler may be exchanged meanwhile, other guards, other hooks, LoRA and torch.compile may be
+    there; every pipeline that shares the network is protected, too.
 
     guard: trained in the space that the network sees (see `fit_pipeline_guard`).
 
     Warns when the guard is not calibrated, or can do nothing, and when a call has passed it by
     (`UnguardedWarning`). Raises ValueError for a pipeline without a denoising network or with
-    several; for schedulers that match flows or are not those of the guard, for other shapes and
-    another autoencoder, also later, when the pipeline runs; and while it is on, for an exchange of
-    the network, for training, pickling and copying. What nobody notices: `unet.forward(…)` in a
+    several, and when its network has this guard already; for schedulers that match flows or are not
+    those of the guard, for other shapes and another autoencoder, also later, when the pipeline
+    runs; and while it is on, for an exchange of the network, for training, tracing, pickling and
+    copying. What nobody notices: `unet.forward(…)` in a
     loop of your own, which passes hooks by; a second pipeline that shares the network under another
     noise schedule, at whose levels the guard is then not asked; training in evaluation mode; a
     network that was taken apart. Source: CPSample, section 4.
@@ -551,21 +602,35 @@ def protect_pipeline(pipe: "DiffusionPipeline", guard: Guard) -> PipelineGuard:
     return PipelineGuard(pipe, guard)
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #f881a8eb
+def _drawn_size(pipe: "DiffusionPipeline") -> tuple[int, int] | None:
+    "(height, width) that a network says it draws; None if it does not. ValueError for no size."
+    network = _network_of(pipe)
+    size = (getattr(network, "config", None) or {}).get("sample_size")
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(
+            f"the {type(network).__name__} of this {type(pipe).__name__} says that it draws "
+            f"sample_size={size!r}: in its config it must be a whole number, or [height, width]"
+        )
+    return sides
+
+
 def image_shape(pipe: "DiffusionPipeline") -> tuple[int, int, int]:
     """The shape (C, H, W) of the images that a pipeline draws unless it is told otherwise.
 
     Raises ValueError when its network does not say.
     """
     network, found = _network_of(pipe), _autoencoder_of(pipe)
-    size = (getattr(network, "config", None) or {}).get("sample_size")
-    channels = _drawn_channels(pipe)
+    size, channels = _drawn_size(pipe), _drawn_channels(pipe)
     if size is None or channels is None:
         raise ValueError(
             f"the {type(network).__name__} of this {type(pipe).__name__} does not say at which "
             "size it draws (sample_size, in_channels): read your images at the size at which you "
             "draw, and give them to fit_pipeline_guard"
         )
-    height, width = size if isinstance(size, tuple | list) else (size, size)
+    height, width = size
     if found is None:
         return channels, height, width
 
@@ -589,15 +654,20 @@ def _weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from part.named_buffers(name, recurse=False)
 
 
-def _identity_of(autoencoder: nn.Module) -> str:
-    "A fingerprint of all that latents depend on: class, weights, configuration, later settings."
+def _identity_of(pipe: "DiffusionPipeline") -> str:
+    """A fingerprint of all that a pipeline's latents depend on.
+
+    Its autoencoder's class, weights, configuration and later settings, and how they are scaled.
+    """
+    name, autoencoder = _autoencoder_of(pipe)
     weights = {name: fingerprint(weight) for name, weight in _weights_of(autoencoder)}
     settings = {
         name: value
         for name, value in {**autoencoder.config, **vars(autoencoder)}.items()
         if not name.startswith("_") and isinstance(value, bool | int | float | str | list | tuple)
     }
-    everything = [type(autoencoder).__name__, weights, settings]
+    scaling = _scaling_of(pipe, name, autoencoder.config)
+    everything = [type(autoencoder).__name__, weights, settings, scaling]
     text = json.dumps(everything, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -651,7 +721,7 @@ def encode(
     # A file is known by the images and by all that made it.
     path = None
     if folder is not None:
-        identity = f"{fingerprint(images)}-{_identity_of(found[1])}"
+        identity = f"{fingerprint(images)}-{_identity_of(pipe)}"
         path = writable(folder) / f"latents-{identity}.safetensors"
         latents = _read_latents(path, len(images))
         if latents is not None:
@@ -671,7 +741,7 @@ def _check_drawn(pipe: "DiffusionPipeline", images: Tensor, name: str) -> None:
     if images.dim() != 4:
         raise ValueError(f"{name} must be [N, C, H, W], got shape {tuple(images.shape)}")
     _check_channels(pipe, images, name)
-    if (getattr(_network_of(pipe), "config", None) or {}).get("sample_size") is None:
+    if _drawn_size(pipe) is None:
         return
 
     # What has an autoencoder can be told to draw at another size.
@@ -765,11 +835,37 @@ _PICKLES = (
 )
 
 
+def _settings_in(file: Path) -> Any:
+    "What a file of settings holds, {} where it cannot be read: diffusers says why not."
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    return {}
+
+
+def _check_parts(folder: Path) -> None:
+    "Raise ValueError for what no pipeline has: parts that are no files, settings without names."
+    for file in (folder / "model_index.json", *folder.glob("*/*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"{file} is no file: save the pipeline again (save_pretrained)")
+
+    for file in folder.glob("*/*config.json"):
+        if not isinstance(_settings_in(file), dict):
+            raise ValueError(
+                f"{file} is damaged, it names no settings: save the pipeline again "
+                "(save_pretrained)"
+            )
+
+
 def _check_is_pipeline(name: str) -> None:
     "Raise ValueError when a path on this machine is no pipeline of diffusers."
     path = Path(name)
-    if (path / "model_index.json").exists():
-        if '"_class_name"' not in (path / "model_index.json").read_text(errors="replace"):
+    _check_parts(path)
+
+    # The index names the class; which others are known is for diffusers to say.
+    index = path / "model_index.json"
+    if index.is_file():
+        names_class = '"_class_name"' in index.read_text(errors="replace")
+        if not names_class or not isinstance(_settings_in(index), dict):
             raise ValueError(
                 f"{name} holds no pipeline: its model_index.json names no class of one"
             )
@@ -892,8 +988,11 @@ def fit_named_pipeline_guard(
     # Arrays of images come as they are; only folders of pictures are cut to size.
     for images, folder in zip((members, others), folders):
         if images.shape[1:] != (channels, height, width):
+            advice = "give a folder of images, which are cut to size"
+            if height != width:
+                advice = "folders are cut to squares, so give an array of that shape (.npy)"
             raise ValueError(
                 f"{folder} holds images of shape {tuple(images.shape[1:])}, the pipeline draws "
-                f"{(channels, height, width)}: give a folder of images, which are cut to size"
+                f"{(channels, height, width)}: {advice}"
             )
     return fit_pipeline_guard(pipe, members, others, path, device=device, **settings)
