@@ -9,7 +9,6 @@ __all__ = ['Denoiser', 'time_embedding', 'ResidualBlock', 'ResidualMLP', 'MLPDen
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6114d2c1
 import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from .images import bytes_or_floats, pixels, precision_of
 from .schedule import Schedule, add_noise, randn, same_levels
 from ..workshop.registry import networks
+from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> eps, of the shape of x_t
 _Built = TypeVar("_Built")
@@ -102,7 +102,7 @@ class MLPDenoiser(ResidualMLP):
 def seeded(seed: int, build: Callable[[], _Built]) -> _Built:
     "`build()` with torch's global random state seeded, and put back afterwards."
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(checked_seed(seed))
         return build()
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #c88861c7
@@ -245,9 +245,8 @@ def timesteps(T: int, steps: int | Iterable[int]) -> list[int]:
         should start near T−1, since sampling starts from pure noise.
     Raises ValueError unless they fall strictly, lie within 0 … T−1 and end at 0.
     """
-    if isinstance(steps, numbers.Integral):
-        if not 2 <= steps <= T:
-            raise ValueError(f"steps must be between 2 and T={T}, got {steps}")
+    if not isinstance(steps, Iterable) or getattr(steps, "ndim", None) == 0:
+        steps = whole_number(steps, "steps", 2, most=T)
         return torch.linspace(T - 1, 0, steps).round().long().tolist()
 
     # A list of somebody's own.
@@ -397,18 +396,17 @@ def generate(
     seed: of the noise. The same seed gives the same images to the same n and chunk alone; with
         another n or chunk it shares no image.
     chunk: how many are drawn at a time (default: all).
-    Raises ValueError for n < 1.
+    Raises ValueError for anything but whole numbers, and for n or chunk below 1.
     """
-    if n < 1:
-        raise ValueError(f"the number of images must be at least 1, got {n}")
-    chunk = chunk or n
+    n = whole_number(n, "the number of images", 1)
+    chunk = n if chunk is None else whole_number(chunk, "chunk", 1)
     sizes = [min(chunk, n - done) for done in range(0, n, chunk)]
 
     # One stream of noise for all portions, one bar for all steps.
-    generator = torch.Generator().manual_seed(seed)
+    generator, n_levels = seeded_generator(seed), len(timesteps(schedule.T, steps))
     options = {"steps": steps, "clip": 1, "generator": generator, "device": device}
     portions = []
-    with tqdm(total=steps * len(sizes), desc="sampling", disable=not progress) as bar:
+    with tqdm(total=n_levels * len(sizes), desc="sampling", disable=not progress) as bar:
         for number, size in enumerate(sizes):
             model_of_portion = for_rows(model, slice(number * chunk, number * chunk + size), n)
             for step in sample(model_of_portion, schedule, (size, *shape), **options):
