@@ -10,7 +10,6 @@ __all__ = ['Denoiser', 'Accept', 'Generators', 'time_embedding', 'ResidualBlock'
 # %% ../../nbs/1_core/04_ddpm.ipynb #6114d2c1
 import logging
 import math
-import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from cpsample.core.schedule import (
     same_levels,
 )
 from ..workshop.registry import networks
+from ..workshop.seeds import checked_seed, whole_number
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> eps, of the shape of x_t
 Accept = Callable[[Tensor], Tensor]  # images x [B, ...] -> bool [B]: which to keep
@@ -115,7 +115,7 @@ class MLPDenoiser(ResidualMLP):
 def seeded(seed: int, build: Callable[[], _Built]) -> _Built:
     "`build()` with torch's global random state seeded, and put back afterwards."
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(checked_seed(seed))
         return build()
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #c88861c7
@@ -258,9 +258,8 @@ def timesteps(T: int, steps: int | Iterable[int]) -> list[int]:
         should start near T−1, since sampling starts from pure noise.
     Raises ValueError unless they fall strictly, lie within 0 … T−1 and end at 0.
     """
-    if isinstance(steps, numbers.Integral):
-        if not 2 <= steps <= T:
-            raise ValueError(f"steps must be between 2 and T={T}, got {steps}")
+    if not isinstance(steps, Iterable) or getattr(steps, "ndim", None) == 0:
+        steps = whole_number(steps, "steps", 2, most=T)
         return torch.linspace(T - 1, 0, steps).round().long().tolist()
 
     # A list of somebody's own.

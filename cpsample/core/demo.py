@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .calibration import calibrate, certainties
@@ -36,6 +35,7 @@ from .images import load_digits, split
 from .protection import protect
 from .schedule import Schedule, make_schedule
 from ..workshop.files import provenance
+from ..workshop.seeds import seeded_generator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def fit_denoiser(
     """
     model = seeded(seed, lambda: MLPDenoiser(x.shape[1:]))
     loss = partial(ddpm_loss, schedule=schedule)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     training = train(model, loss, (x,), steps=steps, lr=lr, generator=generator)
     run(training, steps, name="denoiser", progress=progress)
     return model.eval().requires_grad_(False)

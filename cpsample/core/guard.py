@@ -33,6 +33,7 @@ from .ddpm import has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, same_levels, signal_noise
 from ..workshop.files import fingerprint
+from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/1_core/08_guard.ipynb #5d20c1b7
 FORMS = {
@@ -485,8 +486,8 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
 
 def _check_counts(K: int, steps: int) -> None:
     "Raise ValueError unless there is a label, and a step to learn it in."
-    if K < 1 or steps < 1:
-        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+    whole_number(K, "K", 1)
+    whole_number(steps, "steps", 1)
 
 
 def _check_before_training(settings: dict[str, Any], schedule: Schedule, t_learn: int) -> None:
@@ -556,6 +557,7 @@ def fit_guard(
     settings = preset_settings(preset, settings, T=schedule.T)
     K, t_learn, t_power = (settings.pop(name) for name in ("K", "t_learn", "t_power"))
     _check_counts(K, steps)
+    seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
 
     # What to learn and at which noise levels, and a network to learn it.
@@ -574,7 +576,7 @@ def fit_guard(
         batch_size=batch_size,
         lr=lr,
         weights=weights,
-        generator=torch.Generator().manual_seed(seed),
+        generator=seeded_generator(seed),
     )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)

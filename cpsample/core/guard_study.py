@@ -24,6 +24,7 @@ from .demo import DEFAULTS, Digits, fit_denoiser, measure, pool, split_digits
 from .guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard
 from .protection import protect
 from .schedule import make_schedule
+from ..workshop.seeds import seeded_generator
 from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
 
 # %% ../../nbs/1_core/17_guard_study.ipynb #3de4bf8d
@@ -150,7 +151,7 @@ def _undecided_images(subject: _Subject, undecided: str | None) -> Tensor | None
     "The images with the target ½ (see `Recipe`)."
     digits, seed = subject.digits, subject.seed
     if undecided == "noise":
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded_generator(seed)
         return 2 * torch.rand(digits.reference.shape, generator=generator) - 1
     if undecided == "generated":
         number, steps = 2 * subject.settings.n, subject.settings.sample_steps

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..workshop.files import fingerprint
 from ..workshop.neighbours import nearest
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/03_images.ipynb #28f55a94
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -403,7 +404,7 @@ def split(x: Tensor, sizes: dict[str, int | None], seed: int = 0) -> Split:
         )
 
     # A shuffle of all row numbers, cut into pieces.
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=seeded_generator(seed))
     pieces = order[: sum(counts)].split(counts)
     indices = {name: rows.tolist() for name, rows in zip(sizes, pieces)}
     return Split(indices, seed, fingerprint(x))
@@ -418,7 +419,7 @@ def plant_duplicates(x: Tensor, k: int, copies: int = 1, *, seed: int = 0) -> tu
     """
     if not 0 < k <= len(x):
         raise ValueError(f"cannot duplicate {k} of {len(x)} images")
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
+    rows = torch.randperm(len(x), generator=seeded_generator(seed))[:k]
     repeats = x[rows].repeat(copies, *[1] * (x.dim() - 1))
     return torch.cat([x, repeats]), rows
 

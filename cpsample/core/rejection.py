@@ -26,6 +26,7 @@ from .ddpm import Denoiser, final_sample, run, sample, seeded, train
 from .densities import MIXTURES, GaussianMixture, mix, noised, round_mixture
 from .guard import FORMS, Classifier
 from .schedule import Schedule, score_to_eps
+from ..workshop.seeds import seeded_generator
 
 AcceptanceRule = Callable[[Tensor], Tensor]  # clean points x [B, D] -> log A(x) [B]
 
@@ -168,7 +169,7 @@ def exact_rejection(
     4n are drawn at a time, so that where more than a quarter is accepted one round is enough, and
     the count of a fixed number of draws is an unbiased estimate of the rate.
     """
-    gen = torch.Generator().manual_seed(seed)
+    gen = seeded_generator(seed)
 
     def heads(x):
         return torch.rand(len(x), generator=gen).log() < log_A(x)
@@ -303,7 +304,7 @@ def sample_points(
     shape: (n, D).
     steps, eta: see `sample`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     return final_sample(sample(model, schedule, shape, steps=steps, eta=eta, generator=generator))
 
 # %% ../../nbs/1_core/14_rejection.ipynb #c400a44a
@@ -368,7 +369,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
 # %% ../../nbs/1_core/14_rejection.ipynb #1f38f1d6
 def _sides(n: int, permutations: int, seed: int) -> Tensor:
     "Who belongs to which sample of n: ±1/n, [1 + permutations, 2n]; row 0 as it is, others by lot."
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     orders = [torch.arange(2 * n)]
     for _ in range(permutations):
         orders.append(torch.randperm(2 * n, generator=generator))
@@ -414,7 +415,7 @@ def fit_toy_classifier(
     n: draws of each kind.
     seed: of draws, initial weights and training.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     K = targets.shape[1]
 
     # What is trained on: n spikes with the targets of their points, n honest draws.

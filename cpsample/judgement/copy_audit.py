@@ -38,6 +38,7 @@ from ..practice.encoders import features, inception
 from ..practice.quality_measures import kid, mifid, precision_recall
 from ..workshop.files import fingerprint
 from ..workshop.neighbours import nearest, nearest_groups, typical_distance
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #9e6d54b5
 TESTS = {
@@ -156,7 +157,7 @@ def sensitivity(
     embed: from images to features.
     n: so many images for each change, or all there are.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     share = min(1, n / len(training))
     finds = {}
     for changes in ([*CHANGES], renderings_of(training.shape[1])):
@@ -319,7 +320,7 @@ def _quality(f: Tensor, f_real: Tensor, f_train: Tensor) -> dict:
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #35f92a4a
 def _random_rows(x: Tensor, limit: int, seed: int) -> Tensor:
     "At most `limit` random rows of x."
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=seeded_generator(seed))
     return x[order[:limit]]
 
 
