@@ -91,16 +91,20 @@ def test_the_first_silent_level_comes_after_the_last_certain_one():
 
 
 def test_too_little_is_refused_and_enough_is_not():
-    refuse_uncovered(0.95, wanted=0.95, level=100, alpha=0.1)
+    guard = planted()
+    refuse_uncovered(guard, 0.95, wanted=0.95, level=100, alpha=0.1)
+    assert guard.refusal is None
     with pytest.raises(ValueError, match=r"certain of 94.0% .*noise level 100 \(alpha=0.1\), 95%"):
-        refuse_uncovered(0.94, wanted=0.95, level=100, alpha=0.1)
+        refuse_uncovered(guard, 0.94, wanted=0.95, level=100, alpha=0.1)
+    assert guard.refusal.startswith("this guard is certain of 94.0%")
 
 
 @pytest.mark.parametrize("demands", [(0, 0, 0), (1.1, 0, 0), (1, 1, 0), (1, -0.1, 0), (1, 0, 100)])
 def test_demands_that_nothing_can_meet_are_refused(demands):
-    check_demands(1, 0, 99, top=100)
+    guard = replace(planted(), t_max=100, made={"t_max": 100})
+    check_demands(guard, 1, 0, 99)
     with pytest.raises(ValueError, match=r"level in \[0, 100\)"):
-        check_demands(*demands, top=100)
+        check_demands(guard, *demands)
 
 
 def test_few_members_are_noised_more_often():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cpsample.core.calibration import calibrate
+from cpsample.core.calibration import UncoveredGuardError, calibrate
 from cpsample.core.classifier import MLPClassifier, coverage, is_certain
 from cpsample.core.ddpm import (
     MLPDenoiser,
@@ -607,3 +607,20 @@ def test_a_function_has_no_weights_to_save(schedule):
     part = torch.nn.ModuleDict({"net": protect(zero_eps, Guard(certain, schedule))})
     assert dict(part.state_dict()) == {}
     part.load_state_dict({})
+
+
+def test_a_guard_that_calibrate_refused_says_so_when_it_protects(schedule):
+    members = load_digits()[0][:20]
+    held_out = load_digits()[0][20:200]
+    guard = fit_guard(members, schedule, steps=2, width=16, depth=1)
+    with pytest.raises(UncoveredGuardError):
+        calibrate(guard, members, held_out)
+    with pytest.warns(UncalibratedGuardWarning, match="calibrate has refused this guard"):
+        protect(lambda x, t: x, guard)
+
+    # One that was fit before, and is not for these images.
+    guard.report, guard.refusal = {"alpha": guard.alpha, "t_max": guard.t_max}, None
+    assert guard.calibrated
+    with pytest.raises(UncoveredGuardError):
+        calibrate(guard, held_out, members)
+    assert not guard.calibrated

@@ -245,13 +245,19 @@ def check_asked(guard: Guard, alpha: float | None, scale: float | None) -> None:
     check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
 
 
-def refuse_uncovered(coverage: float, wanted: float, level: int, alpha: float) -> None:
-    "Raise UncoveredGuardError when a guard is certain of too few of its training images."
+def refuse_uncovered(
+    guard: Guard, coverage: float, wanted: float, level: int, alpha: float
+) -> None:
+    """Raise UncoveredGuardError when a guard is certain of too few of its training images.
+
+    It remembers that, as its `refusal`: whoever protects with it is told.
+    """
     if coverage < wanted:
         fact = (
             f"this guard is certain of {coverage:.1%} of its training images "
             f"at noise level {level} (alpha={alpha:.3g}), {wanted:.0%} are wanted"
         )
+        guard.refusal = fact
         raise UncoveredGuardError(coverage, wanted, fact)
 
 
@@ -340,6 +346,7 @@ def adopt(guard: Guard, report: dict[str, Any]) -> None:
     guard.scale = scale
     guard.t_max = t_max
     guard.report = report
+    guard.refusal = None
 
 # %% ../../nbs/1_core/09_calibration.ipynb #f4d21a8c
 def calibrate(
@@ -373,7 +380,7 @@ def calibrate(
         does a guard that looks at predictions).
     stride: from one measured level to the next.
     seed: of the noise.
-    Raises UncoveredGuardError (a ValueError), and leaves the guard as it was, when it does not
+    Raises UncoveredGuardError (a ValueError), and leaves the settings as they were, if it does not
     cover its members. With an alpha from `choose_alpha` that happens only at its widest gate,
     `loosest` (0.4).
     """
@@ -393,7 +400,7 @@ def calibrate(
     gate = log_odds(alpha, below=1)
     shares = shares_at(certain, certain_of_others, gate)
     coverage = shares["coverage"]
-    refuse_uncovered(coverage[at_level], wanted, level, alpha)
+    refuse_uncovered(guard, coverage[at_level], wanted, level, alpha)
 
     # From where on the guard need not be asked, and how strong it has to be.
     t_max = asked_below(guard, levels, coverage, stride)

@@ -203,6 +203,7 @@ class Guard:
     clip: bound on the prediction's numbers before it is shown (default: none).
     And of any guard:
     recognition: what `calibrate_check` measured (chapter 1.13), or None.
+    refusal: why `calibrate` refused it the last time, or None; it is not kept in a file.
     Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
 
@@ -221,6 +222,7 @@ class Guard:
     longest: float = 0.25
     clip: float | None = None
     recognition: dict[str, Any] | None = None
+    refusal: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -254,7 +256,7 @@ class Guard:
     @property
     def calibrated(self) -> bool:
         "Whether it was measured at its present gate, and asks and pushes no less than it did then."
-        if self.report is None:
+        if self.report is None or self.refusal is not None:
             return False
         is_same_look = self.report.get("look", {"at": "x_t"}) == self.look
         is_same_gate = self.report.get("alpha") == self.alpha

@@ -38,6 +38,9 @@ def warn_of_guard(guard: Guard, stacklevel: int) -> None:
     if idle:
         category = IdleGuardWarning
         reason = f"this guard changes nothing, since its {idle[0]} is 0: samples are unprotected"
+    elif guard.refusal is not None:
+        category = UncalibratedGuardWarning
+        reason = f"calibrate has refused this guard ({guard.refusal}), and it is used all the same"
     elif not guard.calibrated:
         category = UncalibratedGuardWarning
         settings = f"alpha={guard.alpha:g}, t_max={guard.t_max}, scale={guard.scale:g}"
