@@ -448,7 +448,7 @@ def collapsed(how):
         return smooth[:1], torch.cat([many, smooth[1:]]), 60
     if how == "noised, more than a thousand":
         small = F.avg_pool2d(smooth, 4)
-        many = noised(small[:1].repeat(1200, 1, 1, 1), 0.1, 4).clamp(-1, 1)
+        many = noised(small[:1].repeat(1200, 1, 1, 1), 0.05, 4).clamp(-1, 1)
         return small[:1], torch.cat([many, small[1:]]), 1200
     many = pixels(versions(to_bytes(PHOTOGRAPHS[9]), 70))  # the scale of most is that of the saving
     return PHOTOGRAPHS[9:10], torch.cat([many, PHOTOGRAPHS[100:150]]), 70
