@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import mannwhitneyu, norm
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ from cpsample.core.copying import (
     plant,
     renderings_of,
 )
-from cpsample.core.images import ContrastWarning, pixels, plant_duplicates, to_bytes
+from cpsample.core.images import ContrastWarning, load_digits, pixels, plant_duplicates, to_bytes
 from cpsample.judgement.audit_study import smooth_images
 from cpsample.judgement.copy_audit import (
     TESTS,
@@ -32,6 +33,7 @@ from cpsample.judgement.copy_audit import (
     contradiction,
     feature_space,
 )
+from cpsample.judgement.repeats import Repeats, RepeatsWarning, duplicate_groups
 from cpsample.judgement.report import report_html
 from cpsample.practice.datasets import load_crops, load_fashion
 from cpsample.workshop.files import data_path
@@ -319,8 +321,11 @@ def test_originals_of_pictures_saved_twelve_times_do_not_pass():
 
 def test_a_pass_that_the_other_tests_contradict_is_none(monkeypatch):
     "With the scale of the repeats the ratio test is blind to perfect copies."
-    small = "cpsample.judgement.copy_audit.typical_distance"
-    monkeypatch.setattr(small, lambda *_, **__: 0.5)
+    monkeypatch.setattr(
+        cpsample.judgement.copy_audit,
+        "find_repeats",
+        lambda x, flips: Repeats(0.5 / 3, duplicate_groups(x, 0.5 / 3, flips)),
+    )
     crops = pixels(load_crops(32)[0])[7::21]
     audited = audit(crops, saved_twelve_times(crops), space="pca-64")
     assert audited.record["tests"]["ratio"]["ci"][1] < 0.5
@@ -419,3 +424,90 @@ def test_the_commands_refuse_strangers_that_are_none(tmp_path):
     with pytest.warns(SharedImagesWarning, match="images for (the guard|tests)"):
         said = call("attack", run, "--unguarded", "--limit", 20)
     assert said.exit_code == 0, said.stderr
+
+
+def versions(picture, n):
+    "A picture [3, H, W] of bytes, saved as JPEG in up to seventy qualities."
+    again = []
+    for quality in range(20, 20 + n):
+        file = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality)
+        again.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    return torch.stack(again)
+
+
+def shuffled(x, k):
+    return x[torch.randperm(len(x), generator=seed(k))]
+
+
+PHOTOGRAPHS = shuffled(pixels(load_crops(16)[0]), 0)
+
+
+def collapsed(how):
+    "(a picture, training images of which most are that one: so many), in one of three ways."
+    smooth = smooth_images(41, seed=3)
+    if how == "noised":  # no two of them are near
+        many = noised(smooth[:1].repeat(60, 1, 1, 1), 0.15, 4).clamp(-1, 1)
+        return smooth[:1], torch.cat([many, smooth[1:]]), 60
+    if how == "noised, more than a thousand":
+        small = F.avg_pool2d(smooth, 4)
+        many = noised(small[:1].repeat(1200, 1, 1, 1), 0.05, 4).clamp(-1, 1)
+        return small[:1], torch.cat([many, small[1:]]), 1200
+    many = pixels(versions(to_bytes(PHOTOGRAPHS[9]), 70))  # the scale of most is that of the saving
+    return PHOTOGRAPHS[9:10], torch.cat([many, PHOTOGRAPHS[100:150]]), 70
+
+
+@pytest.mark.parametrize("how", ["noised", "noised, more than a thousand", "saved as JPEG"])
+def test_a_picture_that_is_most_of_the_training_set_is_recognised(how):
+    picture, training, copies = collapsed(how)
+    with pytest.warns(RepeatsWarning, match=f"of {len(training)} training images are nearly one"):
+        audited = audit(picture.repeat(30, 1, 1, 1), training, space="pca-64")
+    assert audited.record["duplicates"]["rows"] >= copies - 1
+    assert audited.record["tests"]["ratio"]["copies"] == 30
+    assert audited.record["tests"]["cosine"]["copies"] == 30
+    assert not audited.verdict(0.2).passed
+
+
+def test_a_model_that_draws_one_picture_again_and_again_does_not_pass():
+    audited = audit(noised(REAL[:1].repeat(30, 1, 1, 1), 0.02, 0).clamp(-1, 1), TRAIN[:100])
+    assert audited.record["tests"]["ratio"]["copies"] == 0
+    passed, sentence = audited.verdict(0.2)
+    assert not passed and "30 of 30 generated images are nearly one picture" in sentence
+    assert audit(REAL[:30], TRAIN[:100]).verdict(0.2).passed
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda x: x.flip(1), "red and blue seem to be exchanged"),
+        (lambda x: x[:, [1, 2, 0]], "channels seem to be out of order, B, R, G would fit"),
+        (lambda x: -x, "black and white seem to be exchanged"),
+        (lambda x: x / 2, "brightness or contrast seem to be others"),
+    ],
+)
+def test_copies_that_hide_among_others_do_not_pass(change, says):
+    training, others = PHOTOGRAPHS[:400], PHOTOGRAPHS[400:445]
+    with pytest.warns(ContrastWarning, match=f"{says} in generated images: else .* would be"):
+        audited = audit(torch.cat([change(training[:25]), others]), training, space="pca-64")
+    assert audited.record["tests"]["ratio"]["ci"][1] < 0.2
+    passed, sentence = audited.verdict(0.2)
+    assert not passed and says in sentence
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_honest_images_pass_in_silence(k):
+    for x in (PHOTOGRAPHS, load_digits()[0], torch.cat([TRAIN, REAL])):
+        x = shuffled(x, k)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", SharedImagesWarning)  # skies are all alike
+            audited = audit(x[:60], x[60:260], x[260:320], space="pca-64")
+        assert audited.record["hidden"]["counts"] == {}
+        assert " but " not in audited.verdict(0.9).sentence and audited.verdict(0.4).passed
+
+
+def test_records_from_before_are_judged_as_before():
+    audited = audit(REAL[:60], TRAIN[:100])
+    for key in ("hidden", "same"):
+        del audited.record[key]
+    assert audited.verdict(0.2).passed

@@ -12,17 +12,21 @@ from cpsample.core.copying import (
     copy_test,
     cosine_test,
     describe_rate,
+    hidden_copies,
     ideal_denoiser,
     leave_out_shared,
+    nearness,
     neighbourhood_test,
     proportion_ci,
     refuse_shared,
     reject_copies,
     shared_rows,
+    warn_of_near,
 )
 from cpsample.core.ddpm import ddpm_loss, final_sample, sample
 from cpsample.core.densities import GaussianMixture, exact_denoiser
-from cpsample.core.images import load_digits, pixels, plant_duplicates, to_bytes
+from cpsample.core.images import ContrastWarning, load_digits, pixels, plant_duplicates, to_bytes
+from cpsample.practice.datasets import load_crops, load_fashion
 from cpsample.production.pipelines import fit_pipeline_guard
 from cpsample.workshop.neighbours import nearest
 
@@ -187,3 +191,44 @@ def test_copies_of_large_pictures_are_found_in_any_precision(kind):
         assert report.copies == 3 and report.nearest.tolist() == [0, 1, 2]
         assert torch.isfinite(report.score).all()
         assert test(-x[:3].float().flip(2) if kind != torch.uint8 else 255 - x[:3], x).copies == 0
+
+
+@pytest.mark.parametrize("test", [copy_test, neighbourhood_test])
+@pytest.mark.parametrize(
+    "x, training, says",
+    [
+        (MEMBERS / 2, MEMBERS, "brightness or contrast"),
+        ((MEMBERS + 1) / 2 * 0.69, MEMBERS, "brightness or contrast"),
+        (MEMBERS, (MEMBERS + 1) / 2 * 0.69, "brightness or contrast"),
+        (-MEMBERS, MEMBERS, "black and white"),
+        (torch.cat([OTHERS[:30], MEMBERS[:9] / 2]), MEMBERS, "brightness or contrast"),
+    ],
+)
+def test_copies_on_another_scale_are_not_passed_over_in_silence(test, x, training, says):
+    with pytest.warns(ContrastWarning, match=f"{says} seem to be .*: else .* would be copies"):
+        test(x, training)
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_honest_sets_hide_no_copies(k):
+    crops, clothes = pixels(load_crops(16)[0]), pixels(load_fashion(small=True)[0])
+    plane = torch.randn(300, 2, 1, 1, generator=torch.Generator().manual_seed(k))
+    latents = torch.randn(300, 4, 8, 8, generator=torch.Generator().manual_seed(k))
+    for x in (DIGITS, crops, clothes, plane, latents, plane.flatten(1)):
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(k))]
+        half = min(1000, len(x) // 2)
+        assert hidden_copies(x[:half], x[half : 2 * half]).counts == {}
+        assert hidden_copies(x[:half] + 0, x[:half]).counts == {}
+
+
+def test_near_strangers_are_found_in_every_row():
+    near = (MEMBERS[:60] + 0.02).clamp(-1, 1)
+    scores = nearness(torch.cat([DIGITS[400:], near, near.flip(-1)]), MEMBERS)
+    assert (scores[-120:] < 1 / 6).all() and (scores[:-120] > 1 / 6).all()
+    with pytest.warns(SharedImagesWarning, match="120 of 1517"):
+        warn_of_near(scores)
+
+    # Of very many, some: as many as can be looked at.
+    some = nearness(near, MEMBERS, 20)
+    assert (some < 1 / 6).sum() == 20 and (some == 1).sum() == 40
+    assert nearness(near.flatten(1), MEMBERS.flatten(1)).tolist() == [1] * 60

@@ -22,6 +22,7 @@ from cpsample.core.images import (
     check_images,
     conversion_of,
     difference_as_wholes,
+    exchanged_channels,
     load_digits,
     pixels,
     to_bytes,
@@ -30,6 +31,7 @@ from cpsample.core.schedule import make_schedule
 from cpsample.judgement.attacks import nearest_sample_attack, published_attacks, scores_of
 from cpsample.judgement.baselines import spell
 from cpsample.judgement.copy_audit import audit
+from cpsample.practice.datasets import load_crops
 from cpsample.practice.encoders import features
 from cpsample.practice.runs import CONFIGS, fit_run_guard, train_denoiser
 from cpsample.practice.training import fit
@@ -202,3 +204,42 @@ def test_two_parts_of_one_set_do_not_differ_as_wholes(seed, channels, n):
 def test_a_reference_of_another_contrast_teaches_contrast():
     with pytest.warns(ContrastWarning, match="reference images differ as a whole from members"):
         fit_guard(X, S, OTHERS / 2, steps=1, width=8)
+
+
+def test_neighbours_tell_which_channels_are_exchanged():
+    x = pixels(load_crops(16)[0])
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    first, second = x[:200], x[200:600]
+    for changed, says in (
+        (first.flip(1), "red and blue seem to be exchanged"),
+        (first[:, [2, 0, 1]], "channels seem to be out of order, G, B, R would fit"),
+        (-first, "black and white seem to be exchanged"),
+        (first, ""),
+        ((first / 2).clamp(-1, 1), ""),
+        (first[:29].flip(1), ""),
+    ):
+        assert exchanged_channels(changed, second) == says
+    assert difference_as_wholes(-X, OTHERS) == "black and white seem to be exchanged"
+
+
+@pytest.mark.parametrize("scale, shift", [(2.3, 0.2), (50, 0), (2.5, 0)])
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_refuses_standardised_bytes(door, scale, shift, tmp_path):
+    with pytest.raises(ValueError, match="in the levels of bytes.*undo their standardisation"):
+        DOORS[door](X * scale + shift, tmp_path)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 4]), st.floats(0.3, 1.2))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_latents_and_samples_that_stick_out_have_no_levels(seed, channels, scale):
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(40, channels, 8, 8, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_images(x) is x
+        assert check_images(2 * (2 * x).clamp(-1, 1)) is not None  # atoms, and far too large
+
+
+def test_images_far_off_cost_a_warning():
+    with pytest.warns(ImageRangeWarning, match="on another scale. images reach from"):
+        check_images(9 * torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'SPACE_OF_SHAPE', 'copy_reports', 'auth_pct', 'c_t', 'sensitivity', 'feature_space', 'Verdict',
-           'contradiction', 'Audit', 'audit']
+           'contradiction', 'hidden_doubt', 'sameness_doubt', 'Audit', 'audit']
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #0fec8014
 import warnings
@@ -24,20 +24,29 @@ from cpsample.core.copying import (
     CHANGES,
     CopyReport,
     cosine_test,
+    hidden_copies,
     neighbourhood_score,
     plant,
+    proportion_ci,
     ratio_score,
     refuse_shared,
     renderings_of,
+    warn_of_hidden_copies,
     warn_of_near,
 )
 from ..core.digit_encoder import frechet_distance
 from ..core.images import check_images, warn_of_difference
-from .repeats import duplicate_groups, principal_axes, project
+from cpsample.judgement.repeats import (
+    duplicate_groups,
+    find_repeats,
+    principal_axes,
+    project,
+    warn_of_repeats,
+)
 from ..practice.encoders import features, inception
 from ..practice.quality_measures import kid, mifid, precision_recall
 from ..workshop.files import fingerprint
-from ..workshop.neighbours import nearest, nearest_groups, typical_distance
+from ..workshop.neighbours import nearest, nearest_groups
 from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #9e6d54b5
@@ -192,7 +201,8 @@ def feature_space(
 ) -> tuple[str, Callable[[Tensor], Tensor]]:
     """(name, function from images [N, ...] to features [N, D]) for images like `training`.
 
-    training [N, C, H, W]: images, of which "pca-64" takes the first 64 principal components.
+    training [N, C, H, W]: images, without repeats, of which "pca-64" takes the first 64 principal
+        components.
     name: a key of `feature_spaces`, or "pca-64" (default: this book's spaces for its own images,
         otherwise Inception if its weights can be had, otherwise "pca-64").
     """
@@ -232,6 +242,28 @@ def contradiction(tests: dict[str, dict], test: str, max_copy_rate: float) -> st
     return f"but copies are {' and '.join(counts)}: look at the closest pairs and at the repeats"
 
 
+def hidden_doubt(hidden: dict, max_copy_rate: float) -> str | None:
+    """What speaks against a pass as copies are hidden by scale or channels; otherwise None.
+
+    hidden: {"n": images looked at, "counts": {what seems to be the matter: copies}}.
+    """
+    for words, count in hidden.get("counts", {}).items():
+        if proportion_ci(count, hidden["n"])[1] > max_copy_rate:
+            return f"but {words}: else {count} of {hidden['n']} would be copies"
+    return None
+
+
+def sameness_doubt(same: dict) -> str | None:
+    """What speaks against a pass as most generated images are one picture; otherwise None.
+
+    same: {"n": generated images, "largest": as many are nearly one}; of fewer than ten none.
+    """
+    largest, n = same.get("largest", 0), same.get("n", 0)
+    if n < 10 or 2 * largest < n:
+        return None
+    return f"but {largest} of {n} generated images are nearly one picture, and so like one draw"
+
+
 @dataclass
 class Audit:
     """What `audit` found.
@@ -248,12 +280,17 @@ class Audit:
     def verdict(self, max_copy_rate: float, test: str = "ratio") -> Verdict:
         """Passed if the upper bound of the copy rate is at most `max_copy_rate`.
 
-        And if the other tests do not contradict it strongly, see `contradiction`.
+        And if the other tests do not contradict it strongly, see `contradiction`, and nothing
+        hides copies, see `hidden_doubt` and `sameness_doubt`.
         test: a key of `TESTS`.
         """
         report = self.record["tests"][test]
         upper = report["ci"][1]
-        doubt = contradiction(self.record["tests"], test, max_copy_rate)
+        doubt = (
+            hidden_doubt(self.record.get("hidden", {}), max_copy_rate)
+            or contradiction(self.record["tests"], test, max_copy_rate)
+            or sameness_doubt(self.record.get("same", {}))
+        )
         is_low = upper <= max_copy_rate
         passed = is_low and doubt is None
 
@@ -360,15 +397,15 @@ class _Duplicates(NamedTuple):
 
 
 def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
-    "Near-duplicates, a third as near as is usual. Raises ValueError if there is one group alone."
-    radius = typical_distance(training, flips=flips) / 3
-    groups = duplicate_groups(training, radius, flips)
+    "See `find_repeats`. Raises ValueError if there is one group alone."
+    radius, groups = find_repeats(training, flips)
     different = groups.unique()
     if len(different) < 2:
         raise ValueError(
             "all training images are duplicates of one another: "
             "an audit needs at least two different ones"
         )
+    warn_of_repeats(groups)
     return _Duplicates(radius, groups, different)
 
 
@@ -419,10 +456,10 @@ def audit(
 
     # Near-duplicates among the training images count as one image.
     duplicates = _find_duplicates(training, flips)
-    groups = duplicates.groups
+    groups, different = duplicates.groups, training[duplicates.different]
 
     # How many are copies, and how often does each test ring for images that are none?
-    space, embed = feature_space(training, space)
+    space, embed = feature_space(different, space)
     f = {name: embed(x) for name, x in sets.items()}
     search = {"flips": flips, "progress": progress, "backend": backend}
     reports, distances = {}, {}
@@ -435,6 +472,11 @@ def audit(
     if held_out is not None:
         warn_of_near(reports["held-out"]["ratio"].score)
 
+    # Does anything hide copies?
+    hidden = hidden_copies(sets["generated"], different, limit=500, seed=seed)
+    warn_of_hidden_copies(hidden, "generated images")
+    same = duplicate_groups(sets["generated"], duplicates.radius, flips).bincount().max()
+
     # What would the tests miss? And everything else that goes on record.
     record = {
         "name": "audit",
@@ -445,6 +487,8 @@ def audit(
         "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
         "duplicates": duplicates.numbers(),
         "tests": _test_numbers(reports),
+        "hidden": hidden._asdict(),
+        "same": {"largest": int(same), "n": len(sets["generated"])},
         "finds": sensitivity(training, groups, embed, f["training"], flips=flips, seed=seed),
         **_other_measures(f, duplicates.different, limit=limit, seed=seed),
     }
