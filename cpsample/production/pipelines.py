@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from ..core.copying import refuse_shared
 from ..core.ddpm import Denoiser
 from ..core.guard import Guard, check_guard_fits
-from ..core.guard_files import save_guard
-from ..core.images import bytes_or_floats, first_occurrence, pixels
+from ..core.guard_files import check_guard_files, save_guard
+from ..core.images import bytes_or_floats, first_occurrence, pixels, values_anywhere
 from ..core.protection import Corrector, refuse_copies, refuse_tracing, refuse_training
 from ..core.schedule import Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
@@ -794,6 +794,7 @@ def fit_pipeline_guard(
         _check_drawn(pipe, images, name)
 
     # What the network sees of the images is what the guard learns; it is kept beside the guard.
+    check_guard_files(path)
     folder = writable(Path(path).parent)
     refuse_shared(others, members, "other images", of="images to protect")
     x_members = encode(pipe, members, folder, progress=progress)
@@ -811,17 +812,18 @@ def fit_pipeline_guard(
         guard_steps=steps,
         seed=seed,
     )
-    guard = fit_run_guard(
-        config,
-        x_members,
-        x_others,
-        schedule=schedule,
-        path=path,
-        preset=preset,
-        device=_device_of(network) if device is None else device,
-        progress=progress,
-        **settings,
-    )
+    with values_anywhere():  # latents do not lie in [−1, 1], and images have been checked
+        guard = fit_run_guard(
+            config,
+            x_members,
+            x_others,
+            schedule=schedule,
+            path=path,
+            preset=preset,
+            device=_device_of(network) if device is None else device,
+            progress=progress,
+            **settings,
+        )
 
     # It remembers in which space it was trained, to be refused in another one.
     guard.made["autoencoder"] = space
