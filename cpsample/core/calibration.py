@@ -23,6 +23,7 @@ from .copying import nearness, proportion_ci, refuse_shared, warn_of_near
 from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/09_calibration.ipynb #cbe139a4
 def certainties(
@@ -35,7 +36,7 @@ def certainties(
     draws: how often each image is noised to each of them.
     seed: of the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     x = x0.repeat(draws, *[1] * (x0.dim() - 1))
     rows = []
     for t in levels:
@@ -107,7 +108,7 @@ def propose_scale(
     Warns (`IdleGuardWarning`) when no s would move some of them.
     """
     gate = log_odds(guard.alpha if alpha is None else alpha, below=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     t = torch.full((len(members),), level, device=members.device)
     x_t, _ = add_noise(members, t, guard.schedule, generator=generator)
 
@@ -186,13 +187,18 @@ def distinct_images(x: Tensor, name: str) -> Tensor:
 def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct members and held-out images, checked, in the precision of the guard's classifier.
 
-    Raises ValueError when held-out images are members, too; warns when some nearly are.
+    Raises ValueError when held-out images are members, too, or of another shape; warns when some
+    nearly are.
     """
     members = distinct_images(members, "training images")
     held_out = check_images(held_out, "held-out images", dtype=None)
-    if held_out.shape[1:] == members.shape[1:]:
-        refuse_shared(held_out, members)
-        warn_of_near(nearness(held_out, members))
+    shape, other_shape = tuple(members.shape[1:]), tuple(held_out.shape[1:])
+    if other_shape != shape:
+        raise ValueError(
+            f"held-out images are {other_shape}, training images {shape}: give images of one shape"
+        )
+    refuse_shared(held_out, members)
+    warn_of_near(nearness(held_out, members))
     return guard.cast(members), guard.cast(held_out)
 
 

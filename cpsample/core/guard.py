@@ -33,6 +33,7 @@ from .ddpm import has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, same_levels, signal_noise
 from ..workshop.files import fingerprint
+from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/1_core/08_guard.ipynb #5d20c1b7
 FORMS = {
@@ -200,6 +201,8 @@ class Guard:
     moves: the most steps in which a prediction is moved.
     longest: how far at most, as the root mean square over its numbers.
     clip: bound on the prediction's numbers before it is shown (default: none).
+    And of any guard:
+    recognition: what `calibrate_check` measured (chapter 1.13), or None.
     Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
 
@@ -217,6 +220,7 @@ class Guard:
     moves: int = 5
     longest: float = 0.25
     clip: float | None = None
+    recognition: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.check()
@@ -482,8 +486,8 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
 
 def _check_counts(K: int, steps: int) -> None:
     "Raise ValueError unless there is a label, and a step to learn it in."
-    if K < 1 or steps < 1:
-        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+    whole_number(K, "K", 1)
+    whole_number(steps, "steps", 1)
 
 
 def _check_before_training(settings: dict[str, Any], schedule: Schedule, t_learn: int) -> None:
@@ -553,6 +557,7 @@ def fit_guard(
     settings = preset_settings(preset, settings, T=schedule.T)
     K, t_learn, t_power = (settings.pop(name) for name in ("K", "t_learn", "t_power"))
     _check_counts(K, steps)
+    seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
 
     # What to learn and at which noise levels, and a network to learn it.
@@ -571,7 +576,7 @@ def fit_guard(
         batch_size=batch_size,
         lr=lr,
         weights=weights,
-        generator=torch.Generator().manual_seed(seed),
+        generator=seeded_generator(seed),
     )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)

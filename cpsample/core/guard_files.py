@@ -34,6 +34,7 @@ SETTINGS = {
     "moves": "moves",
     "longest": "longest",
     "clip": "clip",
+    "recognition": "recognition",
 }
 
 
@@ -101,6 +102,7 @@ class _Record:
     moves: int = 5
     longest: float = 0.25
     clip: float | None = None
+    recognition: dict[str, Any] | None = None
 
 
 def _rebuilt(
@@ -119,9 +121,11 @@ def _rebuilt(
             raise ValueError(f"its {name} are whole numbers ({weights[name].dtype})")
     unwrapped(classifier).load_state_dict(weights)
 
-    # A report says at which gate it was measured: that tells whether it is still true.
+    # A report says at which gate it was measured, and a check what it rings at.
     if record["report"] is not None:
         float(record["report"]["alpha"])
+    if record.get("recognition") is not None:
+        float(record["recognition"]["threshold"])
     known = [name for name in SETTINGS if name in record]  # of an old file, the first six
     settings = {SETTINGS[name]: record[name] for name in known}
     return Guard(classifier, schedule, **settings)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['load_digits', 'pixels', 'to_bytes', 'show_grid', 'precision_of', 'ImageRangeWarning', 'conversion_of', 'check_images',
-           'bytes_or_floats', 'check_pair', 'ContrastWarning', 'difference_as_wholes', 'warn_of_difference', 'Split',
-           'split', 'plant_duplicates', 'first_occurrence', 'unique_rows']
+           'bytes_or_floats', 'check_pair', 'ContrastWarning', 'other_channels', 'thumbnails', 'exchanged_channels',
+           'difference_as_wholes', 'warn_of_difference', 'Split', 'split', 'plant_duplicates', 'first_occurrence',
+           'unique_rows']
 
 # %% ../../nbs/1_core/03_images.ipynb #3029702f
 import hashlib
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..workshop.files import fingerprint
+from ..workshop.neighbours import nearest
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/03_images.ipynb #28f55a94
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -135,13 +138,33 @@ def _are_levels(x: Tensor) -> bool:
     return bool(((levels - levels.round()).abs() < 1e-3).all())
 
 
+def _have_levels(x: Tensor) -> bool:
+    "Whether each channel of x [N, C, H, W] has at most 256 values, and each of them many times."
+    for channel in x.transpose(0, 1).flatten(1):
+        some = channel[:: 1 + len(channel) // 100_000]
+        levels = len(some.unique())
+        if not 3 <= levels <= min(256, len(some) // 8):
+            return False
+    return True
+
+
 def _check_range(x: Tensor, name: str) -> None:
     "Raise ValueError if images [N, C, H, W] are on another scale than [−1, 1]; warn of N < 3."
     low, high = (value.item() for value in x.aminmax())
     span = f"{name} reach from {low:.3g} to {high:.3g}"
-    conversion = conversion_of(low, high)
-    if conversion is None and max(-low, high) > 100:
+    conversion, size = conversion_of(low, high), max(-low, high)
+    if conversion is None and size > 100:
         raise ValueError(f"{span}, images lie in [−1, 1]: scale them first")
+
+    # With dark pixels, and far too dark ones: bytes that were standardised, or something worse.
+    if conversion is None and len(x) >= 3 and size > 1.2 and _have_levels(x):
+        raise ValueError(
+            f"{span}, in the levels of bytes, and images lie in [−1, 1]: undo their "
+            "standardisation (x * std + mean), or give bytes (uint8)"
+        )
+    if conversion is None and len(x) >= 3 and size > 5 and x.shape[1] in (1, 3):
+        message = f"are these on another scale? {span}, images lie in [−1, 1]"
+        warnings.warn(message, ImageRangeWarning, stacklevel=3)
     if conversion is None or (high <= 1 and _are_levels(x)):
         return
     message = f"{span}, images lie in [−1, 1]: {conversion} converts them (or give bytes, uint8)"
@@ -251,15 +274,70 @@ def _differences(x: Tensor, others: Tensor, brightness: float, contrast: float) 
     ]
 
 
+def other_channels(x: Tensor) -> dict[str, Tensor]:
+    """{what seems to be the matter: x without it}, x with other channels than it has.
+
+    x [N, C, H, W]: in [−1, 1]; three channels can be in six orders, and all can be inverted.
+    """
+    changed = {"black and white seem to be exchanged": -x}
+    if x.shape[1] == 3:
+        changed["red and blue seem to be exchanged"] = x.flip(1)
+        for order in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)):
+            letters = ", ".join("RGB"[k] for k in order)
+            changed[f"channels seem to be out of order, {letters} would fit"] = x[:, list(order)]
+    return changed
+
+
+def thumbnails(x: Tensor, limit: int = 200, *, side: int = 16, seed: int = 0) -> Tensor:
+    """At most `limit` random images of x [N, C, H, W], in order, and their larger sides small.
+
+    side: the largest, in pixels.
+    seed: of the choice.
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    some = x[order[:limit].sort().values.to(x.device)]
+    height, width = (min(length, side) for length in x.shape[-2:])
+    return nn.functional.adaptive_avg_pool2d(some, (height, width))
+
+
+def exchanged_channels(x: Tensor, others: Tensor) -> str:
+    """What of the channels seems to be exchanged in x, judged by its neighbours; or empty.
+
+    x [N, C, H, W], others [M, C, H, W]: in [−1, 1]; fewer than thirty say nothing.
+    Something is if three fifths of the images come nearer by a twentieth, and all together by a
+    fifth. Of real photographs, cut into squares, at most a quarter do.
+    """
+    if min(len(x), len(others)) < 30 or x.shape[1] not in (1, 3) or x[0].numel() < 48:
+        return ""
+    x, others = thumbnails(x), thumbnails(others, 2000)
+
+    # Another brightness or contrast is not meant: as they are, or matched in these.
+    matched = (x - x.mean()) / x.std().clamp(min=1e-6) * others.std() + others.mean()
+    distances = torch.minimum(nearest(x, others)[0], nearest(matched, others)[0]).clamp(min=1e-6)
+
+    # How much nearer does each change bring them?
+    nearer = {}
+    for words, changed in other_channels(x).items():
+        ratio = nearest(changed, others)[0].clamp(min=1e-6) / distances
+        if (ratio < 0.95).float().mean() >= 0.6:
+            nearer[words] = ratio.log().mean().exp().item()
+    best = min(nearer, key=nearer.get, default="")
+    return best if best and nearer[best] < 0.8 else ""
+
+
 def difference_as_wholes(x: Tensor, others: Tensor) -> str:
     """In what two sets of images differ as wholes: in words, or empty.
 
     x [N, C, H, W], others [M, C, H, W]: in [−1, 1].
     They may differ in brightness, by a twentieth of the range; in contrast, by a quarter; or in
-    their channels, if red and blue are exchanged. Fewer than eight images say nothing.
+    their channels, see `exchanged_channels`. Fewer than eight images say nothing.
     """
     if min(len(x), len(others)) < 8:
         return ""
+
+    exchanged_words = exchanged_channels(x, others)
+    if exchanged_words:
+        return exchanged_words
 
     # Differences, also small ones, that go away when red and blue change places.
     if x.shape[1] == 3:
@@ -326,7 +404,7 @@ def split(x: Tensor, sizes: dict[str, int | None], seed: int = 0) -> Split:
         )
 
     # A shuffle of all row numbers, cut into pieces.
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=seeded_generator(seed))
     pieces = order[: sum(counts)].split(counts)
     indices = {name: rows.tolist() for name, rows in zip(sizes, pieces)}
     return Split(indices, seed, fingerprint(x))
@@ -341,7 +419,7 @@ def plant_duplicates(x: Tensor, k: int, copies: int = 1, *, seed: int = 0) -> tu
     """
     if not 0 < k <= len(x):
         raise ValueError(f"cannot duplicate {k} of {len(x)} images")
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
+    rows = torch.randperm(len(x), generator=seeded_generator(seed))[:k]
     repeats = x[rows].repeat(copies, *[1] * (x.dim() - 1))
     return torch.cat([x, repeats]), rows
 

@@ -273,7 +273,7 @@ class Protected(nn.Module):
             return eps
         return eps.index_add(0, correction.rows, correction.delta_eps.to(eps.dtype))
 
-    def for_rows(self, rows: slice, n: int) -> Denoiser:
+    def for_rows(self, rows: slice | Tensor, n: int) -> Denoiser:
         "The same for some rows of a batch of n, see `for_rows` of chapter 1.4."
         part = for_rows(self.model, rows, n)
         return self if part is self.model else partial(self._answer, part)
@@ -324,14 +324,19 @@ class Protected(nn.Module):
         return self
 
 # %% ../../nbs/1_core/11_protection.ipynb #7fdff85d
-def protect(model: Denoiser, guard: Guard) -> Protected:
+def protect(model: Denoiser, guard: Guard, *, accept: Any = None) -> Protected:
     """The same denoiser with the guard in front of its training images.
 
     model: (x_t, t) → eps. On certain rows the result gives eps − s·√(1−ᾱ_t)·push, elsewhere eps;
         any sampler takes it, and no gradient flows through the push.
     guard: its `schedule` must be the model's own. Warns (`UncalibratedGuardWarning`) when nobody
         has measured what it covers, see `calibrate`.
+    accept: belongs to `generate`, or to the protection of a pipeline; ValueError is raised for it.
     Not a differential-privacy guarantee, and whoever holds the model can leave it off.
     Source: CPSample, section 4.
     """
+    if accept is not None and accept is not False:
+        raise ValueError(
+            "a denoiser cannot draw an image anew: give accept to generate(model, …, accept=…)"
+        )
     return Protected(model, guard)

@@ -66,6 +66,7 @@ from cpsample.workshop.files import (
 from ..workshop.parallel import unwrapped
 from ..workshop.records import as_json, plain, read_json, read_record, read_tensors
 from ..workshop.registry import build_network, networks
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/2_practice/04_runs.ipynb #3698a3f7
 @dataclass(frozen=True)
@@ -535,7 +536,7 @@ def train_denoiser(
             after_checkpoint=after_checkpoint,
             accelerator=accelerator,
             use_compile=use_compile,
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=seeded_generator(config.seed),
             **_fit_options(config),
         )
 
@@ -589,7 +590,7 @@ def _check_guard_input(config: Config, preset: str, non_members: Tensor) -> None
 
 def _shuffled(images: Tensor, seed: int) -> Tensor:
     "The images in another order, since folders are often sorted."
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    return images[torch.randperm(len(images), generator=seeded_generator(seed))]
 
 
 def _new_classifier(config: Config, shape: torch.Size, preset: str) -> nn.Module:
