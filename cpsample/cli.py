@@ -1170,6 +1170,7 @@ def attack_command(
 
     import torch
 
+    from cpsample.core.calibration import refuse_taught
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.runs import load_protected_run, members_of
@@ -1182,6 +1183,7 @@ def attack_command(
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
     members, test = members_of(run).members, strangers_for_attack(run, others)
+    refuse_taught(guard, test, f"--others {others}")
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."
