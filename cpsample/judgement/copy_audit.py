@@ -34,7 +34,7 @@ from cpsample.core.copying import (
     warn_of_near,
 )
 from ..core.digit_encoder import frechet_distance
-from ..core.images import check_images, warn_of_difference
+from ..core.images import check_images, check_pair, warn_of_difference
 from cpsample.judgement.repeats import (
     duplicate_groups,
     find_repeats,
@@ -89,8 +89,9 @@ def auth_pct(f: Tensor, f_train: Tensor) -> float:
 
     f [n, D], f_train [N, D]: features of generated and of training images.
     Authentic is a row that is farther from its nearest training row than that row's own nearest
-    neighbour is.
+    neighbour is. Raises ValueError for NaN or infinity.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
     d, rows = nearest(f, f_train, 1)  # [n, 1]
     hit, which = rows[:, 0].unique(return_inverse=True)
     d_of_hit, _ = nearest(f_train[hit], f_train, 2)  # its first neighbour is itself
@@ -127,8 +128,11 @@ def c_t(
     cells: k-means cells of the training set, in each of which the distances are compared.
     least: a cell with fewer generated or held-out rows is left out; None if all are.
     seed: of k-means.
+    Raises ValueError for NaN or infinity.
     Source: Meehan et al. 2020.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
+    f_held_out, _ = check_pair(f_held_out, f_train, "held-out features", "training features")
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
     with warnings.catch_warnings():
         # Of fewer different rows than cells, some cells are empty, and left out below.
