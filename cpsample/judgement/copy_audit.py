@@ -35,7 +35,7 @@ from cpsample.core.copying import (
     warn_of_near,
 )
 from ..core.digit_encoder import frechet_distance
-from ..core.images import check_images, warn_of_difference
+from ..core.images import check_images, check_pair, warn_of_difference
 from cpsample.judgement.repeats import (
     duplicate_groups,
     find_repeats,
@@ -91,8 +91,9 @@ def auth_pct(f: Tensor, f_train: Tensor) -> float:
 
     f [n, D], f_train [N, D]: features of generated and of training images.
     Authentic is a row that is farther from its nearest training row than that row's own nearest
-    neighbour is.
+    neighbour is. Raises ValueError for NaN or infinity.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
     d, rows = nearest(f, f_train, 1)  # [n, 1]
     hit, which = rows[:, 0].unique(return_inverse=True)
     d_of_hit, _ = nearest(f_train[hit], f_train, 2)  # its first neighbour is itself
@@ -129,8 +130,11 @@ def c_t(
     cells: k-means cells of the training set, in each of which the distances are compared.
     least: a cell with fewer generated or held-out rows is left out; None if all are.
     seed: of k-means.
+    Raises ValueError for NaN or infinity.
     Source: Meehan et al. 2020.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
+    f_held_out, _ = check_pair(f_held_out, f_train, "held-out features", "training features")
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
     with warnings.catch_warnings():
         # Of fewer different rows than cells, some cells are empty, and left out below.
@@ -424,6 +428,21 @@ def _test_numbers(reports: dict[str, dict[str, CopyReport]]) -> dict[str, dict]:
     return tests
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #25cfe940
+def _what_hides_copies(
+    generated: Tensor, training: Tensor, radius: float, flips: bool, seed: int
+) -> dict[str, dict]:
+    """What may keep copies from being seen, for the record; warns where something does.
+
+    generated [n, C, H, W], training [N, C, H, W]: the latter without repeats.
+    radius, flips: within which images are nearly one.
+    seed: of the rows looked at.
+    """
+    hidden = hidden_copies(generated, training, limit=500, seed=seed)
+    warn_of_hidden_copies(hidden, "generated images")
+    largest = int(duplicate_groups(generated, radius, flips).bincount().max())
+    return {"hidden": hidden._asdict(), "same": {"largest": largest, "n": len(generated)}}
+
+
 def audit(
     generated: Tensor,
     training: Tensor,
@@ -472,11 +491,6 @@ def audit(
     if held_out is not None:
         warn_of_near(reports["held-out"]["ratio"].score)
 
-    # Does anything hide copies?
-    hidden = hidden_copies(sets["generated"], different, limit=500, seed=seed)
-    warn_of_hidden_copies(hidden, "generated images")
-    same = duplicate_groups(sets["generated"], duplicates.radius, flips).bincount().max()
-
     # What would the tests miss? And everything else that goes on record.
     record = {
         "name": "audit",
@@ -487,8 +501,7 @@ def audit(
         "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
         "duplicates": duplicates.numbers(),
         "tests": _test_numbers(reports),
-        "hidden": hidden._asdict(),
-        "same": {"largest": int(same), "n": len(sets["generated"])},
+        **_what_hides_copies(sets["generated"], different, duplicates.radius, flips, seed),
         "finds": sensitivity(training, groups, embed, f["training"], flips=flips, seed=seed),
         **_other_measures(f, duplicates.different, limit=limit, seed=seed),
     }
