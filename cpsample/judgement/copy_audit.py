@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -428,6 +428,19 @@ def _test_numbers(reports: dict[str, dict[str, CopyReport]]) -> dict[str, dict]:
     return tests
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #25cfe940
+def _reports_of(
+    sets: dict[str, Tensor], f: dict[str, Tensor], groups: Tensor, **search: Any
+) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    "The reports and the distances of `copy_reports` for each set but the training images."
+    reports, distances = {}, {}
+    for name, x in sets.items():
+        if name != "training":
+            reports[name], distances[name] = copy_reports(
+                x, sets["training"], groups, f[name], f["training"], **search
+            )
+    return reports, distances
+
+
 def _what_hides_copies(
     generated: Tensor, training: Tensor, radius: float, flips: bool, seed: int
 ) -> dict[str, dict]:
@@ -481,13 +494,7 @@ def audit(
     space, embed = feature_space(different, space)
     f = {name: embed(x) for name, x in sets.items()}
     search = {"flips": flips, "progress": progress, "backend": backend}
-    reports, distances = {}, {}
-    for name, x in sets.items():
-        if name != "training":
-            reports[name], distances[name] = copy_reports(
-                x, training, groups, f[name], f["training"], **search
-            )
-
+    reports, distances = _reports_of(sets, f, groups, **search)
     if held_out is not None:
         warn_of_near(reports["held-out"]["ratio"].score)
 
