@@ -413,6 +413,38 @@ def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
     return _Duplicates(radius, groups, different)
 
 
+def _doubts(
+    generated: Tensor, different: Tensor, radius: float, *, flips: bool, seed: int
+) -> dict[str, dict]:
+    """Copies that are hidden, and how many generated images are the same: for the record.
+
+    different: training images without repeats.
+    radius: how near repeats are.
+    """
+    hidden = hidden_copies(generated, different, limit=500, seed=seed)
+    warn_of_hidden_copies(hidden, "generated images")
+    largest = int(duplicate_groups(generated, radius, flips).bincount().max())
+    return {"hidden": hidden._asdict(), "same": {"largest": largest, "n": len(generated)}}
+
+
+def _reports(
+    sets: dict[str, Tensor], groups: Tensor, f: dict[str, Tensor], **search: Any
+) -> tuple[dict[str, dict[str, CopyReport]], dict[str, Tensor]]:
+    """What `copy_reports` says of each set but the training images, {set: …}: two dicts.
+
+    sets, f: {set: images or features}.
+    groups [N]: of the training images.
+    search: of `copy_reports`.
+    """
+    reports, distances = {}, {}
+    for name, x in sets.items():
+        if name != "training":
+            reports[name], distances[name] = copy_reports(
+                x, sets["training"], groups, f[name], f["training"], **search
+            )
+    return reports, distances
+
+
 def _closest_pairs(report: CopyReport, generated: Tensor, training: Tensor) -> Tensor:
     "The twelve generated images of the smallest score, and their originals: [2, 12, C, H, W]."
     closest = report.score.argsort()[:12]
@@ -428,34 +460,6 @@ def _test_numbers(reports: dict[str, dict[str, CopyReport]]) -> dict[str, dict]:
     return tests
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #25cfe940
-def _reports_of(
-    sets: dict[str, Tensor], f: dict[str, Tensor], groups: Tensor, **search: Any
-) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    "The reports and the distances of `copy_reports` for each set but the training images."
-    reports, distances = {}, {}
-    for name, x in sets.items():
-        if name != "training":
-            reports[name], distances[name] = copy_reports(
-                x, sets["training"], groups, f[name], f["training"], **search
-            )
-    return reports, distances
-
-
-def _what_hides_copies(
-    generated: Tensor, training: Tensor, radius: float, flips: bool, seed: int
-) -> dict[str, dict]:
-    """What may keep copies from being seen, for the record; warns where something does.
-
-    generated [n, C, H, W], training [N, C, H, W]: the latter without repeats.
-    radius, flips: within which images are nearly one.
-    seed: of the rows looked at.
-    """
-    hidden = hidden_copies(generated, training, limit=500, seed=seed)
-    warn_of_hidden_copies(hidden, "generated images")
-    largest = int(duplicate_groups(generated, radius, flips).bincount().max())
-    return {"hidden": hidden._asdict(), "same": {"largest": largest, "n": len(generated)}}
-
-
 def audit(
     generated: Tensor,
     training: Tensor,
@@ -494,7 +498,7 @@ def audit(
     space, embed = feature_space(different, space)
     f = {name: embed(x) for name, x in sets.items()}
     search = {"flips": flips, "progress": progress, "backend": backend}
-    reports, distances = _reports_of(sets, f, groups, **search)
+    reports, distances = _reports(sets, groups, f, **search)
     if held_out is not None:
         warn_of_near(reports["held-out"]["ratio"].score)
 
@@ -508,7 +512,7 @@ def audit(
         "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
         "duplicates": duplicates.numbers(),
         "tests": _test_numbers(reports),
-        **_what_hides_copies(sets["generated"], different, duplicates.radius, flips, seed),
+        **_doubts(sets["generated"], different, duplicates.radius, flips=flips, seed=seed),
         "finds": sensitivity(training, groups, embed, f["training"], flips=flips, seed=seed),
         **_other_measures(f, duplicates.different, limit=limit, seed=seed),
     }
