@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'shown', 'in_one_line', 'sentence',
            'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
-           'PlainStream', 'plain_streams', 'check_replaced', 'outputs', 'one_of', 'between', 'chosen_from',
-           'device_name', 'refuse_ignored', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'given',
-           'training_config', 'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'train_command',
-           'typed', 'guard_of_run', 'print_coverage', 'guard_command', 'check_memory', 'sample_command',
+           'PlainStream', 'plain_streams', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
+           'refuse_ignored', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'given', 'training_config',
+           'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'check_sheets', 'train_command', 'typed',
+           'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'guard_command', 'check_memory', 'sample_command',
            'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'end_with', 'print_audit',
            'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment',
            'reproduce_study', 'reproduce_command']
@@ -224,45 +224,27 @@ def plain_streams() -> Iterator[None]:
             stream.flush()
 
 # %% ../nbs/cli.ipynb #out00001
-_PARTS_OF_A_RUN = {
-    "run.json",
-    "model.safetensors",
-    "checkpoint.safetensors",
-    "guard.safetensors",
-    "guard.json",
-    "guard.checkpoint.safetensors",
+# What a record of a command has, besides its name.
+_ENTRIES = {
+    "attack": ("command", "attacks"),
+    "demo": ("command", "arms"),
+    "sample": (),
 }
 
 
-def check_replaced(paths: list[Path]) -> None:
-    "Raise ValueError where a file would be replaced that the command has not written before."
-    from cpsample.workshop.files import printable
-
-    # A run is recognised by its description, results that belong together by their company.
-    present = [path for path in paths if path.exists()]
-    absent = [path for path in paths if not path.exists()]
-    for path in present:
-        is_of_run = path.name in _PARTS_OF_A_RUN and (path.parent / "run.json").exists()
-        is_no_json = path.suffix != ".png" and len(paths) == 1 and path.read_bytes()[:1] != b"{"
-        if is_of_run or is_no_json or absent:
-            raise ValueError(
-                f"{printable(path)} is there already, and this command has not written it: "
-                "give another name, or remove it"
-            )
-
-
-def outputs(out: Path, *suffixes: str, option: str = "--out") -> list[Path]:
+def outputs(command: str, out: Path, *suffixes: str, option: str = "--out") -> list[Path]:
     """The files OUT + suffix that a command is going to write, in a folder that can be written.
 
+    command: that will write them, and may replace what it has written before.
     suffixes: to append ("" for none).
     option: that gave `out`, for the message.
     Raises ValueError for names that no file can have, and for files that are not to be replaced,
     OSError for folders that cannot be written.
     """
-    from cpsample.workshop.files import output_files, writable
+    from cpsample.workshop.files import output_files, refuse_foreign, writable
 
     paths = output_files(out, *suffixes, option=option)
-    check_replaced(paths)
+    refuse_foreign(command, paths, *_ENTRIES[command])
     writable(out.parent)
     return paths
 
@@ -388,7 +370,7 @@ def write_demo(picture: Path, numbers: list[Path], record: dict, figure: Any) ->
     from cpsample.workshop.files import atomic_together, write_json, write_picture
 
     with atomic_together([picture, *numbers]) as (first, *others):
-        write_picture(first, figure)
+        write_picture(first, figure, "demo")
         for other in others:
             write_json(other, record)
 
@@ -426,8 +408,8 @@ def demo(
         "schedule": schedule,
     }
     check_demo(DEFAULTS | settings)
-    numbers = outputs(json_file, "", option="--json") if json_file else []
-    (picture,) = outputs(out / "demo.png", "")
+    numbers = outputs("demo", json_file, "", option="--json") if json_file else []
+    (picture,) = outputs("demo", out / "demo.png", "")
     record, pictures, members = run_demo(seed, True, command_line(), **settings)
 
     # Files at the very end.
@@ -455,7 +437,12 @@ def on_device(device: str | None) -> str:
 
 def processes(device: str | None) -> tuple[Any, Any]:
     "(an accelerator, if `accelerate launch` started several processes, or None; the device)."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not (said.isascii() and said.isdigit() and int(said) >= 1):
+        raise ValueError(
+            f"WORLD_SIZE must be the number of processes, got {said!r}: accelerate launch sets it"
+        )
+    if int(said) == 1:
         return None, on_device(device)
 
     from cpsample.workshop.files import import_optional
@@ -569,7 +556,23 @@ def sample_sheet(out: Path, config: Any, shape: tuple, device: Any, step: int, m
 
     schedule = make_schedule(config.schedule)
     images = generate(model, schedule, shape, 20, steps=config.sample_steps, device=device)
-    save_picture(out / f"samples-{step:06d}.png", show_grid(images).figure)
+    save_picture(out / f"samples-{step:06d}.png", show_grid(images).figure, "train")
+
+
+def check_sheets(out: Path) -> None:
+    """Make the folder of a run, and prove that it can be written.
+
+    Raises ValueError where a picture that no training has written is called like a sheet of
+    samples, OSError when the folder cannot be written.
+    """
+    from cpsample.workshop.files import refuse_foreign, writable
+
+    writable(out)
+
+    # Sheets of early versions bear no mark, but lie beside a checkpoint or a model.
+    company = ("checkpoint.safetensors", "model.safetensors")
+    if not any((out / name).exists() for name in company):
+        refuse_foreign("train", sorted(out.glob("samples-" + 6 * "[0-9]" + ".png")))
 
 
 @app.command("train")
@@ -595,11 +598,10 @@ def train_command(
 
     With accelerate launch, on several processes.
     """
-    check_source(data, start, size=size, grey=grey, fit=fit)
+    check_source(data, start, size=size, grey=grey, fit=fit, strict=strict)
 
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
-    from cpsample.workshop.files import writable
 
     accelerator, place = processes(device)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "mirror": mirror}
@@ -613,7 +615,7 @@ def train_command(
         base, config = model_to_tune(start, config)
 
     # What was trained on has to be known later: the run describes itself, once it is accepted.
-    writable(out)
+    check_sheets(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
     about = described_run(data, size, images, x, fit=fit, **origin)
 
@@ -696,6 +698,7 @@ def guard_of_run(
 ) -> Any:
     "Train and calibrate the guard of a run; it is written to RUN/guard."
     from cpsample.core.copying import refuse_shared
+    from cpsample.core.guard_files import check_guard_files
     from cpsample.practice.runs import (
         Config,
         divide_non_members,
@@ -715,7 +718,7 @@ def guard_of_run(
     if reference:
         non_members = read_like(description, str(reference))
         refuse_shared(non_members, members, f"images of --reference {reference}")
-    if not len(non_members):
+    if not len(non_members) and preset != "paper":
         raise ValueError(
             "the run used all its images, so there are none to stay undecided about: "
             "give --reference FOLDER with others of the same kind"
@@ -724,6 +727,7 @@ def guard_of_run(
     # The run's own configuration says how its guard is trained.
     config = replace(Config(**description["config"]), **given(guard_steps=steps))
     writable(run)
+    check_guard_files(run / "guard")
 
     # The rest of the non-members is for whoever attacks.
     for_guard = divide_non_members(members, non_members).for_guard
@@ -736,8 +740,26 @@ def guard_of_run(
         preset=preset,
         accelerator=accelerator,
         device=place,
+        replaces=True,
         **settings,
     )
+
+
+def check_pipeline_guard(out: Path) -> None:
+    """Prove that the guard of a pipeline can be written.
+
+    Raises ValueError where it would replace what is no guard, or that of a run; which pipeline's it
+    is, its images say later. OSError when the folder cannot be written.
+    """
+    from cpsample.core.guard_files import check_guard_files
+    from cpsample.workshop.files import printable, writable
+
+    weights, _ = check_guard_files(out, "--out")
+    if weights.exists() and (out.parent / "run.json").exists():
+        raise ValueError(
+            f"{printable(weights)} is there already, and is the guard of a run: give another name"
+        )
+    writable(out.parent)
 
 
 def print_coverage(guard: Any, out: Path) -> None:
@@ -781,6 +803,8 @@ def guard_command(
 
     # A pipeline has its own space; a run has its own images. Either can be continued.
     settings = given(t_max=t_max, wanted=wanted)
+    if preset == "paper":
+        refuse_ignored("the paper's guard is not calibrated", wanted=wanted)
     asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
     if preset != "default":
         asked["preset"] = preset
@@ -788,13 +812,16 @@ def guard_command(
     if run is None:
         from cpsample.production.pipelines import fit_named_pipeline_guard
 
+        # Where it may not be kept is known before the pipeline is read.
         out = out or Path("guard")
-        outputs(out, ".safetensors", ".json")
+        check_pipeline_guard(out)
         steps = 4000 if steps is None else steps
         settings |= {"steps": steps, "preset": preset, "device": on_device(device)}
         guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
     else:
         out = run / "guard"
+        if preset == "paper":
+            refuse_ignored("the paper's guard learns of its members alone", reference=reference)
         guard = guard_of_run(run, reference, steps, preset, device, **settings)
 
     print_coverage(guard, out)
@@ -838,12 +865,10 @@ def sample_command(
     "Draw images from the model of a run, protected by its guard."
     strength = strength_of(strength, unguarded)
 
-    import numpy as np
-
     from cpsample.core.ddpm import generate, timesteps
     from cpsample.core.images import show_grid
     from cpsample.practice.runs import load_protected_run, run_of
-    from cpsample.workshop.files import atomic_together, write_picture
+    from cpsample.workshop.files import atomic_together, write_arrays, write_picture
 
     # Everything that can be refused is refused before anything is drawn.
     place = on_device(device)
@@ -852,7 +877,7 @@ def sample_command(
     steps = steps or run_of(run)["config"]["sample_steps"]
     timesteps(schedule.T, steps)
     check_memory(n, shape)
-    arrays, picture = outputs(out, ".npz", ".png")
+    arrays, picture = outputs("sample", out, ".npz", ".png")
     x = generate(
         model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
     )
@@ -860,8 +885,8 @@ def sample_command(
     # Both files are there whole or not at all.
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with atomic_together([arrays, picture]) as (first, second):
-        np.savez_compressed(first, images=as_bytes)
-        write_picture(second, show_grid(x[:100]).figure)
+        write_arrays(first, "sample", images=as_bytes)
+        write_picture(second, show_grid(x[:100]).figure, "sample")
     if guard:
         pushed = model.rows_pushed / model.rows_seen
         print(f"The guard stepped in at {pushed:.1%} of all rows and steps.")
@@ -1051,15 +1076,16 @@ def audit_command(
 ) -> None:
     "Count copies of training images among generated ones, and write a report."
     of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-    is_run = draws_from_run(generated, of_runs, TRAINING=training, size=size, fit=fit)
+    reading = dict(TRAINING=training, size=size, fit=fit, strict=strict and held_out is None)
+    is_run = draws_from_run(generated, of_runs, **reading)
     if max_copy_rate is None:
         refuse_ignored("it says what --max-copy-rate is about", test=test)
 
     from cpsample.judgement.copy_audit import audit
-    from cpsample.judgement.report import write_report
+    from cpsample.judgement.report import check_report, write_report
 
     # Where to, and three sets of images: drawn from a run, or read.
-    outputs(out, ".html", ".json")
+    check_report(out, "--out")
     if is_run:
         run = Path(generated)
         drawing = (n or 1000, unguarded, strength, seed, device)
@@ -1145,6 +1171,7 @@ def attack_command(
 
     import torch
 
+    from cpsample.core.calibration import refuse_taught
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.runs import load_protected_run, members_of
@@ -1152,11 +1179,12 @@ def attack_command(
 
     # Members, and others that neither the model nor its guard has seen.
     if json_file:
-        outputs(json_file, "", option="--json")
+        outputs("attack", json_file, "", option="--json")
     place = on_device(device)
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
     members, test = members_of(run).members, strangers_for_attack(run, others)
+    refuse_taught(guard, test, f"--others {others}")
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."

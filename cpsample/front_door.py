@@ -36,19 +36,20 @@ def offered(name: str) -> Any:
     return getattr(importlib.import_module(f"cpsample.{PLACES[name]}"), name)
 
 # %% ../nbs/front_door.ipynb #463c3fb5
-def protect(model: Any, guard: Any) -> Any:
+def protect(model: Any, guard: Any, **options: Any) -> Any:
     """The same model, or pipeline, with a guard in front of its training images.
 
     model: a denoiser `model(x_t, t) -> eps`, of which a protected one is returned; or a pipeline
         of diffusers, which is protected in place (see `protect_pipeline` for what is returned).
     guard: a `Guard`, trained for this model or pipeline.
+    options: of `protect_pipeline`.
     Source: CPSample, section 4.
     """
     if hasattr(model, "scheduler"):
         from cpsample.production.pipelines import protect_pipeline
 
-        return protect_pipeline(model, guard)
+        return protect_pipeline(model, guard, **options)
 
     from cpsample.core.protection import protect as protect_denoiser
 
-    return protect_denoiser(model, guard)
+    return protect_denoiser(model, guard, **options)

@@ -148,7 +148,7 @@ PYTHON = {
         lambda: add_noise(X, torch.zeros(40, dtype=torch.int64), S, noise=X[:1]),
         "must have the shape of x0",
     ),
-    "steps 0": (lambda: timesteps(1000, 0), "between 2 and T=1000"),
+    "steps 0": (lambda: timesteps(1000, 0), "between 2 and 1000"),
     "levels that rise": (lambda: timesteps(1000, [0, 5]), "fall strictly"),
     "levels that stop early": (lambda: timesteps(1000, [999, 39]), "end at 0"),
     "mixed levels in exact_denoiser": (
@@ -167,10 +167,10 @@ PYTHON = {
         lambda: reject_copies(lambda: X, X, 5, max_rounds=2),
         "rejects too much for this model",
     ),
-    "no label": (lambda: fit_guard(X, S, K=0), "K and steps must be at least 1"),
+    "no label": (lambda: fit_guard(X, S, K=0), "K must be at least 1"),
     "no training of the guard": (
         lambda: fit_guard(X, S, steps=0),
-        "K and steps must be at least 1",
+        "steps must be at least 1",
     ),
     "misspelt setting": (lambda: fit_guard(X, S, aplha=0.1), "unknown settings ['aplha']"),
     "members in the reference": (
@@ -201,7 +201,7 @@ PYTHON = {
         lambda: final_sample(sample(lambda x, t: x, S, (2, 2), steps=5, eta=2)),
         "eta must lie between 0",
     ),
-    "one sampling step": (lambda: timesteps(1000, 1), "between 2 and T=1000"),
+    "one sampling step": (lambda: timesteps(1000, 1), "between 2 and 1000"),
     "features with NaN": (
         lambda: cosine_test(torch.full((3, 2), torch.nan), torch.ones(3, 2)),
         "features hold NaN",
@@ -411,6 +411,7 @@ def test_files_that_are_no_guard_are_refused(tmp_path):
         lambda: save_file({"abar": S.abar}, path, {"guard": "{broken"}),
         lambda: save_file({"abar": S.abar}, path, {"guard": "{}"}),
     ):
+        path.unlink(missing_ok=True)  # what is no guard is not replaced
         save_guard(Guard(MLPClassifier((2,), 1, 16), S), tmp_path / "g")
         spoil()
         says = r"g\.safetensors (cannot be read as a guard|holds no JSON|is damaged)"

@@ -15,20 +15,23 @@ from typer.testing import CliRunner
 
 import cpsample.judgement.copy_audit
 from cpsample.cli import app, strangers_for_attack
-from cpsample.core.copying import SharedImagesWarning, copy_test
+from cpsample.core.copying import (
+    CHANGES,
+    RENDERINGS,
+    SharedImagesWarning,
+    copy_test,
+    plant,
+    renderings_of,
+)
 from cpsample.core.images import ContrastWarning, load_digits, pixels, plant_duplicates, to_bytes
 from cpsample.judgement.audit_study import smooth_images
 from cpsample.judgement.copy_audit import (
-    CHANGES,
-    RENDERINGS,
     TESTS,
     audit,
     auth_pct,
     c_t,
     contradiction,
     feature_space,
-    plant,
-    renderings_of,
 )
 from cpsample.judgement.repeats import Repeats, RepeatsWarning, duplicate_groups
 from cpsample.judgement.report import report_html

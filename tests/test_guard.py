@@ -467,6 +467,6 @@ def test_names_in_the_file_are_those_of_last_year(tmp_path, unusual):
     save_guard(unusual, tmp_path / "g")
     record = json.loads((tmp_path / "g.json").read_text())
     settings_in_file = ["alpha", "scale", "form", "t_max", "made", "report"]
-    settings_in_file += ["at", "level", "noisings", "moves", "longest", "clip"]
+    settings_in_file += ["at", "level", "noisings", "moves", "longest", "clip", "recognition"]
     assert list(record) == [*settings_in_file, "schedule", "network", "config"]
     assert record == guard_record(unusual)

@@ -95,7 +95,9 @@ def identity_in(path):
 # Asked to stop.
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 @pytest.mark.parametrize("step", [1, 4, 10])
 def test_a_signal_lets_the_step_end_and_writes_it(number, status, step, tmp_path):
     path, before = tmp_path / "c.safetensors", signal.getsignal(number)

@@ -10,6 +10,7 @@ from small_pipelines import (
     QUIET,
     draw_latents,
     latent_pipeline,
+    other_latent_pipeline,
     pixel_pipeline,
     save_noise,
 )
@@ -103,6 +104,23 @@ def test_repeats_are_encoded_once_and_have_one_latent(pipe, monkeypatch):
     assert batches == [3, 1]
     torch.testing.assert_close(z, wanted[order])
     assert z[1].equal(z[2]) and z[1].equal(z[6]) and z[0].equal(z[4])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_latents_are_kept_for_pipelines_that_scale_them_alike(order, tmp_path):
+    "Two pipelines of one autoencoder: one scales its latents, the other does not."
+    x, kinds = pictures(3), ["KandinskyV22Pipeline", "LDMPipeline"][::order]
+    pipes = [other_latent_pipeline(kind) for kind in kinds]
+    for pipe in pipes:
+        assert torch.equal(encode(pipe, x, tmp_path), encode(pipe, x))
+    assert not torch.allclose(*[encode(pipe, x, tmp_path) for pipe in pipes])
+
+    # Pipelines that agree find each other's.
+    again = latent_pipeline("StableDiffusionImg2ImgPipeline")
+    encode(latent_pipeline(), x, tmp_path)
+    n_files = len(list(tmp_path.iterdir()))
+    encode(again, x, tmp_path)
+    assert len(list(tmp_path.iterdir())) == n_files == 3
 
 
 class TestFromTheShell:

@@ -183,16 +183,13 @@ def test_no_bit_changes_where_nothing_was_to_be_divided(name):
     assert torch.equal(abar_at(schedule, between), 1 / (1 + lerped**2))
 
 
-def test_the_same_seed_shares_no_image_with_another_number_or_portion():
-    "As the docstrings say."
+def test_the_same_seed_gives_the_same_images_to_another_number_and_portion():
+    "As the docstrings say: to the bit, where no product of matrices is rounded anew."
 
     def model(x, t):
         return x
 
     few = generate(model, LINEAR, (2,), 4, steps=3)
-    for other in (
-        generate(model, LINEAR, (2,), 5, steps=3),
-        generate(model, LINEAR, (2,), 4, steps=3, chunk=2),
-    ):
-        assert (torch.cdist(few.flatten(1), other.flatten(1)) > 1e-6).all()
-    assert torch.equal(few, generate(model, LINEAR, (2,), 4, steps=3))
+    assert torch.equal(few, generate(model, LINEAR, (2,), 5, steps=3)[:4])
+    assert torch.equal(few, generate(model, LINEAR, (2,), 4, steps=3, chunk=2))
+    assert (torch.pdist(few) > 1e-6).all()

@@ -99,7 +99,7 @@ def place(tmp_path_factory):
 
     # A model of two steps and the paper's guard, which is not calibrated.
     train = "train {pictures} --size 8 --grey --tiny --steps 2 --images 16 --out {run}"
-    guard = "guard {run} --reference {others} --preset paper --steps 2"
+    guard = "guard {run} --preset paper --steps 2"
     for words in (train, guard):
         code, _, said = made.call(words.split())
         assert code == 0, said
@@ -110,7 +110,7 @@ TRAIN = "train {pictures} --size 8 --grey --tiny --steps 2 --out {new}/run "
 SAMPLE = "sample {run} -n 2 --steps 2 --out {new}/s "
 AUDIT = "audit {array}.npy {array}.npy --space thumbnail-48 --out {new}/a "
 ATTACK = "attack {run} --others {others} --limit 20 "
-GUARD = "guard {run} --reference {others} --preset paper --steps 2 "
+GUARD = "guard {run} --reference {others} --steps 2 "
 PIPELINE = "guard --pipeline {folder} --data {pictures} --reference {others} "
 DEMO = (
     "demo --images 30 --train-steps 2 --guard-steps 2 --samples 5 --sample-steps 2 --out {new}/d "
@@ -207,6 +207,11 @@ REFUSED = {
     TRAIN + "--from {folder}": "--from needs a file: give",
     TRAIN + "--from {run}": "run/model.safetensors",
     TRAIN + "--from {file}": "cannot be read as a model",
+    GUARD + "--preset paper": "--reference would change nothing: the paper's guard learns of",
+    "guard {run} --preset paper --wanted 0.99": "--wanted would change nothing: the paper's guard",
+    PIPELINE + "--preset paper --wanted 0.99": "--wanted would change nothing",
+    "train digits --strict --out {new}/run": "--strict would change nothing: digits comes as it is",
+    "audit {run} --strict --out {new}/a": "--strict would change nothing: {run} is a run",
     "sample {folder}": "holds no run: cpsample train DATA",
     "audit {array}.npy": "is no run: give the training images too",
     "attack {run} --others {file}": "neither a folder, nor",
@@ -221,7 +226,8 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(word
     before = place.files()
     code, said, messages = place.call(words.split())
     assert code == 2 and not said and len(messages) == 1, messages
-    assert messages[0].startswith("cpsample: ") and REFUSED[words] in messages[0]
+    assert messages[0].startswith("cpsample: ")
+    assert REFUSED[words].replace("{run}", place.names["run"]) in messages[0]
     assert "unexpected" not in messages[0] and place.files() == before
 
 
@@ -289,7 +295,7 @@ def test_damaged_images_are_refused_by_every_command_that_reads_them(place):
         "audit {} {{array}}.npy --space thumbnail-48 --out {{new}}/damaged",
         "audit {{array}}.npy {} --space thumbnail-48 --out {{new}}/damaged",
         "attack {{run}} --others {}",
-        "guard {{run}} --preset paper --steps 2 --reference {}",
+        "guard {{run}} --steps 2 --reference {}",
     )
     names = damaged_files(place.base / "damaged")
     before = place.files()
@@ -309,8 +315,11 @@ def test_a_damaged_run_is_refused_by_every_command_that_reads_it(name, place):
     contents = [b"", b"{}", b"[]", b"null", b"3", b"\xff", b"[" * 10**5, whole[: len(whole) // 2]]
     if name == "run.json":
         record = json.loads(whole)
-        for key, value in (("data", None), ("size", "8"), ("images", "4"), ("config", {})):
-            contents.append(json.dumps(record | {key: value}).encode())
+        spoilt = [{"data": None}, {"size": "8"}, {"images": "4"}, {"config": {}}]
+        spoilt += [{"size": 0}, {"size": -4}, {"size": 10**9}, {"channels": 7}, {"fit": "foo"}]
+        spoilt += [{"images": 0}, {"config": record["config"] | {"seed": 2**70}}]
+        spoilt += [{"config": record["config"] | {"sample_steps": 0}}]
+        contents += [json.dumps(record | change).encode() for change in spoilt]
 
     try:
         for content in contents:

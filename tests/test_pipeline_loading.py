@@ -1,6 +1,7 @@
 "Pipelines by their names: whatever stands there, one line, and nothing in it is run."
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -56,6 +57,20 @@ def with_index(change):
     return build
 
 
+def pipe_for(name):
+    "A named pipe instead of a file: whoever reads it waits for ever."
+
+    def build(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return build
+
+
+def damaged(name):
+    return lambda folder: (folder / name).write_text("[]")
+
+
 def custom_pipeline(folder):
     with_index(lambda index: index | {"_class_name": ["mine", "Mine"]})(folder)
     (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
@@ -100,6 +115,14 @@ WRONG = {
         "cannot be read as a pipeline",
     ),
     "no network": (with_index(lambda i: i | {"unet": [None, None]}), "neither a unet|cannot be"),
+    "index is a pipe": (pipe_for("model_index.json"), "model_index.json is no file"),
+    "weights are a pipe": (pipe_for(f"{PART}.safetensors"), "is no file"),
+    "index is a list": (with_index(lambda index: ["_class_name"]), "names no class"),
+    "network is a list": (damaged("unet/config.json"), "unet/config.json is damaged"),
+    "scheduler is a list": (
+        damaged("scheduler/scheduler_config.json"),
+        "scheduler_config.json is damaged",
+    ),
     "flow matching": (flow_matching, "^FlowMatchEulerDiscreteScheduler .* has no noise levels"),
 }
 
@@ -114,6 +137,25 @@ def test_a_folder_that_is_no_pipeline_for_a_guard(wrong, folder, tmp_path):
     assert "\n" not in str(told.value) and "network and try" not in str(told.value)
     assert not (folder / "ran").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("size", ["8", [8], [1, 8, 8], 0, -8, 8.5, True, [8, "8"]])
+def test_a_size_that_is_none_is_told_of(size, folder, tmp_path):
+    network = folder / "unet/config.json"
+    network.write_text(json.dumps(json.loads(network.read_text()) | {"sample_size": size}))
+    with pytest.raises(ValueError, match=r"says that it draws sample_size=.*must be") as told:
+        fit_named_pipeline_guard(str(folder), "mine", "others", tmp_path / "guard")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.filterwarnings("ignore:6 of 6 pictures")
+def test_an_oblong_pipeline_wants_an_array(folder, tmp_path):
+    "Folders are cut to squares; saying so again helps nobody."
+    network = folder / "unet/config.json"
+    network.write_text(json.dumps(json.loads(network.read_text()) | {"sample_size": [8, 16]}))
+    save_noise(tmp_path / "mine", 6, 20)
+    with pytest.raises(ValueError, match=r"draws \(1, 8, 16\): folders are cut to squares"):
+        fit_named_pipeline_guard(str(folder), *[tmp_path / "mine"] * 2, tmp_path / "guard")
 
 
 def test_the_planted_pickle_would_run(folder):

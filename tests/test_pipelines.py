@@ -87,9 +87,9 @@ def test_a_network_that_answers_with_variances_as_well_keeps_them():
 
 def test_guards_nest_and_come_off_in_any_order():
     pipe = latent_pipeline()
-    guard = linear_guard(pipe.scheduler, scale=5.0).guard
+    guards = [linear_guard(pipe.scheduler, scale=5.0).guard for _ in range(2)]
     plain = draw_latents(pipe, 2, 7.5)
-    first, second = protect_pipeline(pipe, guard), protect_pipeline(pipe, guard)
+    first, second = [protect_pipeline(pipe, guard) for guard in guards]
     twice = draw_latents(pipe, 2, 7.5)
     first.remove()
     once = draw_latents(pipe, 2, 7.5)
@@ -101,6 +101,22 @@ def test_guards_nest_and_come_off_in_any_order():
     # Two guards push like one that is twice as strong.
     with protect_pipeline(pipe, linear_guard(pipe.scheduler, scale=10.0).guard):
         torch.testing.assert_close(draw_latents(pipe, 2, 7.5), twice, atol=1e-2, rtol=1e-3)
+
+
+def test_the_same_guard_does_not_push_twice():
+    "Neither on one pipeline nor on two that share the network, as it is or in a wrapper."
+    pipe = latent_pipeline()
+    guard = linear_guard(pipe.scheduler).guard
+    sharing = SimpleNamespace(unet=torch.nn.Sequential(pipe.unet), scheduler=pipe.scheduler)
+    plain = draw_latents(pipe)
+    with protect_pipeline(pipe, guard):
+        for again in (pipe, sharing):
+            with pytest.raises(ValueError, match="has this guard already"):
+                protect_pipeline(again, guard)
+        once = draw_latents(pipe)
+    with protect_pipeline(pipe, guard):
+        assert same(draw_latents(pipe), once)
+    assert same(draw_latents(pipe), plain) and not pipe.unet._forward_hooks
 
 
 def add_lora(network):
@@ -252,6 +268,52 @@ def test_a_scheduler_that_is_exchanged_later_is_looked_at():
         protect_pipeline(pipe, linear_guard(scheduler_of("Euler")).guard)
 
 
+def other_levels(scheduler):
+    scheduler.alphas_cumprod = torch.linspace(0.999, 0.3, 1000)
+
+
+def levels_in_place(scheduler):
+    scheduler.alphas_cumprod.mul_(0.5)
+
+
+def flows(scheduler):
+    scheduler.register_to_config(prediction_type="flow_prediction")
+
+
+CHANGES = {
+    "levels": (other_levels, "another noise schedule"),
+    "in place": (levels_in_place, "another noise schedule"),
+    "prediction": (flows, "'flow_prediction'.* has no noise levels"),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_scheduler_that_is_changed_in_place_is_looked_at(how, inference):
+    pipe = latent_pipeline()
+    with torch.inference_mode(inference):
+        pipe.scheduler = scheduler_of("DDIM")
+    change, refusal = CHANGES[how]
+    with protect_pipeline(pipe, linear_guard(pipe.scheduler).guard) as protection:
+        draw_latents(pipe)
+        with torch.inference_mode(inference):
+            change(pipe.scheduler)
+        with pytest.raises(ValueError, match=refusal) as told:
+            draw_latents(pipe)
+    assert "\n" not in str(told.value) and protection.rows_seen == 4
+
+
+def test_what_a_network_answers_may_change():
+    "As may every setting but the levels: it is read when it is needed."
+    pipe = latent_pipeline()
+    with protect_pipeline(pipe, linear_guard(pipe.scheduler).guard):
+        pipe.scheduler.register_to_config(prediction_type="v_prediction")
+        changed = draw_latents(pipe)
+    pipe = latent_pipeline(scheduler=scheduler_of("DDIM", "v_prediction"))
+    with protect_pipeline(pipe, linear_guard(pipe.scheduler).guard):
+        assert same(draw_latents(pipe), changed)
+
+
 def test_a_protection_that_was_never_asked_says_so():
     pipe = latent_pipeline()
     guard = linear_guard(pipe.scheduler).guard
@@ -271,7 +333,7 @@ def test_a_protection_whose_block_fails_says_nothing_more():
 
 def test_images_of_another_size_are_refused():
     pipe = latent_pipeline()
-    guard = Guard(Linear(torch.zeros(4, 16, 16)), schedule_of(pipe.scheduler))
+    guard = Guard(Linear(torch.ones(4, 16, 16)), schedule_of(pipe.scheduler))
     refusal = r"knows images of shape \(4, 16, 16\), the model draws \(4, 8, 8\)"
     with pytest.raises(ValueError, match=refusal), protect_pipeline(pipe, guard):
         draw_latents(pipe)
@@ -332,6 +394,29 @@ def test_where_only_noise_is_left_the_guard_says_nothing(name, prediction, dtype
 
 
 # What would take the guard off, or along, without a word.
+
+
+TRACES = {
+    "traced": lambda network, inputs: torch.jit.trace(
+        lambda x, t: network(x, t, return_dict=False)[0], inputs, check_trace=False
+    ),
+    "exported": lambda network, inputs: torch.export.export(network, inputs, strict=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::cpsample.production.pipelines.UnguardedWarning")
+@pytest.mark.parametrize("bias", [0.0, 5.0], ids=["undecided", "certain"])
+@pytest.mark.parametrize("how", TRACES)
+def test_a_protected_network_is_neither_traced_nor_exported(how, bias):
+    "Where the guard is certain it would go along, where it is not it would be left out for ever."
+    pipe = pixel_pipeline()
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([5])
+    with protect_pipeline(pipe, linear_guard(pipe.scheduler, (1, 8, 8), bias=bias).guard):
+        with pytest.raises(ValueError, match="cannot be traced or exported: its guard") as told:
+            TRACES[how](pipe.unet, inputs)
+    assert "\n" not in str(told.value)
+    assert TRACES[how](pipe.unet, inputs)
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from cpsample.core.calibration import calibrate
+from cpsample.core.calibration import UncoveredGuardError, calibrate
 from cpsample.core.classifier import MLPClassifier, coverage, is_certain
 from cpsample.core.ddpm import (
     MLPDenoiser,
@@ -164,6 +166,9 @@ def test_a_setting_that_is_changed_later_is_looked_at_again(schedule):
         ({"alpha": 0.05, "t_max": 400}, True),
         ({"alpha": 0.05, "t_max": 300}, True),
         ({"alpha": 0.05, "t_max": 401}, False),  # from 400 on it is not asked any more
+        ({"alpha": 0.05, "scale": 60.0}, True),
+        ({"alpha": 0.05, "scale": 15.0}, True),  # it pushes harder than it was measured
+        ({"alpha": 0.05, "scale": 60.1}, False),
         ({"alpha": 0.1}, False),
         ({}, False),
         (None, False),
@@ -228,6 +233,64 @@ def test_a_guard_whose_weights_went_bad_refuses_and_says_that_it_is_the_guard(ho
     assert list(tmp_path.iterdir()) == []
     with refused("guard's classifier are NaN"):
         final_sample(sample(model, guard.schedule, (2, 1, 4, 4), steps=5))
+
+
+def whole(classifier):
+    for parameter in classifier.parameters():
+        parameter.requires_grad = False
+        parameter.data = parameter.data.int()
+
+
+def all_zero(classifier):
+    for parameter in classifier.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize(
+    "spoil, words", [(whole, r"whole numbers \(torch.int32\)"), (all_zero, "weights are 0")]
+)
+def test_weights_that_can_say_nothing_are_refused(spoil, words, schedule, tmp_path):
+    "When a guard is made, and when it is saved."
+    guard = Guard(network(), schedule)
+    spoil(guard.classifier)
+    with refused(words):
+        Guard(guard.classifier, schedule)
+    with refused(words):
+        save_guard(guard, tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda weight: weight.int(), "out.weight are whole numbers|whole numbers"),
+        (torch.zeros_like, "all of the guard's weights are 0"),
+    ],
+)
+def test_a_file_whose_weights_can_say_nothing_is_refused(change, words, schedule, tmp_path):
+    save_guard(Guard(network(), schedule), tmp_path / "g")
+    path = tmp_path / "g.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors |= {name: change(tensors[name]) for name in tensors if name != "abar"}
+    save_file(tensors, path, header)
+    with refused(f"g.safetensors cannot be read as a guard: .*({words})"):
+        load_guard(tmp_path / "g")
+
+
+def overflowing(x, t):
+    "Logits of a network in half precision that ends in −∞ wherever it should be sure."
+    return -(x.flatten(1)[:, :1].square() + 1) * torch.inf
+
+
+def test_a_members_guard_that_overflows_is_refused(schedule):
+    "-∞ reads as 'surely no member'; of two-sided labels it is certain."
+    guard = Guard(overflowing, schedule, form="member", scale=1.0)
+    with refused("are -infinity: its classifier overflows in torch.float32"):
+        protect(zero_eps, guard)(torch.ones(3, 2), 5)
+    two_sided = Guard(overflowing, schedule, scale=1.0)
+    assert is_certain(two_sided.logits(torch.ones(3, 2), torch.tensor([5] * 3)), 0.05).all()
 
 
 def test_buffers_count_as_weights(schedule):
@@ -365,6 +428,24 @@ def test_a_push_of_zero_warns_once(classifier, form, schedule):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.ones(2, 2), 5)
+
+
+@pytest.mark.parametrize(
+    "scale, dtype", [(1e-30, torch.float32), (1e-9, torch.float32), (1e-4, torch.float16)]
+)
+def test_a_push_too_small_for_the_samples_precision_warns_once(scale, dtype, schedule):
+    report = {"alpha": 0.05, "scale": 60.0}
+    with pytest.warns(UncalibratedGuardWarning, match=f"scale={scale:g}"):
+        model = protect(
+            lambda x, t: x.clone(), Guard(certain, schedule, scale=scale, report=report)
+        )
+    x = torch.ones(2, 2, dtype=dtype)
+    with pytest.warns(IdleGuardWarning, match="too small to change a number"):
+        assert torch.equal(model(x, 5), x)
+    assert model.rows_pushed == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, 5)
 
 
 @pytest.mark.parametrize("steep", [torch.nan, torch.inf])
@@ -526,3 +607,20 @@ def test_a_function_has_no_weights_to_save(schedule):
     part = torch.nn.ModuleDict({"net": protect(zero_eps, Guard(certain, schedule))})
     assert dict(part.state_dict()) == {}
     part.load_state_dict({})
+
+
+def test_a_guard_that_calibrate_refused_says_so_when_it_protects(schedule):
+    members = load_digits()[0][:20]
+    held_out = load_digits()[0][20:200]
+    guard = fit_guard(members, schedule, steps=2, width=16, depth=1)
+    with pytest.raises(UncoveredGuardError):
+        calibrate(guard, members, held_out)
+    with pytest.warns(UncalibratedGuardWarning, match="calibrate has refused this guard"):
+        protect(lambda x, t: x, guard)
+
+    # One that was fit before, and is not for these images.
+    guard.report, guard.refusal = {"alpha": guard.alpha, "t_max": guard.t_max}, None
+    assert guard.calibrated
+    with pytest.raises(UncoveredGuardError):
+        calibrate(guard, held_out, members)
+    assert not guard.calibrated

@@ -344,7 +344,7 @@ def test_the_training_is_where_the_pipeline_is(monkeypatch, tmp_path):
     )
     pipe = pixel_pipeline()
     guard = linear_guard(pipe.scheduler, (1, 8, 8)).guard
-    guard.classifier = Linear(torch.zeros(1, 8, 8))
+    guard.classifier = Linear(torch.ones(1, 8, 8))
     accelerate.hooks.add_hook_to_module(
         pipe.unet, accelerate.hooks.CpuOffload(execution_device="meta")
     )
@@ -384,7 +384,7 @@ def test_of_the_channels_those_of_the_image_are_corrected(case):
     assert ((guarded - plain)[:, :channels].abs().amax((1, 2, 3)) > 1e-3).all()
 
     # One channel more or less is another guard.
-    other = Guard(Linear(torch.zeros(channels + 1, 8, 8)), schedule_of(pipe.scheduler))
+    other = Guard(Linear(torch.ones(channels + 1, 8, 8)), schedule_of(pipe.scheduler))
     with pytest.raises(ValueError, match=rf"the model draws \({channels}, 8, 8\)"):
         protect_pipeline(pipe, other)
 

@@ -1,6 +1,7 @@
 "Training: reproducible, weighted as asked, and polite to everybody else's random numbers."
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cpsample.core.ddpm import (
 )
 from cpsample.core.demo import fit_denoiser
 from cpsample.core.images import first_occurrence, load_digits, plant_duplicates, split
+from cpsample.core.schedule import row_generators
 from cpsample.practice.training import run_identity, update_ema
 
 X = load_digits()[0][:50]
@@ -81,13 +83,13 @@ def test_timesteps_include_both_ends(T, steps):
 
 
 @pytest.mark.parametrize("chunk, portions", [(None, [7]), (3, [3, 3, 1]), (7, [7]), (50, [7])])
-def test_generate_gives_so_many_images_in_portions_from_one_stream_of_noise(
+def test_generate_gives_so_many_images_in_portions_each_from_its_own_noise(
     schedule, chunk, portions, capsys
 ):
-    model, generator = small_denoiser(), torch.Generator().manual_seed(3)
-    expected = []
+    model, rows, expected = small_denoiser(), iter(range(7)), []
     for n in portions:
-        steps = sample(model, schedule, (n, 1, 8, 8), steps=5, clip=1, generator=generator)
+        noise = row_generators(3, list(islice(rows, n)), [0] * n)
+        steps = sample(model, schedule, (n, 1, 8, 8), steps=5, clip=1, generator=noise)
         expected.append(final_sample(steps))
 
     images = generate(model, schedule, (1, 8, 8), 7, steps=5, seed=3, chunk=chunk, progress=True)

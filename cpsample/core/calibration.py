@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_level',
            'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'rows_of_distinct',
-           'distinct_images', 'images_for', 'check_demands', 'UncoveredMemberWarning', 'UncoveredGuardError',
-           'check_asked', 'refuse_uncovered', 'shares_at', 'least_covered', 'asked_below', 'proposed_scale',
-           'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate', 'show_calibration']
+           'distinct_images', 'warn_of_taught', 'refuse_taught', 'images_for', 'check_demands',
+           'UncoveredMemberWarning', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'shares_at',
+           'least_covered', 'asked_below', 'proposed_scale', 'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate',
+           'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
 import math
@@ -19,10 +20,18 @@ import torch
 from torch import Tensor
 
 from .classifier import certainty, log_odds, logits_at
-from .copying import nearness, proportion_ci, refuse_shared, warn_of_near
+from cpsample.core.copying import (
+    SharedImagesWarning,
+    nearness,
+    proportion_ci,
+    refuse_shared,
+    share_of_sketch,
+    warn_of_near,
+)
 from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/09_calibration.ipynb #cbe139a4
 def certainties(
@@ -35,7 +44,7 @@ def certainties(
     draws: how often each image is noised to each of them.
     seed: of the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     x = x0.repeat(draws, *[1] * (x0.dim() - 1))
     rows = []
     for t in levels:
@@ -107,7 +116,7 @@ def propose_scale(
     Warns (`IdleGuardWarning`) when no s would move some of them.
     """
     gate = log_odds(guard.alpha if alpha is None else alpha, below=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     t = torch.full((len(members),), level, device=members.device)
     x_t, _ = add_noise(members, t, guard.schedule, generator=generator)
 
@@ -183,16 +192,44 @@ def distinct_images(x: Tensor, name: str) -> Tensor:
     return x[unique_rows(x)]
 
 
+def warn_of_taught(guard: Guard, held_out: Tensor) -> None:
+    "Warn (`SharedImagesWarning`) when held-out images are a guard's own reference images."
+    share = share_of_sketch(guard.made.get("reference", []), held_out)
+    if share > 0:
+        warnings.warn(
+            f"about {share:.0%} of the guard's reference images are among the held-out ones, and "
+            "it has learned to stay undecided about them: give others",
+            SharedImagesWarning,
+            stacklevel=4,
+        )
+
+
+def refuse_taught(guard: Guard | None, x: Tensor, name: str = "these images") -> None:
+    "Raise ValueError when images that a guard should never have seen are its reference images."
+    share = 0.0 if guard is None else share_of_sketch(guard.made.get("reference", []), x)
+    if share > 0:
+        raise ValueError(
+            f"about {share:.0%} of the images that the guard learned to be undecided about are "
+            f"among {name}: give images that it never saw"
+        )
+
+
 def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct members and held-out images, checked, in the precision of the guard's classifier.
 
-    Raises ValueError when held-out images are members, too; warns when some nearly are.
+    Raises ValueError when held-out images are members, too, or of another shape; warns when some
+    nearly are, and when they taught the guard.
     """
     members = distinct_images(members, "training images")
     held_out = check_images(held_out, "held-out images", dtype=None)
-    if held_out.shape[1:] == members.shape[1:]:
-        refuse_shared(held_out, members)
-        warn_of_near(nearness(held_out, members))
+    shape, other_shape = tuple(members.shape[1:]), tuple(held_out.shape[1:])
+    if other_shape != shape:
+        raise ValueError(
+            f"held-out images are {other_shape}, training images {shape}: give images of one shape"
+        )
+    refuse_shared(held_out, members)
+    warn_of_taught(guard, held_out)
+    warn_of_near(nearness(held_out, members))
     return guard.cast(members), guard.cast(held_out)
 
 
@@ -239,13 +276,19 @@ def check_asked(guard: Guard, alpha: float | None, scale: float | None) -> None:
     check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
 
 
-def refuse_uncovered(coverage: float, wanted: float, level: int, alpha: float) -> None:
-    "Raise UncoveredGuardError when a guard is certain of too few of its training images."
+def refuse_uncovered(
+    guard: Guard, coverage: float, wanted: float, level: int, alpha: float
+) -> None:
+    """Raise UncoveredGuardError when a guard is certain of too few of its training images.
+
+    It remembers that, as its `refusal`: whoever protects with it is told.
+    """
     if coverage < wanted:
         fact = (
             f"this guard is certain of {coverage:.1%} of its training images "
             f"at noise level {level} (alpha={alpha:.3g}), {wanted:.0%} are wanted"
         )
+        guard.refusal = fact
         raise UncoveredGuardError(coverage, wanted, fact)
 
 
@@ -334,6 +377,7 @@ def adopt(guard: Guard, report: dict[str, Any]) -> None:
     guard.scale = scale
     guard.t_max = t_max
     guard.report = report
+    guard.refusal = None
 
 # %% ../../nbs/1_core/09_calibration.ipynb #f4d21a8c
 def calibrate(
@@ -367,7 +411,7 @@ def calibrate(
         does a guard that looks at predictions).
     stride: from one measured level to the next.
     seed: of the noise.
-    Raises UncoveredGuardError (a ValueError), and leaves the guard as it was, when it does not
+    Raises UncoveredGuardError (a ValueError), and leaves the settings as they were, if it does not
     cover its members. With an alpha from `choose_alpha` that happens only at its widest gate,
     `loosest` (0.4).
     """
@@ -387,7 +431,7 @@ def calibrate(
     gate = log_odds(alpha, below=1)
     shares = shares_at(certain, certain_of_others, gate)
     coverage = shares["coverage"]
-    refuse_uncovered(coverage[at_level], wanted, level, alpha)
+    refuse_uncovered(guard, coverage[at_level], wanted, level, alpha)
 
     # From where on the guard need not be asked, and how strong it has to be.
     t_max = asked_below(guard, levels, coverage, stride)

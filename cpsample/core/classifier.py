@@ -19,6 +19,7 @@ from .ddpm import ResidualMLP
 from .images import check_images, first_occurrence, precision_of, warn_of_difference
 from .schedule import Schedule, add_noise
 from ..workshop.registry import networks
+from ..workshop.seeds import seeded_generator
 
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> logits [B, K]
 
@@ -30,7 +31,7 @@ def random_labels(n: int, K: int = 8, seed: int = 0) -> Tensor:
     K: labels of each.
     seed: row i depends on it, on K and on i alone, never on the order of batches or on n.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     return torch.randint(0, 2, (n, K), generator=generator).float()
 
 # %% ../../nbs/1_core/07_classifier.ipynb #53c8ae4c

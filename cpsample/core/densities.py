@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from .schedule import Schedule
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/02_densities.ipynb #80f4968f
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,7 @@ def toy(name: str, n: int, seed: int = 0) -> Tensor:
     Raises ValueError for an unknown name.
     """
     if name in MIXTURES:
-        return MIXTURES[name]().sample(n, torch.Generator().manual_seed(seed))
+        return MIXTURES[name]().sample(n, seeded_generator(seed))
     if name not in SHAPES:
         choices = ", ".join([*MIXTURES, *SHAPES])
         raise ValueError(f"unknown toy set {name!r}: choose one of {choices}")

@@ -16,6 +16,7 @@ from .ddpm import run, seeded, train
 from .images import check_pair
 from .schedule import randn
 from ..workshop.files import data_path
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/05_digit_encoder.ipynb #17d3e99a
 class DigitsEncoder(nn.Module):
@@ -59,7 +60,7 @@ def fit_encoder(x: Tensor, y: Tensor, steps: int = 2000, *, seed: int = 0) -> Di
     seed: of the first weights and of the training.
     """
     encoder = seeded(seed, DigitsEncoder)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     training = train(encoder, class_loss, (x, y), steps, batch_size=128, generator=generator)
     run(training, steps, progress=False)
     return encoder

@@ -29,10 +29,12 @@ from cpsample.core.classifier import (
     refuse_nan,
     training_set,
 )
+from .copying import sketch
 from .ddpm import has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, same_levels, signal_noise
 from ..workshop.files import fingerprint
+from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/1_core/08_guard.ipynb #5d20c1b7
 FORMS = {
@@ -131,10 +133,25 @@ def check_look(
 
 # %% ../../nbs/1_core/08_guard.ipynb #70a2b9e5
 def check_weights(classifier: Classifier) -> None:
-    "Raise ValueError when a guard's classifier, if it has weights, holds NaN or infinity."
+    """Raise ValueError when a guard's classifier, if it has weights, can say nothing with them.
+
+    They hold NaN or infinity, are all 0, or whole numbers.
+    """
     if not has_finite_weights(classifier):
         raise ValueError(
             "the guard's weights hold NaN or infinity: train it again with a lower learning rate"
+        )
+
+    # No logit of such a network follows from an image: it would protect nobody, in silence.
+    parameters = getattr(classifier, "parameters", tuple)
+    weights = [weight for weight in parameters() if weight.numel() > 0]
+    whole = [weight.dtype for weight in weights if not weight.is_floating_point()]
+    if whole:
+        raise ValueError(f"the guard's weights are whole numbers ({whole[0]}): load them as floats")
+    if weights and not any(bool(weight.any()) for weight in weights):
+        raise ValueError(
+            "all of the guard's weights are 0, it can be certain of nothing: load them again, or "
+            "train it again"
         )
 
 
@@ -185,6 +202,9 @@ class Guard:
     moves: the most steps in which a prediction is moved.
     longest: how far at most, as the root mean square over its numbers.
     clip: bound on the prediction's numbers before it is shown (default: none).
+    And of any guard:
+    recognition: what `calibrate_check` measured (chapter 1.13), or None.
+    refusal: why `calibrate` refused it the last time, or None; it is not kept in a file.
     Raises ValueError for settings outside these ranges and for weights that are not finite.
     """
 
@@ -202,6 +222,8 @@ class Guard:
     moves: int = 5
     longest: float = 0.25
     clip: float | None = None
+    recognition: dict[str, Any] | None = None
+    refusal: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -234,13 +256,14 @@ class Guard:
 
     @property
     def calibrated(self) -> bool:
-        "Whether somebody has measured what it covers at its present gate, up to its t_max."
-        if self.report is None:
+        "Whether it was measured at its present gate, and asks and pushes no less than it did then."
+        if self.report is None or self.refusal is not None:
             return False
-        measured = self.report.get("t_max", self.t_max)
         is_same_look = self.report.get("look", {"at": "x_t"}) == self.look
         is_same_gate = self.report.get("alpha") == self.alpha
-        return is_same_look and is_same_gate and self.t_max >= measured
+        asks_enough = self.t_max >= self.report.get("t_max", self.t_max)
+        pushes_enough = self.scale >= self.report.get("scale", self.scale)
+        return is_same_look and is_same_gate and asks_enough and pushes_enough
 
     def cast(self, x_t: Tensor) -> Tensor:
         """x_t in the precision of the classifier's weights, which come to its device.
@@ -258,11 +281,18 @@ class Guard:
 
     @torch.no_grad()
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        "The classifier's logits [B, K]. Raises ValueError for any other shape, and for NaN."
+        """The classifier's logits [B, K].
+
+        Raises ValueError for any other shape, for NaN and, where only one side of the labels
+        counts, for −∞.
+        """
         logits = self.classifier(x_t, t)
         _check_shape_of_logits(logits, len(x_t))
         if logits.isnan().any():
             refuse_nan(logits, _why_nan(self.classifier, x_t))
+        if self.one_sided and logits.isneginf().any():
+            why = _why_nan(self.classifier, x_t)
+            raise ValueError(f"the logits of the guard's classifier are -infinity: {why}")
         return logits
 
 # %% ../../nbs/1_core/08_guard.ipynb #8c2b7e15
@@ -347,11 +377,11 @@ class IdleGuardWarning(UserWarning):
 
 
 def warn_of_vanished(vanished: int, rows: int, form: str) -> None:
-    "Warn when a push, of a form, is 0 at some of the rows that the guard is certain of."
+    "Warn when a push, of a form, changes nothing at some of the rows that a guard is certain of."
     if vanished > 0:
         warnings.warn(
-            f"the guard's push ({form}) is 0 at {vanished} of {rows} images that it is certain of: "
-            "they stay as they are",
+            f"the guard's push ({form}) is 0 at {vanished} of {rows} images that it is certain of, "
+            "or too small to change a number: they stay as they are",
             IdleGuardWarning,
             stacklevel=3,
         )
@@ -459,8 +489,8 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
 
 def _check_counts(K: int, steps: int) -> None:
     "Raise ValueError unless there is a label, and a step to learn it in."
-    if K < 1 or steps < 1:
-        raise ValueError(f"K and steps must be at least 1, got K={K}, steps={steps}")
+    whole_number(K, "K", 1)
+    whole_number(steps, "steps", 1)
 
 
 def _check_before_training(settings: dict[str, Any], schedule: Schedule, t_learn: int) -> None:
@@ -530,6 +560,7 @@ def fit_guard(
     settings = preset_settings(preset, settings, T=schedule.T)
     K, t_learn, t_power = (settings.pop(name) for name in ("K", "t_learn", "t_power"))
     _check_counts(K, steps)
+    seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
 
     # What to learn and at which noise levels, and a network to learn it.
@@ -548,11 +579,13 @@ def fit_guard(
         batch_size=batch_size,
         lr=lr,
         weights=weights,
-        generator=torch.Generator().manual_seed(seed),
+        generator=seeded_generator(seed),
     )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)
 
     # The labels follow from seed and index, so they need not be remembered.
     made = dict(n=len(members), steps=steps, seed=seed, t_max=t_learn)
+    if reference is not None:
+        made["reference"] = sketch(reference)
     return _finished(classifier, schedule, members, settings, made)

@@ -21,6 +21,7 @@ from ..core.guard import Guard
 from ..core.images import check_images, check_pair, precision_of
 from ..core.schedule import Schedule, add_noise, eps_to_x0, randn
 from ..workshop.neighbours import nearest
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/3_judgement/02_attacks.ipynb #cbaf8902
 Attack = Callable[[Denoiser, Tensor], Tensor]  # (model, x [N, ...]) -> scores [N], high for members
@@ -53,7 +54,7 @@ def denoising_loss(
     draws: over so many noises the loss is averaged.
     seed: of the noises.
     """
-    generator, rows = torch.Generator().manual_seed(seed), levels_of(x, t, schedule)
+    generator, rows = seeded_generator(seed), levels_of(x, t, schedule)
     total = 0
     for _ in range(draws):
         x_t, eps = add_noise(x, rows, schedule, generator=generator)
@@ -168,7 +169,7 @@ def pfami_attack(
     def loss(x):
         return sum(denoising_loss(model, x, schedule, t, draws=draws, seed=seed) for t in levels)
 
-    generator, own_loss = torch.Generator().manual_seed(seed), loss(x)
+    generator, own_loss = seeded_generator(seed), loss(x)
     total = 0
     for _ in range(neighbours):
         neighbour = x + strength * randn(x.shape, generator, x.device)
@@ -216,7 +217,7 @@ def _along_noise(
     model: Denoiser, x: Tensor, schedule: Schedule, levels: Iterable[int], seed: int
 ) -> Tensor:
     "The predicted noise along one and the same noise through the levels: [levels, N, ...]."
-    noise = randn(x.shape, torch.Generator().manual_seed(seed), x.device)
+    noise = randn(x.shape, seeded_generator(seed), x.device)
     path = []
     for t in levels:
         rows = levels_of(x, t, schedule)

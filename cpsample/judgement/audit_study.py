@@ -16,21 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.copying import CHANGES, plant
 from ..core.images import pixels
-from cpsample.judgement.copy_audit import (
-    CHANGES,
-    audit,
-    copy_reports,
-    feature_space,
-    plant,
-    sensitivity,
-)
+from .copy_audit import audit, copy_reports, feature_space, sensitivity
 from .membership_study import ARMS, MembershipSettings, kept_samples
 from .repeats import duplicate_groups
 from ..practice.datasets import load_crops, load_fashion
 from ..practice.encoders import features
 from ..workshop.costs import seconds_of
 from ..workshop.neighbours import nearest, typical_distance
+from ..workshop.seeds import seeded_generator
 from ..workshop.studies import Study, Workspace
 
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #b8b8960b
@@ -152,7 +147,7 @@ def measure_renderings(workspace: Workspace, settings: AuditSettings = AuditSett
 # %% ../../nbs/3_judgement/08_audit_study.ipynb #a6ea8c83
 def smooth_images(n: int, seed: int) -> Tensor:
     "Random colour images [n, 3, 32, 32] in [−1, 1], in which a few directions matter most."
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     x = torch.zeros(n, 3, 32, 32)
     for part in x.split(2000):
         for size in (2, 4, 8, 32):

@@ -23,6 +23,7 @@ from ..core.protection import Protected
 from ..core.schedule import Schedule, add_noise, eps_to_x0, signal_noise, x0_to_eps
 from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #24979463
 def _no_gradients(parameters: dict[str, Tensor], x0: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -235,7 +236,7 @@ def ambient_denoiser(
     """
 
     def model(x_t, t):
-        seen = random_mask(x_t, missing, torch.Generator().manual_seed(seed))
+        seen = random_mask(x_t, missing, seeded_generator(seed))
         return x0_to_eps(x_t, t, _restored(network, x_t, seen, t), schedule)
 
     return model

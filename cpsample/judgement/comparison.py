@@ -51,6 +51,7 @@ from ..practice.encoders import features
 from ..practice.quality_measures import kid, precision_recall
 from ..practice.runs import load_model, save_model
 from ..practice.unet import UNet, UNetClassifier
+from ..workshop.seeds import seeded_generator
 from ..workshop.studies import check_settings
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #5bd17add
@@ -176,7 +177,7 @@ def _fit_denoiser(
         batch_size=situation.batch,
         lr=situation.lr,
         warmup=min(100, steps // 4),
-        generator=torch.Generator().manual_seed(seed),
+        generator=seeded_generator(seed),
     )
     run(training, steps, progress=False)
     return network.eval().requires_grad_(False)
@@ -405,7 +406,7 @@ def masked(world: World, missing: float, share: float) -> Denoiser:
     Its attribute `unmasked` is the denoiser that an attacker makes of the same network, who shows
     it everything.
     """
-    mask = random_mask(world.members, missing, torch.Generator().manual_seed(world.seed))
+    mask = random_mask(world.members, missing, seeded_generator(world.seed))
     data = (world.members * mask, mask)
     network = world.fit(world.start(missing), ambient_loss, data, share=share)
     model = ambient_denoiser(network, SCHEDULE, _hidden_share(missing))
@@ -430,7 +431,7 @@ def _fit_privately(world: World, network: nn.Module, *, steps: int, lr: float) -
         bound=0.3,
         draws=situation.draws,
         lr=lr,
-        generator=torch.Generator().manual_seed(world.seed),
+        generator=seeded_generator(world.seed),
     )
     for _ in training:
         pass

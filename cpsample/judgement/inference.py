@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.copying import proportion_ci
 from ..workshop.neighbours import at_least_float32
+from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/3_judgement/01_inference.ipynb #f425ff6a
 def _wins(members: Tensor, others: Tensor) -> np.ndarray:
@@ -72,7 +73,7 @@ Scores = dict[str, tuple[Tensor, Tensor]]  # {attack: (scores of members [N], of
 
 def _halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
     "The row numbers 0 … n−1 in two random halves."
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=seeded_generator(seed))
     return order[: n // 2], order[n // 2 :]
 
 

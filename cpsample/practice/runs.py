@@ -35,7 +35,7 @@ from cpsample.core.guard import (
     preset_kind,
     preset_settings,
 )
-from ..core.guard_files import load_guard, save_guard
+from ..core.guard_files import check_guard_files, load_guard, save_guard
 from ..core.images import bytes_or_floats, pixels, split
 from ..core.protection import protect
 from ..core.schedule import Schedule, make_schedule, same_levels
@@ -53,6 +53,7 @@ from cpsample.practice.training import (
     parts_of,
     weights_fingerprint,
 )
+from ..workshop.choices import FITS, check_choice
 from cpsample.workshop.files import (
     atomic,
     atomic_together,
@@ -64,8 +65,16 @@ from cpsample.workshop.files import (
     write_tensors,
 )
 from ..workshop.parallel import unwrapped
-from ..workshop.records import as_json, plain, read_json, read_record, read_tensors
-from ..workshop.registry import build_network, networks
+from cpsample.workshop.records import (
+    as_json,
+    check_is_file,
+    plain,
+    read_json,
+    read_record,
+    read_tensors,
+)
+from ..workshop.registry import build_network, fill_network, networks
+from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/2_practice/04_runs.ipynb #3698a3f7
 @dataclass(frozen=True)
@@ -252,9 +261,11 @@ def load_model(path: Path | str) -> SavedModel:
 
     # The header names network and schedule; what is left of the tensors are the weights.
     try:
+        if "abar" not in tensors:
+            raise ValueError("its noise levels, abar, are missing")
         schedule = Schedule(record.schedule, tensors.pop("abar"))
         model = build_network(record.network, record.config)
-        model.load_state_dict(tensors)
+        fill_network(model, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a model: {reason}") from error
@@ -275,12 +286,28 @@ class _RunRecord:
     fit: str = "cut"
 
 
+def _check_described(record: _RunRecord, path: Path) -> None:
+    "Raise ValueError for values with which no run can have been."
+    try:
+        whole_number(record.size, "size", 1, most=4096)
+        check_choice(record.fit, FITS, "fit")
+        if record.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {record.channels}")
+        if record.images is not None:
+            whole_number(record.images, "images", 1)
+        checked_seed(record.config.seed)
+        check_config(record.config)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+
 def run_of(folder: Path | str) -> dict:
     """The description of the run in `folder`, the dict in its run.json.
 
     Raises FileNotFoundError when there is none, ValueError when it is damaged.
     """
     path = Path(folder) / "run.json"
+    check_is_file(path, "a run")
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} holds no run: cpsample train DATA --out {folder} makes one"
@@ -289,7 +316,7 @@ def run_of(folder: Path | str) -> dict:
     named = description
     if isinstance(description, dict):
         named = {{"from": "start"}.get(name, name): value for name, value in description.items()}
-    read_record(_RunRecord, named, path)
+    _check_described(read_record(_RunRecord, named, path), path)
     return description
 
 # %% ../../nbs/2_practice/04_runs.ipynb #about003
@@ -304,11 +331,28 @@ def _decisive(about: dict) -> dict:
     return images | {"fine-tuned": about["from"] is not None, "config": config}
 
 
+def _describes_run(path: Path) -> bool:
+    "Whether a file is the description of a run, of any version; also where there is none."
+    if not path.exists():
+        return True
+    try:
+        record = read_json(path.read_bytes(), path) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"data", "fingerprint"} <= record.keys()
+
+
 def check_same_run(folder: Path | str, about: dict) -> None:
     """Raise ValueError when a folder holds a model, or a checkpoint, of another run.
 
     about: the description of the run that wants to go on there; it may have more steps.
     """
+    # Whatever is called run.json and describes no run is somebody else's.
+    if not _describes_run(Path(folder) / "run.json"):
+        raise ValueError(
+            f"{folder}/run.json is there already, and describes no run: choose another folder"
+        )
+
     # A lone description is of a run that never wrote anything: it binds nobody.
     names = ("run.json", "checkpoint.safetensors", "model.safetensors")
     described, checkpoint, model = (Path(folder, name).exists() for name in names)
@@ -350,7 +394,7 @@ def run_locked(folder: Path | str, about: dict | None, accelerator: Any) -> Iter
 
 def check_config(config: Config) -> None:
     "Raise ValueError for numbers with which no training can work."
-    counts = ("steps", "batch_size", "every", "guard_steps", "guard_batch_size")
+    counts = ("steps", "batch_size", "every", "sample_steps", "guard_steps", "guard_batch_size")
     for name in counts:
         if not getattr(config, name) >= 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -535,7 +579,7 @@ def train_denoiser(
             after_checkpoint=after_checkpoint,
             accelerator=accelerator,
             use_compile=use_compile,
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=seeded_generator(config.seed),
             **_fit_options(config),
         )
 
@@ -578,9 +622,8 @@ _GUARD_NETWORKS = {"MLPDenoiser": "MLPClassifier"}  # of any other denoiser: "UN
 
 def _check_guard_input(config: Config, preset: str, non_members: Tensor) -> None:
     "Raise ValueError for an unknown preset, too few non-members and numbers that cannot work."
-    preset_kind(preset)
     check_config(config)
-    if len(non_members) < 8:
+    if any(preset_kind(preset)) and len(non_members) < 8:
         raise ValueError(
             "a guard needs other images of the same kind, at least 8 "
             f"(better: as many as members), got {len(non_members)}"
@@ -589,7 +632,7 @@ def _check_guard_input(config: Config, preset: str, non_members: Tensor) -> None
 
 def _shuffled(images: Tensor, seed: int) -> Tensor:
     "The images in another order, since folders are often sorted."
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    return images[torch.randperm(len(images), generator=seeded_generator(seed))]
 
 
 def _new_classifier(config: Config, shape: torch.Size, preset: str) -> nn.Module:
@@ -604,27 +647,30 @@ class _GuardImages(NamedTuple):
 
     members [N, C, H, W]: to be certain of.
     covered [N or 2·N, ...]: those, with their mirror images where the model saw them, too.
-    reference [R, ...]: others, to stay undecided about.
+    reference [R, ...]: others, to stay undecided about; None for a preset that takes none.
     held_out [H, ...]: others, for calibration.
     """
 
     members: Tensor
     covered: Tensor
-    reference: Tensor
+    reference: Tensor | None
     held_out: Tensor
 
 
 def _images_of_guard(
-    config: Config, members: Tensor, non_members: Tensor, device: str | torch.device
+    config: Config, preset: str, members: Tensor, non_members: Tensor, device: str | torch.device
 ) -> _GuardImages:
     "Of the non-members a quarter is kept for calibration, the rest teaches."
     # Bytes stay bytes: nobody can mistake them for another scale.
     members = bytes_or_floats(members, "members").to(device)
-    non_members = bytes_or_floats(non_members, "other images")
+    if len(non_members):
+        non_members = bytes_or_floats(non_members, "other images")
     non_members = _shuffled(non_members, config.seed).to(device)
     n_held_out = len(non_members) // 4
     covered = torch.cat([members, members.flip(-1)]) if config.mirror else members
-    return _GuardImages(members, covered, non_members[n_held_out:], non_members[:n_held_out])
+    takes_reference, _ = preset_kind(preset)
+    reference = non_members[n_held_out:] if takes_reference else None
+    return _GuardImages(members, covered, reference, non_members[:n_held_out])
 
 # %% ../../nbs/2_practice/04_runs.ipynb #watch001
 @contextlib.contextmanager
@@ -731,6 +777,32 @@ def _guard_identity(
     return {"preset": preset} | decisive | noise | members_identity(members)
 
 
+def _fingerprints(members: Tensor) -> tuple[str, str, str]:
+    "What files know images by; version 0.1 took the fingerprint of the images as they came."
+    known = members_identity(members)["members"]
+    return known, fingerprint(members), fingerprint(pixels(members))
+
+
+def _check_same_guard(
+    path: Path | str, members: Tensor, schedule: Schedule, replaces: bool
+) -> None:
+    """Raise ValueError when a file at `path` is no guard's, or that of other images or levels.
+
+    replaces: such a guard may be replaced.
+    """
+    file, _ = check_guard_files(path)
+    if replaces or not file.exists():
+        return
+    tensors, record = read_tensors(file, "guard", "a guard")
+    made, abar = record["made"], tensors.get("abar")
+    same_images = isinstance(made, dict) and made.get("members") in _fingerprints(members)
+    if not same_images or abar is None or not torch.equal(abar.cpu(), schedule.abar.cpu()):
+        raise ValueError(
+            f"{file} is the guard of other images, or of another model: give another name, "
+            "or remove it"
+        )
+
+
 def _with_advice(
     error: UncoveredGuardError, steps: int, watch: Watch, command: str
 ) -> UncoveredGuardError:
@@ -758,6 +830,7 @@ def fit_run_guard(
     device: str | torch.device = "cpu",
     progress: bool = True,
     command: str = "the same call with",
+    replaces: bool = False,
     **settings: Any,
 ) -> Guard:
     """Train the guard of a run, calibrate it, and write it to `path` (see `save_guard`).
@@ -775,29 +848,31 @@ def fit_run_guard(
     device: of the training; that of the accelerator if there is one.
     progress: show a bar.
     command: which continues the training when --steps is added, for the message.
+    replaces: a guard of other images, at `path`, may be replaced.
     settings: override those of the preset, see `fit_guard`.
     Raises UncoveredGuardError (a ValueError) when the guard covers too little, and keeps its
-    checkpoint; OSError when another program uses the folder.
+    checkpoint; ValueError when files of somebody else are at `path`, OSError when another program
+    uses the folder.
     """
     _check_guard_input(config, preset, non_members)
     device = _device_of(accelerator, device)
     checkpoint = Path(f"{path}.checkpoint.safetensors")
 
-    images = _images_of_guard(config, members, non_members, device)
+    images = _images_of_guard(config, preset, members, non_members, device)
 
     # What it learns decides whose checkpoint it may go on from.
     all_settings = preset_settings(preset, settings, T=schedule.T)
+    _check_same_guard(path, images.members, schedule, replaces)
     watch = coverage_watch(images.covered, schedule, all_settings)
     identity = _guard_identity(images.members, schedule, preset, all_settings)
     drive = _training_of_guard(config, checkpoint, watch, identity, accelerator, progress)
     classifier = _new_classifier(config, images.members.shape[1:], preset)
-    takes_reference, is_calibrated = preset_kind(preset)
 
     with run_locked(checkpoint.parent, None, accelerator):
         guard = fit_guard(
             images.members,
             schedule,
-            images.reference if takes_reference else None,
+            images.reference,
             preset=preset,
             steps=config.guard_steps,
             batch_size=config.guard_batch_size,
@@ -810,7 +885,7 @@ def fit_run_guard(
 
         # A guard that is refused keeps its checkpoint, and goes on from there.
         try:
-            if is_calibrated:
+            if preset_kind(preset)[1]:  # whether it is calibrated
                 calibrate(guard, images.covered, images.held_out, wanted=wanted)
         except UncoveredGuardError as error:
             raise _with_advice(error, config.guard_steps, watch, command) from error
@@ -849,9 +924,7 @@ def _check_members_of_model(run: Path | str, members: Tensor) -> None:
     _, data = read_tensors(path, "model", "a model", header_only=True)
     known = read_record(_ModelRecord, data, path).made.get("data")
 
-    # Version 0.1 took the fingerprint of the images as they came.
-    forms = members_identity(members)["members"], fingerprint(members), fingerprint(pixels(members))
-    if known is not None and known not in forms:
+    if known is not None and known not in _fingerprints(members):
         raise ValueError(
             f"the model in {run} was trained on other images than its run.json says: "
             "train it again, in another folder"
@@ -910,6 +983,16 @@ def _check_guard_of_run(run: Path | str, guard: Guard, model: SavedModel, shape:
     check_guard_fits(guard, schedule=model.schedule, shape=shape)
     known, learned = model.made.get("data"), guard.made.get("members")
     if known is not None and known == learned:
+        return
+
+    # A guard that names no images may be anybody's.
+    if learned is None:
+        warnings.warn(
+            f"the guard of {run} does not say whose images it protects: "
+            f"cpsample guard {run} trains one that does",
+            UnknownMembersWarning,
+            stacklevel=3,
+        )
         return
 
     # The images decide; those of a guard of version 0.1 may be out of reach, and nothing else is.

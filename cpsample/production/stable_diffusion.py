@@ -28,6 +28,7 @@ from ..practice.datasets import load_fashion
 from ..practice.training import fit
 from .pipelines import encode, fit_pipeline_guard, protect_pipeline, schedule_of
 from ..workshop.files import data_path, import_optional
+from ..workshop.seeds import seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
@@ -421,7 +422,7 @@ def ask(
             [caption] * n,
             num_inference_steps=steps,
             guidance_scale=scale,
-            generator=torch.Generator().manual_seed(seed),
+            generator=seeded_generator(seed),
             output_type="pt",
         ).images
     return unframed(2 * x - 1).float()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'CACHE', 'remove_leftovers', 'OthersMayReadWarning', 'atomic_together', 'atomic', 'printable',
-           'output_files', 'write_json', 'write_picture', 'save_json', 'save_picture', 'write_tensors', 'writable',
-           'NoLockWarning', 'locked', 'fingerprint', 'data_path', 'import_optional', 'provenance']
+           'output_files', 'mark_of', 'write_json', 'write_picture', 'save_json', 'save_picture', 'write_tensors',
+           'write_arrays', 'is_written_by', 'refuse_foreign', 'check_is_text', 'writable', 'NoLockWarning', 'locked',
+           'fingerprint', 'data_path', 'import_optional', 'provenance']
 
 # %% ../../nbs/5_workshop/01_files.ipynb #3029702f
 import contextlib
@@ -22,12 +23,14 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import filelock
+import numpy as np
 import platformdirs
 import torch
 from safetensors import SafetensorError
@@ -240,6 +243,11 @@ def output_files(out: Path | str, *suffixes: str, option: str = "--out") -> list
     return paths
 
 # %% ../../nbs/5_workshop/01_files.ipynb #95222791
+def mark_of(command: str) -> str:
+    "What stands in a picture, an archive or a page that a command of this package has written."
+    return f"cpsample {command}".strip()
+
+
 def _one_line(numbers: re.Match) -> str:
     return " ".join(numbers[0].split())
 
@@ -255,12 +263,16 @@ def write_json(path: Path | str, record: Any) -> None:
     Path(path).write_text(text + "\n")
 
 
-def write_picture(path: Path | str, fig: Any) -> None:
-    "Write a pyplot figure as PNG, straight to `path`, and close it."
+def write_picture(path: Path | str, fig: Any, command: str = "") -> None:
+    """Write a pyplot figure as PNG, straight to `path`, and close it.
+
+    command: that writes it, for its mark, see `is_written_by`.
+    """
     import matplotlib.pyplot as plt
 
     try:
-        fig.savefig(path, dpi=100, bbox_inches="tight")
+        metadata = {"Software": mark_of(command)}
+        fig.savefig(path, dpi=100, bbox_inches="tight", metadata=metadata)
     finally:
         plt.close(fig)
 
@@ -271,10 +283,10 @@ def save_json(path: Path | str, record: Any) -> None:
         write_json(temporary, record)
 
 
-def save_picture(path: Path | str, fig: Any) -> None:
+def save_picture(path: Path | str, fig: Any, command: str = "") -> None:
     "`write_picture`, whole or not at all."
     with atomic(path) as temporary:
-        write_picture(temporary, fig)
+        write_picture(temporary, fig, command)
 
 # %% ../../nbs/5_workshop/01_files.ipynb #9d6efc56
 def write_tensors(tensors: dict[str, Tensor], path: Path | str, header: dict[str, str]) -> None:
@@ -295,13 +307,76 @@ def write_tensors(tensors: dict[str, Tensor], path: Path | str, header: dict[str
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
+# %% ../../nbs/5_workshop/01_files.ipynb #b459f2bb
+def write_arrays(path: Path | str, command: str, **arrays: Any) -> None:
+    "Write arrays as a compressed .npz, straight to `path`, with the mark of a command."
+    np.savez_compressed(path, **arrays)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = mark_of(command).encode()
+
+
+def _is_marked(path: Path, command: str) -> bool:
+    "Whether an archive, a picture or a page bears the mark of a command."
+    mark = mark_of(command).encode()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == mark
+
+    # matplotlib's PNG, and the head of a page: the mark is at their very beginning.
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    in_picture, in_page = b"tEXtSoftware\0" + mark, b'name="generator" content="' + mark + b'"'
+    return in_picture in start or in_page in start
+
+
+def is_written_by(command: str, path: Path | str, *entries: str) -> bool:
+    """Whether a command of this package has written a file, as far as the file says so.
+
+    command: such as "sample".
+    path: of a picture, an archive, a page or a record.
+    entries: that a record of this command has; its `name` is the command.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file() or _is_marked(path, command):
+            return path.is_file()
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+        return False
+    is_ours = isinstance(record, dict) and record.get("name") == command
+    return is_ours and set(entries) <= record.keys()
+
+
+def refuse_foreign(command: str, paths: Sequence[Path | str], *entries: str) -> None:
+    """Raise ValueError where a file would be replaced that the command has not written.
+
+    paths: of the files that it is going to write. For the rest see `is_written_by`.
+    """
+    for path in paths:
+        if Path(path).exists() and not is_written_by(command, path, *entries):
+            raise ValueError(
+                f"{printable(path)} is there already, and this command has not written it: "
+                "give another name, or remove it"
+            )
+
 # %% ../../nbs/5_workshop/01_files.ipynb #f343d387
+def check_is_text(path: Path | str) -> None:
+    "Raise OSError for a path whose bytes are no UTF-8: safetensors can write there, and not read."
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        words = f"{printable(path)} is no name in UTF-8, and weights could not be read from there"
+        raise OSError(f"{words}: choose another name") from None
+
+
 def writable(folder: Path | str) -> Path:
     """Make `folder` and prove that it can be written, before any work is done.
 
-    Raises OSError, also for a path that begins with ~: a home folder that could not be found.
+    Raises OSError, also for a path that begins with ~, a home folder that could not be found, and
+    for one that is no UTF-8.
     """
     folder = Path(folder)
+    check_is_text(folder)
     if folder.parts[:1] and folder.parts[0].startswith("~"):
         raise OSError(
             f"there is no home folder for {printable(folder)}: give the path without ~ "

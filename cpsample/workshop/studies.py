@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['settings_of', 'differences', 'check_settings', 'Workspace', 'kept_record', 'cached_stage', 'claim_files',
-           'load_or_create', 'Study', 'measured', 'bring_tensors', 'results_on_file', 'run_study']
+           'load_or_create', 'Study', 'measured', 'check_tensors', 'bring_tensors', 'results_on_file', 'run_study']
 
 # %% ../../nbs/5_workshop/06_studies.ipynb #f3a89912
 import json
@@ -96,8 +96,8 @@ def kept_record(path: Path, what: str, *names: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
-    except (ValueError, OSError):
+        record = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, OSError, RecursionError):
         record = None
     if not isinstance(record, dict) or not set(names) <= record.keys():
         raise ValueError(
@@ -173,6 +173,8 @@ def load_or_create(
     settings: that they depend on, see `settings_of` (default: the name says it all).
     Raises ValueError when the file was made with other settings, or is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{printable(path)} is no file: remove it, and it is made again")
     if not path.exists():
         tensors = make()
         header = {} if settings is None else {"made_with": json.dumps(settings)}
@@ -212,6 +214,16 @@ def measured(make: Callable[[Workspace], dict], workspace: Workspace, command: s
     return {"command": command, **origin, "seconds": time.perf_counter() - start} | answer
 
 # %% ../../nbs/5_workshop/06_studies.ipynb #2a7c25b3
+def check_tensors(study: Study, workspace: Workspace, out: Path) -> None:
+    "Raise ValueError when tensors of somebody else lie in OUT under the name of a study."
+    path = out / f"{study.name}.safetensors"
+    is_stage = path.resolve() == (workspace.folder / path.name).resolve()
+    if path.exists() and not is_stage and not path.with_name(f"{study.name}.json").exists():
+        raise ValueError(
+            f"{printable(path)} is there and is not results of {study.name}: choose another folder"
+        )
+
+
 def bring_tensors(name: str, workspace: Workspace, out: Path) -> None:
     "Put the tensors that belong to a results file, NAME.safetensors, beside it, if there are any."
     made = workspace.folder / f"{name}.safetensors"
@@ -248,6 +260,7 @@ def run_study(
     parts = study.check(list(parts))
     path, command = writable(out) / f"{study.name}.json", command or "run_study"
     record = results_on_file(study, out)
+    check_tensors(study, workspace, out)
     if callable(study.parts):
         record = {"name": study.name, **measured(study.parts, workspace, command)}
         save_json(path, record)
