@@ -587,5 +587,5 @@ def fit_guard(
     # The labels follow from seed and index, so they need not be remembered.
     made = dict(n=len(members), steps=steps, seed=seed, t_max=t_learn)
     if reference is not None:
-        made["reference"] = sketch(reference)
+        made["reference"] = sketch(x[len(members) :])
     return _finished(classifier, schedule, members, settings, made)
