@@ -1134,7 +1134,7 @@ def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) 
 
 def strangers_for_attack(run: Path, others: str | None) -> Any:
     "Images that neither the model nor its guard has seen, at least 20: given, or of the run's set."
-    from cpsample.core.copying import leave_out_shared, refuse_shared
+    from cpsample.core.copying import leave_out_shared, nearness, refuse_shared, warn_of_near
     from cpsample.practice.runs import divide_non_members, members_of, read_like
 
     description, members, non_members = members_of(run)
@@ -1152,6 +1152,7 @@ def strangers_for_attack(run: Path, others: str | None) -> Any:
             "at least 20 images are needed that neither the model nor its guard has seen, "
             f"and {holder} {len(test)}: give more with --others"
         )
+    warn_of_near(nearness(test, members), "images for tests")
     return test
 
 
@@ -1170,6 +1171,7 @@ def attack_command(
 
     import torch
 
+    from cpsample.core.calibration import refuse_taught
     from cpsample.judgement.attacks import guard_attacks, published_attacks
     from cpsample.judgement.inference import attack_table, verdicts
     from cpsample.practice.runs import load_protected_run, members_of
@@ -1182,6 +1184,7 @@ def attack_command(
     protected = load_protected_run(run, unguarded, strength, device=place)
     model, schedule, _, guard, _ = protected
     members, test = members_of(run).members, strangers_for_attack(run, others)
+    refuse_taught(guard, test, f"--others {others}")
 
     def drawn(images):
         "At most `limit` of the images, at random, where the model is."

@@ -20,14 +20,16 @@ from cpsample.core.calibration import (
     distinct_images,
     first_silent_level,
     propose_scale,
+    refuse_taught,
     refuse_uncovered,
     share_above,
     share_interval,
     show_calibration,
     trained_below,
+    warn_of_taught,
 )
 from cpsample.core.classifier import certainty, coverage, is_certain, log_odds
-from cpsample.core.copying import SharedImagesWarning, proportion_ci
+from cpsample.core.copying import SharedImagesWarning, proportion_ci, share_of_sketch, sketch
 from cpsample.core.guard import Guard, fit_guard, push
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits, split, to_bytes
@@ -405,3 +407,37 @@ def test_held_out_images_that_are_nearly_members_are_counted():
         warnings.simplefilter("error", SharedImagesWarning)
         calibrate(covering(), digits[:100], digits[100:1100])
         calibrate(covering(), NEAR, NEAR + 1e-6)  # of points nothing can be said
+
+
+def test_a_guards_own_reference_images_are_known_again():
+    digits = load_digits()[0]
+    small = dict(steps=2, width=16, depth=1)
+    guard = fit_guard(digits[:20], S, digits[100:400], **small)
+    taught, fresh = digits[100:400], digits[500:900]
+
+    # As bytes, in another order, half of them: of the first 128 hashes about half are there.
+    for x in (taught, to_bytes(taught).flip(0), torch.cat([fresh, taught[::2]])):
+        with pytest.raises(ValueError, match=r"about \d+% of the images that the guard learned"):
+            refuse_taught(guard, x, "--others x")
+        with pytest.warns(SharedImagesWarning, match=r"\d+% of the guard's reference images"):
+            warn_of_taught(guard, x)
+
+    # Strangers, a guard without reference, one of last year's file, and none are let through.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for known in (guard, fit_guard(digits[:20], S, **small), planted(), None):
+            refuse_taught(known, fresh)
+        warn_of_taught(guard, fresh)
+    assert "reference" not in fit_guard(digits[:20], S, **small).made
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_a_sketch_knows_its_set_again(n, shared):
+    x = torch.arange(600.0).view(600, 1).repeat(1, 2)
+    known, shared = sketch(x[:n]), min(shared, n)
+    assert len(known) == min(n, 128) and known == sketch(x[:n].flip(0))
+    share = share_of_sketch(known, torch.cat([x[:shared], x[300:]]))
+    assert share == 1 if shared == n else share < 1 or n > 128
+    if n <= 128:
+        assert share == pytest.approx(shared / n)

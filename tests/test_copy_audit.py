@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu, norm
 from typer.testing import CliRunner
 
 import cpsample.judgement.copy_audit
-from cpsample.cli import app
+from cpsample.cli import app, strangers_for_attack
 from cpsample.core.copying import (
     CHANGES,
     RENDERINGS,
@@ -36,6 +36,7 @@ from cpsample.judgement.copy_audit import (
 from cpsample.judgement.repeats import Repeats, RepeatsWarning, duplicate_groups
 from cpsample.judgement.report import report_html
 from cpsample.practice.datasets import load_crops, load_fashion
+from cpsample.practice.runs import members_of
 from cpsample.workshop.files import data_path
 from cpsample.workshop.neighbours import nearest
 
@@ -511,3 +512,17 @@ def test_records_from_before_are_judged_as_before():
     for key in ("hidden", "same"):
         del audited.record[key]
     assert audited.verdict(0.2).passed
+
+
+def test_strangers_that_nearly_are_members_are_counted_before_an_attack(tmp_path):
+    "Of members that were saved again an attack would say that it cannot tell them from members."
+    run = tmp_path / "run"
+    assert call("train", "fashion-small", "--images", 16, "--tiny", "--out", run).exit_code == 0
+    members = members_of(run).members
+    near = (members.float() + 2).clamp(0, 255).byte()
+    np.save(tmp_path / "near.npy", torch.cat([to_bytes(REAL[:30]), near.flip(-1)]).numpy())
+    with pytest.warns(SharedImagesWarning, match="16 of 46 images for tests are nearly training"):
+        assert len(strangers_for_attack(run, str(tmp_path / "near.npy"))) == 46
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharedImagesWarning)
+        strangers_for_attack(run, None)

@@ -579,3 +579,106 @@ def test_a_run_remembers_how_its_pictures_became_squares(tmp_path):
     assert len(members) == 4 and (members[:, :, 0] == 0).all()
     result = CliRunner().invoke(app, ["train", "digits", "--out", "x", "--fit", "pad"])
     assert result.exit_code == 2
+
+
+def animated(path, n=4):
+    frames = [photo(9, 9) for _ in range(n)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_frames_after_the_first_are_left_out_aloud(tmp_path):
+    for name in ("a.gif", "b.tif", "c.webp", "d.png"):
+        animated(tmp_path / name)
+    animated(tmp_path / "e.mpo", 2)  # a camera's, with a preview
+    photo(9, 9).save(tmp_path / "f.png")
+    (x, _), words = only_warning(lambda: load_folder(tmp_path, 8))
+    assert (
+        len(x) == 6 and "frames after the first (4): a.gif [3], b.tif [3], c.webp [3], …" in words
+    )
+    with pytest.raises(OSError, match=r"not all of .* frames after the first \(4\)"):
+        load_folder(tmp_path, 8, strict=True)
+
+
+def test_hidden_pictures_and_arrays_are_left_out_aloud(tmp_path):
+    photo(9, 9).save(tmp_path / "a.png")
+    for folder in (".git", ".thumbnails", ".notes"):
+        (tmp_path / folder).mkdir()
+    photo(9, 9).save(tmp_path / ".git" / "x.png")
+    for junk in ("._a.png", ".DS_Store", ".notes/x.png", ".x.txt"):
+        (tmp_path / junk).write_bytes(b"\0\5\x16\7 nothing")
+    np.save(tmp_path / "labels.npy", np.zeros(9))
+    np.savez(tmp_path / "features.npz", f=np.zeros((9, 64)), names=np.array(["a"]))
+    (tmp_path / "broken.npy").write_bytes(b"junk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_folder(tmp_path, 8, strict=True)[0]) == 1
+
+    # What holds images.
+    (tmp_path / ".album" / "deep").mkdir(parents=True)
+    photo(9, 9).save(tmp_path / ".album" / "deep" / "x.png")
+    photo(9, 9).save(tmp_path / ".x.png")
+    np.save(tmp_path / "more.npy", BYTES)
+    (x, _), words = only_warning(lambda: load_folder(tmp_path, 8))
+    assert len(x) == 1 and "hidden (2): .album, .x.png" in words
+    assert "arrays, which are read when they are named (1): more.npy" in words
+    with pytest.raises(OSError, match=r"hidden \(2\)"):
+        load_folder(tmp_path, 8, strict=True)
+
+
+def test_the_content_tells_a_picture_whatever_its_name(tmp_path):
+    photo(9, 9).save(tmp_path / "a.png")
+    endings = "bak txt bin png~ pdf tmp mp4 zip csv old".split()
+    for ending in endings:
+        photo(9, 9).save(tmp_path / f"x.{ending}", "PNG")
+    for name, content in (
+        ("P5.txt", b"P5 and P6 are my notes"),
+        ("b.csv", b"BM,GM"),
+        ("c.bin", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+    (x, _), words = only_warning(lambda: load_folder(tmp_path, 8))
+    assert len(x) == 1 and "endings that Pillow does not read here (10)" in words
+
+
+def test_floats_of_one_folder_are_on_one_scale(tmp_path):
+    "One of them is nearly black, with no value above 1.4 of 255."
+    levels = {"a": 1.4, "b": 180.0, "c": 255.0}
+    for name, level in levels.items():
+        Image.fromarray(np.full((9, 9), level, np.float32)).save(tmp_path / f"{name}.tif")
+    x, _ = load_folder(tmp_path, 8, 1)
+    assert x.amax((1, 2, 3)).tolist() == [1, 180, 255]
+
+    # From 0 to 1, also where resizing went a little beyond.
+    for name, level in levels.items():
+        picture = np.full((9, 9), 1.02 * level / 255, np.float32)
+        Image.fromarray(picture).save(tmp_path / f"{name}.tif")
+    x, _ = load_folder(tmp_path, 8, 1)
+    assert x.amax((1, 2, 3)).tolist() == [1, 184, 255]
+
+
+def test_oblong_arrays_are_not_cut_in_silence(tmp_path):
+    np.save(tmp_path / "square.npy", BYTES)
+    np.save(tmp_path / "oblong.npy", RNG.integers(0, 256, (5, 8, 12, 3), dtype=np.uint8))
+    sources = {"generated": str(tmp_path / "oblong.npy"), "training": str(tmp_path / "square.npy")}
+    together, words = only_warning(lambda: read_together(sources))
+    assert "the 5 images in" in words and "not square (8×12), their middles are taken" in words
+    assert {x.shape[-2:] for x in together.images.values()} == {(8, 8)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fit in ("cut", "squash", "pad"):
+            read_together(sources, fit=fit)
+        read_together({"a": sources["generated"], "b": sources["generated"]})
+
+
+def test_a_size_holds_for_arrays_too(tmp_path):
+    np.save(tmp_path / "a.npy", BYTES)
+    together = read_together({"a": str(tmp_path / "a.npy"), "b": str(tmp_path / "a.npy")}, 4)
+    assert {x.shape[-2:] for x in together.images.values()} == {(4, 4)}
+    assert together.note == "Compared at 4 pixels; scaled to that: a (8), b (8)"
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (8, 5, 1), (64, 48, 4)])
+def test_one_picture_is_no_set(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="holds one picture, .* array.None. makes it one"):
+        load_array(tmp_path / "a.npy")

@@ -17,7 +17,14 @@ from cpsample.judgement.copy_audit import audit, auth_pct, c_t
 from cpsample.practice import datasets
 from cpsample.practice.datasets import load_cifar10, load_fashion
 from cpsample.practice.encoders import features, inception, inception_features, load_checked
-from cpsample.practice.quality_measures import _Features, kid, mifid, precision_recall, quality
+from cpsample.practice.quality_measures import (
+    _Features,
+    kid,
+    mifid,
+    precision_recall,
+    quality,
+    vendi_score,
+)
 from cpsample.workshop.files import import_optional
 
 G = torch.Generator().manual_seed(0)
@@ -277,3 +284,31 @@ def test_measures_of_zeros_are_numbers():
         warnings.simplefilter("error")
         assert frechet_distance(zeros, zeros) == mifid(zeros, zeros) == kid(zeros, zeros)[0] == 0
         assert mifid(zeros, A[:40, :8]) == pytest.approx(frechet_distance(zeros, A[:40, :8]))
+
+
+MEASURES = {
+    "frechet_distance": frechet_distance,
+    "kid": lambda a, b: kid(a, b, subsets=2, subset_size=30),
+    "precision_recall": precision_recall,
+    "mifid": mifid,
+    "vendi_score": lambda a, b: vendi_score(a) + vendi_score(b),
+    "auth_pct": auth_pct,
+    "c_t": lambda a, b: c_t(a, b, b),
+    "c_t, held out": lambda a, b: c_t(b, a, b),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_broken_features_are_refused_and_arrays_are_read(name):
+    "NaN would be a perfect score for one measure and the worst for another."
+    measure, a, b = MEASURES[name], A[:60], B[:60]
+    for broken in (torch.nan, torch.inf):
+        hole = a.clone()
+        hole[7, 3] = broken
+        for pair in ((hole, b), (b, hole), (torch.full_like(a, broken), b)):
+            with pytest.raises(ValueError, match="features hold NaN or infinity in .* rows, first"):
+                measure(*pair)
+    assert measure(a.numpy(), b.numpy()) == measure(a, b)
+    assert measure(a.half(), b.half()) == pytest.approx(measure(a, b), rel=0.05)
+    with pytest.raises(ValueError, match="features must be bytes or floating point, got torch.int"):
+        measure((100 * a).long(), b)

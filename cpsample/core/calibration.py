@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'propose_scale', 'trained_below', 'calibration_level',
            'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'rows_of_distinct',
-           'distinct_images', 'images_for', 'check_demands', 'UncoveredMemberWarning', 'UncoveredGuardError',
-           'check_asked', 'refuse_uncovered', 'shares_at', 'least_covered', 'asked_below', 'proposed_scale',
-           'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate', 'show_calibration']
+           'distinct_images', 'warn_of_taught', 'refuse_taught', 'images_for', 'check_demands',
+           'UncoveredMemberWarning', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'shares_at',
+           'least_covered', 'asked_below', 'proposed_scale', 'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate',
+           'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
 import math
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from .classifier import certainty, log_odds, logits_at
-from .copying import nearness, proportion_ci, refuse_shared, warn_of_near
+from cpsample.core.copying import (
+    SharedImagesWarning,
+    nearness,
+    proportion_ci,
+    refuse_shared,
+    share_of_sketch,
+    warn_of_near,
+)
 from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
@@ -184,11 +192,33 @@ def distinct_images(x: Tensor, name: str) -> Tensor:
     return x[unique_rows(x)]
 
 
+def warn_of_taught(guard: Guard, held_out: Tensor) -> None:
+    "Warn (`SharedImagesWarning`) when held-out images are a guard's own reference images."
+    share = share_of_sketch(guard.made.get("reference", []), held_out)
+    if share > 0:
+        warnings.warn(
+            f"about {share:.0%} of the guard's reference images are among the held-out ones, and "
+            "it has learned to stay undecided about them: give others",
+            SharedImagesWarning,
+            stacklevel=4,
+        )
+
+
+def refuse_taught(guard: Guard | None, x: Tensor, name: str = "these images") -> None:
+    "Raise ValueError when images that a guard should never have seen are its reference images."
+    share = 0.0 if guard is None else share_of_sketch(guard.made.get("reference", []), x)
+    if share > 0:
+        raise ValueError(
+            f"about {share:.0%} of the images that the guard learned to be undecided about are "
+            f"among {name}: give images that it never saw"
+        )
+
+
 def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct members and held-out images, checked, in the precision of the guard's classifier.
 
     Raises ValueError when held-out images are members, too, or of another shape; warns when some
-    nearly are.
+    nearly are, and when they taught the guard.
     """
     members = distinct_images(members, "training images")
     held_out = check_images(held_out, "held-out images", dtype=None)
@@ -198,6 +228,7 @@ def images_for(guard: Guard, members: Tensor, held_out: Tensor) -> tuple[Tensor,
             f"held-out images are {other_shape}, training images {shape}: give images of one shape"
         )
     refuse_shared(held_out, members)
+    warn_of_taught(guard, held_out)
     warn_of_near(nearness(held_out, members))
     return guard.cast(members), guard.cast(held_out)
 

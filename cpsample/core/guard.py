@@ -29,6 +29,7 @@ from cpsample.core.classifier import (
     refuse_nan,
     training_set,
 )
+from .copying import sketch
 from .ddpm import has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, same_levels, signal_noise
@@ -585,4 +586,6 @@ def fit_guard(
 
     # The labels follow from seed and index, so they need not be remembered.
     made = dict(n=len(members), steps=steps, seed=seed, t_max=t_learn)
+    if reference is not None:
+        made["reference"] = sketch(x[len(members) :])
     return _finished(classifier, schedule, members, settings, made)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from cpsample.core.copying import (
     warn_of_near,
 )
 from ..core.digit_encoder import frechet_distance
-from ..core.images import check_images, warn_of_difference
+from ..core.images import check_images, check_pair, warn_of_difference
 from cpsample.judgement.repeats import (
     duplicate_groups,
     find_repeats,
@@ -91,8 +91,9 @@ def auth_pct(f: Tensor, f_train: Tensor) -> float:
 
     f [n, D], f_train [N, D]: features of generated and of training images.
     Authentic is a row that is farther from its nearest training row than that row's own nearest
-    neighbour is.
+    neighbour is. Raises ValueError for NaN or infinity.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
     d, rows = nearest(f, f_train, 1)  # [n, 1]
     hit, which = rows[:, 0].unique(return_inverse=True)
     d_of_hit, _ = nearest(f_train[hit], f_train, 2)  # its first neighbour is itself
@@ -129,8 +130,11 @@ def c_t(
     cells: k-means cells of the training set, in each of which the distances are compared.
     least: a cell with fewer generated or held-out rows is left out; None if all are.
     seed: of k-means.
+    Raises ValueError for NaN or infinity.
     Source: Meehan et al. 2020.
     """
+    f, f_train = check_pair(f, f_train, "features", "training features")
+    f_held_out, _ = check_pair(f_held_out, f_train, "held-out features", "training features")
     kmeans = KMeans(min(cells, len(f_train)), n_init=3, random_state=seed)
     with warnings.catch_warnings():
         # Of fewer different rows than cells, some cells are empty, and left out below.
@@ -409,6 +413,38 @@ def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
     return _Duplicates(radius, groups, different)
 
 
+def _doubts(
+    generated: Tensor, different: Tensor, radius: float, *, flips: bool, seed: int
+) -> dict[str, dict]:
+    """Copies that are hidden, and how many generated images are the same: for the record.
+
+    different: training images without repeats.
+    radius: how near repeats are.
+    """
+    hidden = hidden_copies(generated, different, limit=500, seed=seed)
+    warn_of_hidden_copies(hidden, "generated images")
+    largest = int(duplicate_groups(generated, radius, flips).bincount().max())
+    return {"hidden": hidden._asdict(), "same": {"largest": largest, "n": len(generated)}}
+
+
+def _reports(
+    sets: dict[str, Tensor], groups: Tensor, f: dict[str, Tensor], **search: Any
+) -> tuple[dict[str, dict[str, CopyReport]], dict[str, Tensor]]:
+    """What `copy_reports` says of each set but the training images, {set: …}: two dicts.
+
+    sets, f: {set: images or features}.
+    groups [N]: of the training images.
+    search: of `copy_reports`.
+    """
+    reports, distances = {}, {}
+    for name, x in sets.items():
+        if name != "training":
+            reports[name], distances[name] = copy_reports(
+                x, sets["training"], groups, f[name], f["training"], **search
+            )
+    return reports, distances
+
+
 def _closest_pairs(report: CopyReport, generated: Tensor, training: Tensor) -> Tensor:
     "The twelve generated images of the smallest score, and their originals: [2, 12, C, H, W]."
     closest = report.score.argsort()[:12]
@@ -462,20 +498,9 @@ def audit(
     space, embed = feature_space(different, space)
     f = {name: embed(x) for name, x in sets.items()}
     search = {"flips": flips, "progress": progress, "backend": backend}
-    reports, distances = {}, {}
-    for name, x in sets.items():
-        if name != "training":
-            reports[name], distances[name] = copy_reports(
-                x, training, groups, f[name], f["training"], **search
-            )
-
+    reports, distances = _reports(sets, groups, f, **search)
     if held_out is not None:
         warn_of_near(reports["held-out"]["ratio"].score)
-
-    # Does anything hide copies?
-    hidden = hidden_copies(sets["generated"], different, limit=500, seed=seed)
-    warn_of_hidden_copies(hidden, "generated images")
-    same = duplicate_groups(sets["generated"], duplicates.radius, flips).bincount().max()
 
     # What would the tests miss? And everything else that goes on record.
     record = {
@@ -487,8 +512,7 @@ def audit(
         "sets": {name: {"n": len(x), "fingerprint": fingerprint(x)} for name, x in sets.items()},
         "duplicates": duplicates.numbers(),
         "tests": _test_numbers(reports),
-        "hidden": hidden._asdict(),
-        "same": {"largest": int(same), "n": len(sets["generated"])},
+        **_doubts(sets["generated"], different, duplicates.radius, flips=flips, seed=seed),
         "finds": sensitivity(training, groups, embed, f["training"], flips=flips, seed=seed),
         **_other_measures(f, duplicates.different, limit=limit, seed=seed),
     }

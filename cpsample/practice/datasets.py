@@ -174,16 +174,17 @@ def picture_endings() -> set[str]:
     return {ending for ending, kind in endings.items() if kind in _FORMATS}
 
 
-def _opened(path: Path | str) -> Image.Image:
+def _opened(path: Path | str, formats: Iterable[str] = _FORMATS) -> Image.Image:
     """A picture, opened and not yet read.
 
+    formats: that it may have.
     Raises OSError for what is no regular file, ValueError for a bomb: a small file that claims to
     be a huge picture. (Pillow refuses huge ones, too, but only those of 179 million pixels.)
     """
     if not Path(path).is_file():  # a pipe would be waited for, for ever
         raise OSError("it is no regular file")
     Image.init()
-    image = Image.open(path, formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+    image = Image.open(path, formats=[kind for kind in formats if kind in Image.OPEN])
 
     # No compression of a picture that somebody took comes near this.
     claimed, size = math.prod(image.size), Path(path).stat().st_size
@@ -193,10 +194,13 @@ def _opened(path: Path | str) -> Image.Image:
     return image
 
 
-def _white_level(values: np.ndarray, mode: str, kind: str | None) -> float:
+def _white_level(
+    values: np.ndarray, mode: str, kind: str | None, white_of_floats: float | None
+) -> float:
     """The value that stands for white in a picture of more than eight bits.
 
     mode, kind: of the picture, as Pillow calls them.
+    white_of_floats: 1 or 255 where it is known (default: the picture's brightest pixel tells).
     Raises ValueError where nothing tells it.
     """
     low, high = values.min(), values.max()
@@ -209,7 +213,7 @@ def _white_level(values: np.ndarray, mode: str, kind: str | None) -> float:
             raise ValueError(
                 f"its values from {low:.3g} to {high:.3g} are neither 0 to 1 nor bytes"
             )
-        return 1 if high <= 1.5 else 255
+        return white_of_floats or (1 if high <= 1.5 else 255)
 
     # The range of the type, which all pictures of a set share. (PNG and PPM have no 32 bits.)
     if mode.startswith("I;16") or kind in ("PNG", "PPM"):
@@ -240,22 +244,31 @@ class _Picture(NamedTuple):
     pixels [C, size, size]: bytes.
     width, height: of the picture in the file.
     peak: the largest value of one of 16 bits, else None.
+    brightest: the largest value of one of floats, else None.
+    frames: how many the file holds.
     """
 
     pixels: Tensor
     width: int
     height: int
     peak: int | None
+    brightest: float | None
+    frames: int
 
 
-def _read_picture(path: Path | str, size: int, channels: int, fit: str) -> _Picture:
-    "See `read_image`."
-    peak = None
+def _read_picture(
+    path: Path | str, size: int, channels: int, fit: str, *, white_of_floats: float | None = None
+) -> _Picture:
+    "See `read_image` and `_white_level`."
+    peak = brightest = None
     with _opened(path) as opened:
+        # A camera's second frame is a preview or a map of depths, not another picture.
+        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image, dtype=np.float64)
-            white = _white_level(values, image.mode, opened.format)
+            white = _white_level(values, image.mode, opened.format, white_of_floats)
+            brightest = float(values.max()) if image.mode == "F" else None
             peak = int(values.max()) if white == 65535 else None
             scaled = (values * (255 / white)).clip(0, 255).round()
             image = Image.fromarray(scaled.astype(np.uint8))
@@ -265,7 +278,8 @@ def _read_picture(path: Path | str, size: int, channels: int, fit: str) -> _Pict
 
     # The file is closed; what remains is one square.
     square = np.array(_as_square(image, size, fit)).reshape(size, size, channels)
-    return _Picture(torch.from_numpy(square).permute(2, 0, 1), *image.size, peak)
+    pixels = torch.from_numpy(square).permute(2, 0, 1)
+    return _Picture(pixels, *image.size, peak, brightest, frames)
 
 
 def read_image(path: Path | str, size: int, channels: int = 3, *, fit: str = "cut") -> Tensor:
@@ -308,8 +322,17 @@ class _Findings:
     def skip(self, path: Path, reason: str, more: str = "") -> None:
         self.skipped.setdefault(reason, {})[path] = more
 
-    def see(self, picture: _Picture) -> None:
+    def skip_broken(self, path: Path, error: Exception, strict: bool) -> None:
+        "Note a picture that cannot be read, or raise OSError where all are wanted."
+        if strict:
+            reason = f"cannot be read as an image: {_reason(error)}"
+            raise OSError(f"{printable(path)} {reason}") from error
+        self.skip(path, "cannot be read as images", f"[{_reason(error)}]")
+
+    def see(self, path: Path, picture: _Picture) -> None:
         "Note what is unusual about a picture that was read."
+        if picture.frames > 1:
+            self.skip(path, "frames after the first", f"[{picture.frames - 1}]")
         self.oblong += max(picture.width, picture.height) > 1.05 * min(
             picture.width, picture.height
         )
@@ -324,6 +347,12 @@ class _Findings:
     def is_complete(self) -> bool:
         "Whether all pictures are among those that are read; what runs wrote is none of them."
         return self.skipped.keys() <= _OF_RUNS
+
+    def refuse_incomplete(self, strict: bool) -> None:
+        "Raise OSError if all pictures are wanted and some are not among those that are read."
+        if strict and not self.is_complete:
+            folder = printable(self.folder)
+            raise OSError(f"not all of {folder} can be read: {self.skipped_words()}")
 
     def skipped_words(self) -> str:
         "What was skipped: each reason, how many files, the names of the first."
@@ -359,6 +388,7 @@ class _Findings:
             )
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #b6aab1a1
+_OF_PROGRAMS = {".git", ".svn", ".cache", ".thumbnails", ".ipynb_checkpoints", ".Trash"}
 _UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw", ".psd", ".exr", ".hdr"}
 
 
@@ -370,6 +400,17 @@ def _is_run(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and {"data", "fingerprint"} <= record.keys()
+
+
+def _holds_pictures(path: Path) -> bool:
+    "Whether a hidden file is a picture, or a hidden folder, if it is no program's, holds one."
+    if path.name in _OF_PROGRAMS:
+        return False
+    try:
+        files = path.rglob("*") if path.is_dir() else [path]
+        return any(file.suffix.lower() in picture_endings() and _opens(file) for file in files)
+    except OSError:  # a folder that cannot be opened
+        return False
 
 
 def _files_below(findings: _Findings) -> list[Path]:
@@ -388,6 +429,9 @@ def _files_below(findings: _Findings) -> list[Path]:
             findings.skip(folder, "folders of runs")
         elif place not in seen:
             visible = [path for path in entries if not path.name.startswith(".")]
+            for path in entries:
+                if path.name.startswith(".") and _holds_pictures(path):
+                    findings.skip(path, "hidden")
             inside = [path for path in visible if path.is_dir()]
             files += [path for path in visible if not path.is_dir()]
             linked += [path for path in inside if path.is_symlink()]
@@ -396,18 +440,34 @@ def _files_below(findings: _Findings) -> list[Path]:
     return sorted(files, key=Path.as_posix)
 
 
+# Formats that bytes of another kind cannot seem to be.
+_UNMISTAKABLE = "PNG JPEG GIF WEBP TIFF AVIF JPEG2000 QOI".split()
+
+
+def _opens(path: Path, formats: Iterable[str] = _FORMATS) -> bool:
+    "Whether a file's content is that of a picture in one of these formats."
+    try:
+        _opened(path, formats).close()
+    except Exception:  # whatever a parser raises of bytes that are no picture
+        return False
+    return True
+
+
 def _looks_like_picture(path: Path) -> bool:
     "Whether a file whose ending is not read is a picture all the same, by its name or its content."
     kind, _ = mimetypes.guess_type(path.name)
     if path.suffix.lower() in _UNREAD or (kind or "").startswith("image/"):
         return True
-    if kind is not None or not path.is_file():
-        return False
+    return _opens(path, _FORMATS if kind is None else _UNMISTAKABLE)
+
+
+def _holds_image_array(path: Path) -> bool:
+    "Whether this is a .npy or .npz file with an array that may be images."
     try:
-        _opened(path).close()
-    except Exception:  # whatever a parser raises of bytes that are no picture
+        claims = _claims(path) if path.is_file() else {}
+    except Exception:  # whatever a parser raises of broken bytes
         return False
-    return True
+    return any(claim.is_image_like for claim in claims.values())
 
 
 def _image_paths(findings: _Findings) -> list[Path]:
@@ -421,6 +481,9 @@ def _image_paths(findings: _Findings) -> list[Path]:
             paths.append(path)
         elif path.suffix.lower() in endings:
             findings.skip(path, "no regular files")
+        elif path.suffix.lower() in (".npy", ".npz"):
+            if _holds_image_array(path):
+                findings.skip(path, "arrays, which are read when they are named")
         elif _looks_like_picture(path):
             findings.skip(path, "endings that Pillow does not read here")
 
@@ -477,6 +540,16 @@ def _check_room(folder: Path | str, n: int, channels: int, size: int) -> None:
         )
 
 
+def _too_bright(brightest: list[float | None]) -> list[int]:
+    """The rows of pictures that were taken for floats from 0 to 1, beside others up to 255.
+
+    brightest: of each picture the largest value, None where it holds no floats.
+    """
+    of_floats = {row: high for row, high in enumerate(brightest) if high is not None}
+    is_of_bytes = max(of_floats.values(), default=0) > 10
+    return [row for row, high in of_floats.items() if is_of_bytes and high <= 1.5]
+
+
 def _tell(findings: _Findings, n_read: int, n_paths: int, fit: str | None) -> None:
     "Warn of what was left out: in silence, nothing is. Raises ValueError when that is everything."
     for message in findings.warnings(n_read, fit):
@@ -509,33 +582,33 @@ def load_folder(
     _check_source(folder, channels, fit)
     findings = _Findings(Path(folder))
     paths = _image_paths(findings)
-    if strict and not findings.is_complete:
-        raise OSError(f"not all of {printable(folder)} can be read: {findings.skipped_words()}")
+    findings.refuse_incomplete(strict)
 
     # Is there room for all of them, at the size that was asked for or at that of the first?
-    if size is not None:
-        _check_room(folder, len(paths), channels, size)
+    _check_room(folder, len(paths), channels, size or 0)
 
     # Each picture is read, or noted as one that cannot be.
-    images, readable = [], []
+    images, readable, brightest = [], [], []
     for path in tqdm(paths, desc="reading", disable=not progress):
         try:
             size = _shorter_side(path) if size is None else size
             read = partial(_read_picture, path, size, channels, fit or "cut")
             picture = _quietly(read, path, findings)
         except Exception as error:
-            if strict:
-                reason = f"cannot be read as an image: {_reason(error)}"
-                raise OSError(f"{printable(path)} {reason}") from error
-            findings.skip(path, "cannot be read as images", f"[{_reason(error)}]")
+            findings.skip_broken(path, error, strict)
             continue
         if not images:
             _check_room(folder, len(paths), channels, size)
         images.append(picture.pixels)
         readable.append(path)
-        findings.see(picture)
+        findings.see(path, picture)
+        brightest.append(picture.brightest)
 
-    # What was left out is told.
+    # Floats of one folder are on one scale; what was left out is told.
+    for row in _too_bright(brightest):
+        again = partial(_read_picture, readable[row], size, channels, fit or "cut")
+        images[row] = again(white_of_floats=255).pixels
+    findings.refuse_incomplete(strict)
     _tell(findings, len(images), len(paths), fit)
     return torch.stack(images), readable
 
@@ -724,6 +797,11 @@ def load_array(path: Path | str) -> Tensor:
     """
     path, name = file_and_array(path)
     array = _image_array(path, name)
+    if array.ndim == 3 and array.shape[2] <= 4 < array.shape[1]:
+        raise ValueError(
+            f"{printable(path)} holds one picture, {array.shape}, where a set of them is needed: "
+            "array[None] makes it one"
+        )
     with np.errstate(over="ignore"):
         floats = np.ascontiguousarray(array, dtype=np.float32)
     x = _channels_first(torch.from_numpy(floats))
@@ -838,6 +916,34 @@ def _is_folder(data: str) -> bool:
     return data not in IMAGE_SETS and Path(data).is_dir()
 
 
+def _sides(
+    sources: Mapping[str, str], images: Mapping[str, Tensor], size: int | None
+) -> dict[str, int]:
+    """{name: shorter side in pixels} of all sources.
+
+    images: {name: [N, C, H, W]} of those that are arrays; folders are known by their first picture,
+        or are read at `size`.
+    """
+    sides = {name: min(x.shape[-2:]) for name, x in images.items()}
+    for name, data in sources.items():
+        if name not in images:
+            sides[name] = size or _side_of(Path(data))
+    return sides
+
+
+def _warn_of_oblong(x: Tensor, data: str, fit: str | None) -> None:
+    "Warn that the images x of an array are cut to squares, unless a fit says how they are meant."
+    height, width = x.shape[-2:]
+    if fit is None and max(height, width) > 1.05 * min(height, width):
+        warnings.warn(
+            f"the {len(x)} images in {printable(data)} are not square ({height}×{width}), their "
+            "middles are taken: fit 'squash' or 'pad' keeps all of them, 'cut' says that this is "
+            "meant",
+            ImageFileWarning,
+            stacklevel=3,
+        )
+
+
 def _scaled_words(sides: dict[str, int], side: int) -> str:
     "Which sets, of {name: side in pixels}, are compared at another size than their own."
     others = [f"{name} ({own})" for name, own in sides.items() if own != side]
@@ -855,31 +961,29 @@ def read_together(
     """Images to be compared, read at one size: that of the smallest.
 
     sources: {name: what `read_data` takes}.
-    size: side of the squares (default: the shortest of the first images of all sets).
+    size: side of the squares, of arrays too (default: the shortest of the first images of all
+        sets).
     like [N, C, H, W]: images that are there already, which the others have to match.
-    fit, strict: see `load_folder`.
+    fit, strict: see `load_folder`; of arrays that are not square the middle is taken, too.
     Raises ValueError for what cannot be read.
     """
     is_folder = {name: _is_folder(data) for name, data in sources.items()}
     images = {name: read_data(data) for name, data in sources.items() if not is_folder[name]}
     known = [*images.values()] if like is None else [like, *images.values()]
 
-    # Arrays have their sizes; those of folders are known by their first picture.
-    sides = {name: min(x.shape[-2:]) for name, x in images.items()}
-    for name, data in sources.items():
-        if is_folder[name]:
-            sides[name] = size or _side_of(Path(data))
-    if not any(is_folder.values()) and len({x.shape[-2:] for x in known}) == 1:
+    sides = _sides(sources, images, size)
+    if not any(is_folder.values()) and not size and len({x.shape[-2:] for x in known}) == 1:
         return SameSize(images, note="")
 
     # Pillow scales pictures, what is an array already is scaled here.
-    smallest = min(sides.values()) if like is None else like.shape[-1]
+    smallest = (size or min(sides.values())) if like is None else like.shape[-1]
     channels = known[0].shape[1] if known else 3
     together = {}
     for name, data in sources.items():
         if is_folder[name]:
             x = read_data(data, smallest, channels, fit=fit, strict=strict)
         else:
+            _warn_of_oblong(images[name], data, fit)
             x = resized(images[name], smallest, fit=fit or "cut")
         together[name] = x
     return SameSize(together, _scaled_words(sides, smallest))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.digit_encoder import frechet_distance
+from ..core.images import check_images, check_pair
 from .encoders import features
 from ..workshop.files import import_optional
 
@@ -51,8 +52,10 @@ def kid(
     subsets: how many are drawn (default 100; 1 where all would be the same).
     subset_size: rows in each (default 1000, or all there are).
     seed: of the subsets.
+    Raises ValueError for NaN or infinity.
     Source: Bińkowski et al. 2018.
     """
+    a, b = check_pair(a, b, "features", "other features")
     size = min(subset_size, len(a), len(b))
     if size == len(a) == len(b):
         subsets = 1
@@ -70,8 +73,10 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
 
     generated, real: features [n, D] and [m, D].
     k: balls reach to the k-th neighbour (default 3).
+    Raises ValueError for NaN or infinity.
     Source: Kynkäänniemi et al. 2019.
     """
+    generated, real = check_pair(generated, real, "features", "real features")
     library = import_optional("torch_fidelity.metric_prc", "metrics")
     as_doubles = generated.double().cpu(), real.double().cpu()
     return library.calculate_precision_recall_part(*as_doubles, k)
@@ -82,8 +87,11 @@ def mifid(generated: Tensor, training: Tensor, tau: float = 0.1) -> float:
 
     generated, training: features [n, D] and [m, D].
     tau: mean cosine distance from which on nothing is memorised (default 0.1, Inception's).
+    Raises ValueError for NaN or infinity.
     Source: Bai et al. 2021.
     """
+    generated, training = check_pair(generated, training, "features", "training features")
+
     # Rows of zeros have no direction; where there are no others, nothing is memorised by cosine.
     if not generated.any() or not training.any():
         return frechet_distance(generated, training)
@@ -129,9 +137,10 @@ def quality(
 def vendi_score(features: Tensor) -> float:
     """How many different images there are, from 1 (all the same) to n (all orthogonal).
 
-    features [n, D]; their cosine is the similarity.
+    features [n, D]; their cosine is the similarity. Raises ValueError for NaN or infinity.
     Source: Friedman & Dieng 2023, eq. 2.
     """
+    features = check_images(features, "features", dtype=None)
     f = F.normalize(features.double(), dim=1)
     eigenvalues = torch.linalg.eigvalsh(f.T @ f / len(f))  # those of K/n, but for zeros
     share = eigenvalues.clamp(min=1e-15)
