@@ -14,6 +14,8 @@ PLACES = {
     "Guard": "core.guard",
     "fit_guard": "core.guard",
     "calibrate": "core.calibration",
+    "recognise": "core.recognition",
+    "calibrate_check": "core.recognition",
     "protect": "front_door",
     "load_guard": "core.guard_files",
     "save_guard": "core.guard_files",
