@@ -42,7 +42,8 @@ def protect(model: Any, guard: Any, **options: Any) -> Any:
     model: a denoiser `model(x_t, t) -> eps`, of which a protected one is returned; or a pipeline
         of diffusers, which is protected in place (see `protect_pipeline` for what is returned).
     guard: a `Guard`, trained for this model or pipeline.
-    options: of `protect_pipeline`.
+    options: of `protect_pipeline`, such as accept=True: what the guard recognises of the images
+        is drawn anew. A denoiser cannot do that: ValueError.
     Source: CPSample, section 4.
     """
     if hasattr(model, "scheduler"):

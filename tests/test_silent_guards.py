@@ -624,3 +624,15 @@ def test_a_guard_that_calibrate_refused_says_so_when_it_protects(schedule):
     with pytest.raises(UncoveredGuardError):
         calibrate(guard, held_out, members)
     assert not guard.calibrated
+
+
+def test_protect_says_which_way_round_and_for_which_shape(schedule):
+    guard = Guard(seeded(0, lambda: MLPClassifier((1, 4, 4), K=2, width=8, depth=1)), schedule)
+    for swapped in (lambda: protect(guard, zero_eps), lambda: protect(zero_eps, zero_eps)):
+        with refused("takes a denoiser and a Guard, in this order"):
+            swapped()
+
+    # The guard is asked about shapes before a network of another shape says it in its own words.
+    network = seeded(0, lambda: MLPDenoiser((1, 4, 4), width=8, depth=1))
+    with refused(r"knows images of shape \(1, 4, 4\), the model draws \(3, 4, 4\)"):
+        generate(protect(network, guard), schedule, (3, 4, 4), 2)

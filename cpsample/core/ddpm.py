@@ -398,8 +398,6 @@ def final_sample(steps: Iterable[SampleStep]) -> Tensor:
 # %% ../../nbs/1_core/04_ddpm.ipynb #ad217911
 def _rows_of(rows, n):
     "The rows to draw, int64 [R]: of all n or those asked for. Raises ValueError for others."
-    if n < 1:
-        raise ValueError(f"the number of images must be at least 1, got {n}")
     wanted = [operator.index(row) for row in (range(n) if rows is None else rows)]
     if len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(n)):
         raise ValueError(f"rows must be different whole numbers within 0 … {n - 1}")
@@ -520,17 +518,24 @@ def draw_accepted(
     Raises ValueError for impossible numbers and where `accept` returns anything but a bool per
     image; FloatingPointError when samples are not finite.
     """
+    n = whole_number(n, "the number of images", 1)
+    chunk = n if chunk is None else whole_number(chunk, "chunk", 1)
+    tries = whole_number(tries, "tries", 1, most=MOST_TRIES)
     rows, levels = _rows_of(rows, n), timesteps(schedule.T, steps)
-    if not 1 <= tries <= MOST_TRIES:
-        raise ValueError(f"tries must be between 1 and {MOST_TRIES}, got {tries}")
     _verdict(accept, torch.zeros(2, *shape, device=device))
 
     # Rows by number, each from noise of its own, and the refused ones again.
-    options = {"seed": seed, "steps": levels, "eta": eta, "clip": clip, "device": device}
+    options = {
+        "seed": checked_seed(seed),
+        "steps": levels,
+        "eta": eta,
+        "clip": clip,
+        "device": device,
+    }
     walk_rows = partial(_walk_rows, model, schedule, shape, n, **options)
     drawn = _nothing_yet(len(rows), shape)
     with tqdm(desc="sampling", disable=not progress) as bar:
-        options = {"tries": tries, "chunk": chunk or n, "calls": len(levels), "bar": bar}
+        options = {"tries": tries, "chunk": chunk, "calls": len(levels), "bar": bar}
         _until_accepted(walk_rows, accept, rows, drawn, **options)
 
     if accept is not None:

@@ -211,6 +211,11 @@ class Corrector:
 # %% ../../nbs/1_core/11_protection.ipynb #05e7c3b9
 def _check_protectable(model: Denoiser, guard: Guard) -> None:
     "Raise ValueError when a model draws other images than a guard knows, or has this very guard."
+    if isinstance(model, Guard) or not isinstance(guard, Guard):
+        raise ValueError(
+            f"protect(model, guard) takes a denoiser and a Guard, in this order, "
+            f"got {type(model).__name__} and {type(guard).__name__}"
+        )
     config = getattr(model, "config", None)
     if isinstance(config, dict) and "shape" in config:
         check_guard_fits(guard, shape=config["shape"])
@@ -268,6 +273,7 @@ class Protected(nn.Module):
         return self._answer(self.model, x_t, t)
 
     def _answer(self, model: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+        check_guard_fits(self.guard, shape=x_t.shape[1:])
         eps = model(x_t, t)
         _check_prediction(eps, x_t)
         refuse_training(model, eps)
@@ -330,8 +336,9 @@ class Protected(nn.Module):
 def protect(model: Denoiser, guard: Guard, *, accept: Any = None) -> Protected:
     """The same denoiser with the guard in front of its training images.
 
-    model: (x_t, t) → eps. On certain rows the result gives eps − s·√(1−ᾱ_t)·push, elsewhere eps;
-        any sampler takes it, and no gradient flows through the push.
+    model: (x_t, t) → eps. On certain rows the result gives eps − s·√(1−ᾱ_t)·push or, of a guard
+        that looks at predictions, the noise of a moved prediction, elsewhere eps; any sampler
+        takes it, and no gradient flows through what is changed.
     guard: its `schedule` must be the model's own. Warns (`UncalibratedGuardWarning`) when nobody
         has measured what it covers, see `calibrate`.
     accept: belongs to `generate`, or to the protection of a pipeline; ValueError is raised for it.

@@ -9,13 +9,14 @@ __all__ = ['SCHEDULES', 'MOST_TRIES', 'Schedule', 'linear_betas', 'cosine_betas'
 
 # %% ../../nbs/1_core/01_schedule.ipynb #dbf52bbb
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
+
+from ..workshop.seeds import checked_seed
 
 # %% ../../nbs/1_core/01_schedule.ipynb #51241307
 @dataclass(frozen=True, eq=False)
@@ -197,7 +198,7 @@ def row_seeds(seed: int, rows: Sequence[int], tries: Sequence[int]) -> list[int]
             raise ValueError(f"{name} must lie within 0 … {end - 1}, got {got}")
 
     # Hashed with one such number, a seed becomes another for each of them.
-    entropy = operator.index(seed) % 2**64
+    entropy = checked_seed(seed) % 2**64
     seeds = []
     for row, earlier in zip(rows, tries, strict=True):
         number = row + _MOST_ROWS * earlier
