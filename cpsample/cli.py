@@ -981,7 +981,7 @@ _AuditSize = Annotated[
     int | None,
     typer.Option(
         callback=_SIDE,
-        help="Side of the squares that images of folders are cut to "
+        help="Side of the squares that all images are brought to "
         "(default: as the smallest of the sets has them).",
     ),
 ]
