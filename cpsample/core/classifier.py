@@ -276,7 +276,9 @@ def training_set(
     reference = check_images(reference, "reference images", dtype=dtype)
     if reference.shape[1:] == members.shape[1:]:
         warn_of_difference(reference, members, "reference images", "members")
-        warn_of_twins(reference, members)
     if one_sided:
-        return with_reference(members, torch.ones_like(labels), reference, target=0)
-    return with_reference(members, labels, reference)
+        learned = with_reference(members, torch.ones_like(labels), reference, target=0)
+    else:
+        learned = with_reference(members, labels, reference)
+    warn_of_twins(reference, members)
+    return learned
