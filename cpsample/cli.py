@@ -8,10 +8,10 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'PlainStream', 'plain_streams', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
            'refuse_ignored', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'given', 'training_config',
            'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'check_sheets', 'train_command', 'typed',
-           'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'guard_command', 'check_memory', 'sample_command',
-           'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'end_with', 'print_audit',
-           'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment',
-           'reproduce_study', 'reproduce_command']
+           'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'check_guard_of_run', 'guard_command',
+           'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run',
+           'end_with', 'print_audit', 'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command',
+           'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -672,11 +672,20 @@ _GuardTMax = Annotated[
         "1000 where few images come again and again).",
     ),
 ]
+_GuardCheck = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Only calibrate what the guard of RUN recognises in finished images, which "
+        "`accept` asks; its model draws some for that.",
+    ),
+]
 _GuardWanted = Annotated[
     float | None,
     typer.Option(
         callback=between(0.01, 1),
-        help="Share of the training images that it has to cover (default: 0.95).",
+        help="Share of the training images that it has to cover (default: 0.95), or with --check "
+        "of their copies that it has to recognise (0.99).",
     ),
 ]
 
@@ -778,6 +787,31 @@ def print_coverage(guard: Any, out: Path) -> None:
     )
 
 
+def check_guard_of_run(
+    run: Path | None,
+    reference: Path | None,
+    wanted: float | None,
+    device: str | None,
+    **ignored: Any,
+) -> None:
+    "Calibrate what the guard of a run recognises, and say how well it does."
+    if run is None:
+        raise ValueError("--check takes the folder of a run: cpsample guard RUN --check")
+    refuse_ignored("--check trains nothing", **ignored)
+    from cpsample.practice.runs import calibrate_check_of_run, read_like, run_of
+
+    # The model draws what its copies look like; nothing is trained.
+    others = read_like(run_of(run), str(reference)) if reference else None
+    options = given(wanted=wanted)
+    guard = calibrate_check_of_run(run, others, device=on_device(device), **options)
+    report = guard.recognition
+    print(
+        f"Recognises {report['coverage']['share']:.1%} of {report['coverage']['n']} copies and "
+        f"{report['false_alarms']['share']:.1%} of {report['false_alarms']['n']} unseen images: "
+        f"{shown(run / 'guard.safetensors')}"
+    )
+
+
 @app.command("guard")
 def guard_command(
     run: _GuardRun = None,
@@ -789,6 +823,7 @@ def guard_command(
     out: _GuardOut = None,
     t_max: _GuardTMax = None,
     wanted: _GuardWanted = None,
+    check: _GuardCheck = False,
     device: Device = None,
 ) -> None:
     """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
@@ -800,6 +835,11 @@ def guard_command(
     if run is not None:
         reason = "a run knows its images, and its guard lies in its folder"
         refuse_ignored(reason, data=data, out=out)
+
+    # What is trained already can be asked what it recognises.
+    if check:
+        check_guard_of_run(run, reference, wanted, device, steps=steps, t_max=t_max)
+        return
 
     # A pipeline has its own space; a run has its own images. Either can be continued.
     settings = given(t_max=t_max, wanted=wanted)
@@ -941,7 +981,7 @@ _AuditSize = Annotated[
     int | None,
     typer.Option(
         callback=_SIDE,
-        help="Side of the squares that images of folders are cut to "
+        help="Side of the squares that all images are brought to "
         "(default: as the smallest of the sets has them).",
     ),
 ]

@@ -14,6 +14,8 @@ PLACES = {
     "Guard": "core.guard",
     "fit_guard": "core.guard",
     "calibrate": "core.calibration",
+    "recognise": "core.recognition",
+    "calibrate_check": "core.recognition",
     "protect": "front_door",
     "load_guard": "core.guard_files",
     "save_guard": "core.guard_files",
@@ -42,7 +44,8 @@ def protect(model: Any, guard: Any, **options: Any) -> Any:
     model: a denoiser `model(x_t, t) -> eps`, of which a protected one is returned; or a pipeline
         of diffusers, which is protected in place (see `protect_pipeline` for what is returned).
     guard: a `Guard`, trained for this model or pipeline.
-    options: of `protect_pipeline`.
+    options: of `protect_pipeline`, such as accept=True: what the guard recognises of the images
+        is drawn anew. A denoiser cannot do that: ValueError.
     Source: CPSample, section 4.
     """
     if hasattr(model, "scheduler"):

@@ -232,3 +232,13 @@ def test_near_strangers_are_found_in_every_row():
     some = nearness(near, MEMBERS, 20)
     assert (some < 1 / 6).sum() == 20 and (some == 1).sum() == 40
     assert nearness(near.flatten(1), MEMBERS.flatten(1)).tolist() == [1] * 60
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_what_is_nearly_a_copy_is_not_hidden(k):
+    "Blurred copies, of a little less contrast: their ratio lies on both sides of the threshold."
+    faded = 0.9 * MEMBERS + 0.08 * torch.randn(
+        MEMBERS.shape, generator=torch.Generator().manual_seed(k)
+    )
+    assert 20 < copy_test(faded, MEMBERS).copies < 80
+    assert hidden_copies(faded, MEMBERS).counts == {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpsample.core.calibration import UncoveredGuardError, calibrate
 from cpsample.core.classifier import coverage
-from cpsample.core.copying import copy_test, ideal_denoiser, neighbourhood_test
+from cpsample.core.copying import SharedImagesWarning, copy_test, ideal_denoiser, neighbourhood_test
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, train
 from cpsample.core.guard import fit_guard
 from cpsample.core.images import (
@@ -243,3 +243,13 @@ def test_latents_and_samples_that_stick_out_have_no_levels(seed, channels, scale
 def test_images_far_off_cost_a_warning():
     with pytest.warns(ImageRangeWarning, match="on another scale. images reach from"):
         check_images(9 * torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_reference_of_members_saved_again_teaches_nothing():
+    near = (X.flip(-1) + 0.02).clamp(-1, 1)
+    for reference, counted in ((near, "60 of 60"), (torch.cat([OTHERS, near[:8]]), "8 of 68")):
+        with pytest.warns(SharedImagesWarning, match=f"{counted} reference images are nearly memb"):
+            fit_guard(X, S, reference, steps=1, width=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharedImagesWarning)
+        fit_guard(X, S, torch.cat([OTHERS, near[:4]]), steps=1, width=8)

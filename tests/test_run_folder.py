@@ -40,6 +40,9 @@ from cpsample.practice.unet import UNetClassifier
 from cpsample.workshop.files import write_tensors
 from cpsample.workshop.records import plain
 
+# The guards here are of a few steps: what they do not know is not the subject.
+pytestmark = pytest.mark.filterwarnings("default::cpsample.core.calibration.UncoveredMemberWarning")
+
 TRAIN = ["train", "digits", "--images", "8", "--tiny", "--device", "cpu"]
 DIGITS = load_digits()[0]
 SMALL = replace(CONFIGS["digits"].tiny(), guard_steps=30)

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from cpsample.cli import app
 from cpsample.core.guard import UncalibratedGuardWarning
 from cpsample.core.guard_files import load_guard
-from cpsample.core.images import first_occurrence
+from cpsample.core.images import first_occurrence, pixels
 from cpsample.core.protection import protect
+from cpsample.core.recognition import recognise
 from cpsample.practice import runs
 from cpsample.practice.runs import (
     CONFIGS,
@@ -240,3 +241,35 @@ def test_the_papers_guard_is_written_as_printed(tmp_path):
     assert "not calibrated" in succeeds("guard", tmp_path, "--preset", "paper", "--steps", 5)
     with pytest.warns(UncalibratedGuardWarning):
         succeeds("sample", tmp_path, "-n", 4, "--out", tmp_path / "s")
+
+
+def test_the_check_of_a_run_is_calibrated_and_kept(tmp_path):
+    run = tmp_path / "run"
+    succeeds("train", "digits", "--images", "10", "--steps", "600", "--out", run)
+    succeeds("guard", run, "--steps", "600", "--preset", "predicted")
+    before = load_guard(run / "guard")
+    assert before.recognition is None and before.at == "x0"
+    with pytest.raises(ValueError, match="cpsample guard RUN --check"):
+        recognise(before, torch.zeros(1, 1, 8, 8))
+
+    # Nothing is trained: the guard is the same, and knows now what it recognises.
+    said = succeeds("guard", run, "--check")
+    assert re.search(r"Recognises \d+\.\d% of \d+ copies and \d+\.\d% of \d+ unseen", said)
+    after = load_guard(run / "guard")
+    assert recognise(after, pixels(members_of(run).members)).all()
+    for name, weight in before.classifier.state_dict().items():
+        assert torch.equal(weight, after.classifier.state_dict()[name])
+    assert (after.alpha, after.scale, after.report) == (before.alpha, before.scale, before.report)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--check"], "give the folder of a run, or --pipeline"),
+        (["--pipeline", "p", "--check"], "--check takes the folder of a run"),
+        (["nowhere", "--check"], "nowhere holds no run"),
+        (["nowhere", "--check", "--steps", "9"], "--check trains nothing"),
+    ],
+)
+def test_a_check_that_cannot_be_is_refused(words, says):
+    refused(says, "guard", *words)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .copying import warn_of_twins
 from .ddpm import ResidualMLP
 from .images import check_images, first_occurrence, precision_of, warn_of_difference
 from .schedule import Schedule, add_noise
@@ -276,5 +277,8 @@ def training_set(
     if reference.shape[1:] == members.shape[1:]:
         warn_of_difference(reference, members, "reference images", "members")
     if one_sided:
-        return with_reference(members, torch.ones_like(labels), reference, target=0)
-    return with_reference(members, labels, reference)
+        learned = with_reference(members, torch.ones_like(labels), reference, target=0)
+    else:
+        learned = with_reference(members, labels, reference)
+    warn_of_twins(reference, members)
+    return learned

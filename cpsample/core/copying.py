@@ -7,7 +7,7 @@ __all__ = ['CHANGES', 'RENDERINGS', 'SKETCH_SIZE', 'ideal_denoiser', 'proportion
            'ratio_score', 'HiddenCopies', 'hidden_copies', 'warn_of_hidden_copies', 'copy_test', 'neighbourhood_score',
            'neighbourhood_test', 'cosine_test', 'renderings_of', 'plant', 'Rejection', 'reject', 'reject_copies',
            'SharedImagesWarning', 'shared_rows', 'refuse_shared', 'leave_out_shared', 'warn_of_near', 'nearness',
-           'sketch', 'share_of_sketch']
+           'warn_of_twins', 'sketch', 'share_of_sketch']
 
 # %% ../../nbs/1_core/06_copying.ipynb #6ef77461
 import hashlib
@@ -162,18 +162,18 @@ def hidden_copies(x: Tensor, x_train: Tensor, *, limit: int = 200, seed: int = 0
     x, x_train = thumbnails(x, limit, seed=seed), thumbnails(x_train, len(x_train))
     is_plain = x.flatten(1).std(1) < 0.05  # fits whatever is done to it
 
-    def are_copies(images, refs):
-        return ratio_score(nearest(images, refs, 2)[0]) < 1 / 3
+    def scores(images, refs):
+        return ratio_score(nearest(images, refs, 2)[0])
 
-    # As they are, and with each of the usual mistakes undone.
-    are_seen = are_copies(x, x_train)
-    undone = {"brightness or contrast seem to be others": are_copies(_alike(x), _alike(x_train))}
+    # With each of the usual mistakes undone.
+    undone = {"brightness or contrast seem to be others": scores(_alike(x), _alike(x_train))}
     if x.shape[1] in (1, 3):
         for words, changed in other_channels(x).items():
-            undone[words] = are_copies(changed, x_train)
-    counts = {
-        words: int((copies & ~are_seen & ~is_plain).sum()) for words, copies in undone.items()
-    }
+            undone[words] = scores(changed, x_train)
+
+    # Hidden is what was far from a copy, not what was nearly one: a model's own vary in contrast.
+    may_hide = (scores(x, x_train) > 0.5) & ~is_plain
+    counts = {words: int((score[may_hide] < 1 / 3).sum()) for words, score in undone.items()}
     enough = max(5, len(x) / 20)
     return HiddenCopies({words: k for words, k in counts.items() if k >= enough}, len(x))
 
@@ -508,6 +508,23 @@ def nearness(x: Tensor, members: Tensor, limit: int | None = None, *, seed: int 
     distances, _ = nearest(pixels(some), pixels(members), 2, flips=True)
     scores[rows] = ratio_score(distances).float().cpu()
     return scores
+
+
+def warn_of_twins(x: Tensor, members: Tensor, name: str = "reference images") -> None:
+    """A `SharedImagesWarning` when a tenth of images that should teach the contrary are members.
+
+    x [n, C, H, W]: such as reference images; two hundred random ones are looked at.
+    members [N, C, H, W]: different images, see `nearness`.
+    name: what x is called.
+    """
+    scores = nearness(x, members, 200)
+    near, looked_at = int((scores < 1 / 6).sum()), min(200, len(x))
+    if near >= max(5, looked_at / 10):
+        message = (
+            f"{near} of {looked_at} {name} are nearly members by the ratio test: a guard that is "
+            "taught to stay undecided about them learns little of the members; give others"
+        )
+        warnings.warn(message, SharedImagesWarning, stacklevel=2)
 
 # %% ../../nbs/1_core/06_copying.ipynb #cde7b076
 SKETCH_SIZE = 128

@@ -508,11 +508,14 @@ def _finished(
     classifier: nn.Module,
     schedule: Schedule,
     members: Tensor,
+    reference: Tensor,
     settings: dict[str, Any],
     made: dict[str, Any],
 ) -> Guard:
     "The guard that a training has made; of pictures it looks at no number beyond [−1, 1]."
     identity = members_identity(members)
+    if len(reference) > 0:
+        made["reference"] = sketch(reference)
     is_picture = members.dim() == 4 and identity["members_as"] == "bytes"
     settings.setdefault("clip", 1.0 if is_picture else None)
     return Guard(classifier, schedule, **settings, made=identity | made)
@@ -586,6 +589,5 @@ def fit_guard(
 
     # The labels follow from seed and index, so they need not be remembered.
     made = dict(n=len(members), steps=steps, seed=seed, t_max=t_learn)
-    if reference is not None:
-        made["reference"] = sketch(x[len(members) :])
-    return _finished(classifier, schedule, members, settings, made)
+    taught = x[len(members) :]
+    return _finished(classifier, schedule, members, taught, settings, made)

@@ -205,8 +205,8 @@ def feature_space(
 ) -> tuple[str, Callable[[Tensor], Tensor]]:
     """(name, function from images [N, ...] to features [N, D]) for images like `training`.
 
-    training [N, C, H, W]: images, without repeats, of which "pca-64" takes the first 64 principal
-        components.
+    training [N, C, H, W]: images, not most of them repeats, of which "pca-64" takes the first 64
+        principal components.
     name: a key of `feature_spaces`, or "pca-64" (default: this book's spaces for its own images,
         otherwise Inception if its weights can be had, otherwise "pca-64").
     """
@@ -392,6 +392,11 @@ class _Duplicates(NamedTuple):
     groups: Tensor
     different: Tensor
 
+    def typical_of(self, training: Tensor) -> Tensor:
+        "The training images, or only the different ones where most of them are repeats."
+        is_mostly_repeats = 2 * len(self.different) < len(training)
+        return training[self.different] if is_mostly_repeats else training
+
     def numbers(self) -> dict:
         return {
             "radius": self.radius,
@@ -495,7 +500,7 @@ def audit(
     groups, different = duplicates.groups, training[duplicates.different]
 
     # How many are copies, and how often does each test ring for images that are none?
-    space, embed = feature_space(different, space)
+    space, embed = feature_space(duplicates.typical_of(training), space)
     f = {name: embed(x) for name, x in sets.items()}
     search = {"flips": flips, "progress": progress, "backend": backend}
     reports, distances = _reports(sets, groups, f, **search)

@@ -6,7 +6,8 @@
 __all__ = ['CONFIGS', 'Config', 'write_model', 'save_model', 'SavedModel', 'load_model', 'run_of', 'check_same_run',
            'describe_run', 'run_locked', 'check_config', 'model_to_tune', 'TrainedDenoiser', 'train_denoiser',
            'NonMembers', 'divide_non_members', 'coverage_watch', 'steps_needed', 'fit_run_guard', 'RunImages',
-           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run']
+           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run',
+           'calibrate_check_of_run']
 
 # %% ../../nbs/2_practice/04_runs.ipynb #ee419b1f
 import contextlib
@@ -38,6 +39,7 @@ from cpsample.core.guard import (
 from ..core.guard_files import check_guard_files, load_guard, save_guard
 from ..core.images import bytes_or_floats, pixels, split
 from ..core.protection import protect
+from ..core.recognition import calibrate_check
 from ..core.schedule import Schedule, make_schedule, same_levels
 from .datasets import read_data
 from cpsample.practice.training import (
@@ -1046,3 +1048,44 @@ def load_protected_run(
     guard = replace(guard, scale=strength * guard.scale)
     guard.classifier.to(device)
     return ProtectedRun(protect(model, guard), schedule, shape, guard, device)
+
+# %% ../../nbs/2_practice/04_runs.ipynb #36f8d720
+def calibrate_check_of_run(
+    run: Path | str,
+    reference: Tensor | None = None,
+    *,
+    wanted: float = 0.99,
+    draws: int = 400,
+    device: str | None = None,
+) -> Guard:
+    """Calibrate what the guard of a run recognises, and write it again: the guard.
+
+    run: a folder with a model and its guard.
+    reference [M, C, H, W]: the non-members that taught the guard, if they were not the run's own;
+        as in its training, a quarter is held out.
+    wanted: share of the copies that it has to recognise.
+    draws: how many images the model draws without its guard, to see what its copies look like.
+    device: "cpu" or "cuda" (default: "cuda" if there is one).
+    Raises UncoveredGuardError when it recognises too few copies, and what `load_protected_run`
+    raises.
+    """
+    protected = load_protected_run(run, device=device)
+    description, members, non_members = members_of(run)
+    non_members = non_members if reference is None else reference
+    config = Config(**description["config"])
+
+    # The same images as in the guard's own calibration.
+    for_guard = divide_non_members(members, non_members).for_guard
+    images = _images_of_guard(config, "default", members, for_guard, protected.device)
+    calibrate_check(
+        protected.guard,
+        images.covered,
+        images.held_out,
+        model=protected.model.model,
+        wanted=wanted,
+        draws=draws,
+        steps=config.sample_steps,
+        seed=config.seed,
+    )
+    save_guard(protected.guard, Path(run) / "guard")
+    return protected.guard

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['Says', 'schedule_of', 'change_of_answer', 'PipelineDenoiser', 'as_denoiser', 'UnguardedWarning', 'PipelineGuard',
-           'protect_pipeline', 'image_shape', 'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard']
+           'protect_pipeline', 'image_shape', 'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance']
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #c2873e90
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, wraps
-from inspect import signature
+from inspect import BoundArguments, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.copying import refuse_shared
-from ..core.ddpm import Denoiser
+from ..core.ddpm import Accept, Denoiser, LeftoverWarning
 from ..core.guard import Guard, check_guard_fits
 from ..core.guard_files import check_guard_files, save_guard
 from ..core.images import bytes_or_floats, first_occurrence, pixels, values_anywhere
@@ -37,7 +39,8 @@ from cpsample.core.protection import (
     refuse_tracing,
     refuse_training,
 )
-from ..core.schedule import Schedule, v_to_eps, x0_to_eps
+from ..core.recognition import check_recognition, recognise
+from ..core.schedule import MOST_TRIES, Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
 from .hub import hub_errors
@@ -467,10 +470,14 @@ class PipelineGuard:
     It goes off at the end of a `with` block, or by `remove()`.
     rows_seen: images that the network was shown so far, each step counted.
     rows_pushed: those of them at which the guard was certain.
+    acceptance: what has images drawn anew, and counts them; None if nothing does.
     """
 
-    def __init__(self, pipe: "DiffusionPipeline", guard: Guard):
+    def __init__(
+        self, pipe: "DiffusionPipeline", guard: Guard, acceptance: "Acceptance | None" = None
+    ):
         self.pipe = pipe
+        self.acceptance = acceptance
         self.network = _network_of(pipe)
         self.checked = None  # what of the scheduler was looked at
         self.arguments = None  # of the pipeline's call that is running
@@ -597,32 +604,29 @@ class PipelineGuard:
             warnings.warn(_NEVER_ASKED, UnguardedWarning, stacklevel=2)
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #0a51c0da
-def _arguments(kind: type, pipe: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    "The arguments of a pipeline's call by their names, defaults too."
-    try:
-        call = signature(kind.__call__).bind(pipe, *args, **kwargs)
-    except TypeError:
-        return {}  # the call itself says what is wrong with them
-    call.apply_defaults()
-    return call.arguments
-
-
 @cache
 def _watched(kind: type) -> type:
     "The class of pipelines of a kind while they are protected."
 
     @wraps(kind.__call__)
     def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature(kind.__call__).bind(pipe, *args, **kwargs)
+        call.apply_defaults()
         protections = list(pipe._protections)
         seen_before = [protection.rows_seen for protection in protections]
         for protection in protections:
             protection.check_network(_network_of(pipe))
 
-        # Images that no guard has seen are handed out with a warning.
+        # One of them may have what it recognises drawn anew.
         with ExitStack() as running:
             for protection in protections:
-                running.enter_context(protection.during(_arguments(kind, pipe, args, kwargs)))
+                running.enter_context(protection.during(call.arguments))
             images = kind.__call__(pipe, *args, **kwargs)
+            for protection in protections:
+                if protection.acceptance is not None:
+                    images = protection.acceptance.settled(images, call, kind.__call__)
+
+        # Images that no guard has seen are handed out with a warning.
         if seen_before == [protection.rows_seen for protection in protections]:
             warnings.warn(_NEVER_ASKED, UnguardedWarning, stacklevel=2)
         return images
@@ -663,7 +667,14 @@ def _unwatch(protection: PipelineGuard) -> None:
             del vars(pipe)["_protections"]
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #59990f97
-def protect_pipeline(pipe: "DiffusionPipeline", guard: Guard) -> PipelineGuard:
+def protect_pipeline(
+    pipe: "DiffusionPipeline",
+    guard: Guard,
+    *,
+    accept: bool | Accept | None = None,
+    tries: int = 10,
+    leftover: str = "withhold",
+) -> PipelineGuard:
     """Protect a `diffusers` pipeline in place: whatever its network predicts passes the guard.
 
     Take it off with `.remove()`, or use `with protect_pipeline(pipe, guard): pipe(…)`. The
@@ -675,18 +686,34 @@ def protect_pipeline(pipe: "DiffusionPipeline", guard: Guard) -> PipelineGuard:
         call that is running; in a loop of your own, and in another pipeline with this network, at
         that of the conditional answer. `guidance_rescale` comes after that, and rescales its
         change, too.
+    accept: True has the guard look at what the pipeline returns, and has drawn anew what it
+        recognises (`recognise`): calibrate it for that with `calibrate_check`. Or
+        accept(x) → bool [B], which of the images x [B, C', H', W'] to keep, in the space of the
+        network: latents as they are, decoded images encoded again (`encode`), since that is what
+        is served. None keeps everything.
+    tries: how often an image is drawn, at most. A generator goes on from where it is; whoever gives
+        `latents` to a sampler without noise of its own gets the same image every time.
+    leftover: "withhold" takes out of the result what was refused in all tries, so that it may be
+        empty; "return" leaves it in. Either way `LeftoverWarning` says which.
 
     Warns when the guard is not calibrated, or can do nothing, and when a call has passed it by
     (`UnguardedWarning`). Raises ValueError for a pipeline without a denoising network or with
-    several, and when its network has this guard already; for schedulers that match flows or are not
+    several, and when its network has this guard already; for a guard that is to recognise and was
+    not calibrated for it, and a second `accept`; for schedulers that match flows or are not
     those of the guard, for other shapes and another autoencoder, also later, when the pipeline
     runs; and while it is on, for an exchange of the network, for training, tracing, pickling and
     copying. What nobody notices: `unet.forward(…)` in a
     loop of your own, which passes hooks by; a second pipeline that shares the network under another
     noise schedule, at whose levels the guard is then not asked; training in evaluation mode; a
-    network that was taken apart. Source: CPSample, section 4.
+    network that was taken apart. In a second pipeline nothing is drawn anew. How often an image was
+    drawn tells something of who was in the training set: it goes to the log "cpsample" and to
+    `.acceptance`, not into the result; keep the time that a call takes to yourself, too.
+    Source: CPSample, section 4.
     """
-    return PipelineGuard(pipe, guard)
+    acceptance = None
+    if accept is not None and accept is not False:
+        acceptance = Acceptance(pipe, _judge_of(guard, accept), tries, leftover)
+    return PipelineGuard(pipe, guard, acceptance)
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #f881a8eb
 def _drawn_size(pipe: "DiffusionPipeline") -> tuple[int, int] | None:
@@ -1087,3 +1114,213 @@ def fit_named_pipeline_guard(
                 f"{(channels, height, width)}: {advice}"
             )
     return fit_pipeline_guard(pipe, members, others, path, device=device, **settings)
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #49b04bb1
+_OF_IMAGES = {"prompt", "embeds", "mask", "image", "latents", "generator", "labels", "hint"}
+_NOT_OF_IMAGES = ("num_images_per_prompt", "ip_adapter_image", "ip_adapter_image_embeds")
+
+
+def _is_of_images(name: str, given: Any) -> bool:
+    "Whether an argument of a pipeline has one entry per image, or per prompt, if it is a list."
+    if name in _NOT_OF_IMAGES or not _OF_IMAGES & set(name.split("_")):
+        return False
+    is_array = isinstance(given, Tensor | np.ndarray)
+    if is_array and name.endswith("image") and "mask" not in name:
+        return given.ndim > 3  # three are one picture's colours, height and width
+    return isinstance(given, list | tuple) or (is_array and given.ndim > 0)
+
+
+def _taken(part: Any, rows: Sequence[int]) -> Any:
+    "Some rows of a list or an array."
+    return part[list(rows)] if hasattr(part, "ndim") else [part[row] for row in rows]
+
+
+def _call_for(call: BoundArguments, rows: Sequence[int], n: int) -> BoundArguments:
+    """The call of a pipeline, of those that gave n images, that gives some rows of them.
+
+    Everything that belongs to no image is as it was.
+    """
+    arguments = dict(call.arguments)
+    per_prompt = arguments.get("num_images_per_prompt") or 1
+    n_prompts = n // per_prompt
+    if "batch_size" in arguments:
+        arguments["batch_size"] = len(rows)
+    if "num_images_per_prompt" in arguments:
+        arguments["num_images_per_prompt"] = len(rows) if n_prompts == 1 else 1
+
+    # What there is once for each image or for each prompt; what is there once remains.
+    for name, given in arguments.items():
+        if not _is_of_images(name, given):
+            continue
+        if len(given) == n:
+            arguments[name] = _taken(given, rows)
+        elif len(given) == n_prompts > 1:
+            start = name.endswith("image") and not hasattr(call.args[0], "controlnet")
+            prompts = [row % n_prompts if start else row // per_prompt for row in rows]
+            arguments[name] = _taken(given, prompts)
+    return BoundArguments(call.signature, arguments)
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #8ddce004
+def _parts_of(result: Any) -> dict[Any, Any]:
+    "What a pipeline returned, by place or by name; the images come first."
+    if isinstance(result, tuple):
+        return dict(enumerate(result))
+    return {field.name: getattr(result, field.name) for field in fields(result)}
+
+
+def _with_parts(result: Any, parts: dict[Any, Any]) -> Any:
+    "A pipeline's result with other parts."
+    return tuple(parts.values()) if isinstance(result, tuple) else type(result)(**parts)
+
+
+def _images_of(result: Any) -> Any:
+    "The images in a pipeline's result: a list or an array. Raises ValueError without."
+    is_known = isinstance(result, tuple) or hasattr(result, "images")
+    images = next(iter(_parts_of(result).values()), None) if is_known else None
+    if not isinstance(images, list | np.ndarray | Tensor):
+        raise ValueError(
+            f"accept= knows pipelines that return images, not {type(result).__name__}: protect "
+            "this one without, and look at what it draws yourself"
+        )
+    return images
+
+
+def _as_seen(pipe: "DiffusionPipeline", images: Any, output_type: str | None) -> Tensor:
+    "Images that a pipeline returned, as its network sees them: float, [B, C', H', W']."
+    if output_type == "latent":
+        return images.float()
+    if isinstance(images, list):
+        arrays = [np.array(image) for image in images]
+        x = torch.stack([torch.from_numpy(array).view(*array.shape[:2], -1) for array in arrays])
+    else:
+        x = torch.as_tensor(images)
+
+    # Pillow and numpy have colours last, and what is no byte lies in [0, 1].
+    x = x if isinstance(images, Tensor) else x.permute(0, 3, 1, 2)
+    if x.is_floating_point():
+        x = (255 * x.float()).round().clamp(0, 255).to(torch.uint8)
+    return encode(pipe, x.contiguous())
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #dc51dbaf
+_log = logging.getLogger("cpsample")
+_LEFTOVER = {"withhold": "are left out", "return": "are returned all the same"}
+
+
+def _judge_of(guard: Guard, accept: bool | Accept) -> Accept:
+    "What decides which images to keep: the guard itself, or the caller's. Raises ValueError."
+    if accept is True:
+        check_recognition(guard)
+        return lambda x: ~recognise(guard, x)
+    if not callable(accept):
+        raise ValueError(
+            f"accept must be True, or a function of images that says which to keep, got {accept!r}"
+        )
+    return accept
+
+
+class Acceptance:
+    """Draws anew what a judge refuses of a pipeline's images; `protect_pipeline` makes it.
+
+    images_drawn: how many images were drawn so far, every try counted.
+    images_accepted: how many of those that were asked for were accepted.
+    images_left_over: how many were refused in all tries.
+    """
+
+    def __init__(self, pipe: "DiffusionPipeline", judge: Accept, tries: int, leftover: str):
+        if not callable(pipe):
+            raise ValueError("parts of a pipeline cannot draw anew: protect the pipeline itself")
+        if not 1 <= tries <= MOST_TRIES:
+            raise ValueError(f"tries must be between 1 and {MOST_TRIES}, got {tries}")
+        if leftover not in _LEFTOVER:
+            raise ValueError(f"leftover must be one of {', '.join(_LEFTOVER)}, got {leftover!r}")
+        if any(other.acceptance is not None for other in vars(pipe).get("_protections", [])):
+            raise ValueError("this pipeline has an accept= already: give one that asks both")
+        self.pipe, self.judge, self.tries, self.leftover = pipe, judge, tries, leftover
+        self.images_drawn = self.images_accepted = self.images_left_over = 0
+
+    def refused(self, images: Any, output_type: str | None) -> list[int]:
+        "The numbers of the images that the judge refuses."
+        self.images_drawn += len(images)
+        if len(images) == 0:
+            return []
+        x = _as_seen(self.pipe, images, output_type).to(_device_of(_network_of(self.pipe)))
+        verdict = self.judge(x)
+        is_bool = isinstance(verdict, Tensor) and verdict.dtype == torch.bool
+        if not is_bool or verdict.shape != (len(x),):
+            got = list(verdict.shape) if isinstance(verdict, Tensor) else type(verdict).__name__
+            raise ValueError(f"accept must return a bool per image, [{len(x)}]: got {got}")
+        return (~verdict).nonzero()[:, 0].tolist()
+
+    def settled(self, result: Any, call: BoundArguments, draw: Callable) -> Any:
+        """What is served of what a call of the pipeline returned.
+
+        draw: the pipeline's own `__call__`, for what is refused.
+        """
+        output_type, images = call.arguments.get("output_type"), _images_of(result)
+        n, drawn_before, parts = len(images), self.images_drawn, _parts_of(result)
+        refused = self.refused(images, output_type)
+        for _ in range(self.tries - 1):
+            if not refused:
+                break
+
+            # For these alone, and each comes to its place.
+            again = _call_for(call, refused, n)
+            new = _parts_of(_drawn_again(draw, again, len(refused)))
+            parts = {
+                name: _replaced(part, refused, new[name]) if _has_rows(part, n) else part
+                for name, part in parts.items()
+            }
+            still = self.refused(_images_of(_with_parts(result, new)), output_type)
+            refused = [refused[row] for row in still]
+
+        self.note(n, refused, self.images_drawn - drawn_before)
+        if refused and self.leftover == "withhold":
+            kept = sorted(set(range(n)) - set(refused))
+            parts = {
+                name: _taken(part, kept) if _has_rows(part, n) else part
+                for name, part in parts.items()
+            }
+        return _with_parts(result, parts)
+
+    def note(self, n: int, refused: list[int], drawn: int) -> None:
+        "Count n images, some of them refused for good, and tell the log; warn of those."
+        self.images_accepted += n - len(refused)
+        self.images_left_over += len(refused)
+        message = "accepted %d of %d images in %d draws, %d left over"
+        _log.info(message, n - len(refused), n, drawn, len(refused))
+        if refused:
+            numbers = ", ".join(map(str, refused))
+            warnings.warn(
+                f"of images 0 to {n - 1} these were refused in all {self.tries} tries and "
+                f"{_LEFTOVER[self.leftover]}: {numbers}; allow more tries, or other prompts",
+                LeftoverWarning,
+                stacklevel=4,
+            )
+
+
+def _has_rows(part: Any, n: int) -> bool:
+    "Whether a part of a result has one entry per image."
+    return isinstance(part, list | np.ndarray | Tensor) and len(part) == n
+
+
+def _replaced(part: Any, rows: Sequence[int], new: Any) -> Any:
+    "A list or an array in which some rows are others."
+    part = part.clone() if isinstance(part, Tensor) else part.copy()
+    if hasattr(part, "ndim"):
+        part[list(rows)] = new
+        return part
+    for row, entry in zip(rows, new):
+        part[row] = entry
+    return part
+
+
+def _drawn_again(draw: Callable, call: BoundArguments, n: int) -> Any:
+    "What a pipeline returns for n images. Raises ValueError for any other number."
+    result = draw(*call.args, **call.kwargs)
+    images = _images_of(result)
+    if len(images) != n:
+        raise ValueError(
+            f"the pipeline was to draw {n} images anew and drew {len(images)}: ask it for one at a "
+            "time where accept= is used"
+        )
+    return result
