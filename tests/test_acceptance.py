@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cpsample
+from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import (
     LeftoverWarning,
     MLPDenoiser,
@@ -22,11 +23,15 @@ from cpsample.core.ddpm import (
     sample,
     seeded,
 )
+from cpsample.core.densities import exact_denoiser, round_mixture
 from cpsample.core.guard import Guard
+from cpsample.core.images import load_digits
 from cpsample.core.protection import protect
+from cpsample.core.recognition import calibrate_check, recognise
 from cpsample.core.schedule import MOST_TRIES, make_schedule, randn, row_generators, row_seeds
 
 SCHEDULE = make_schedule()
+DIGITS, _ = load_digits()
 STEPS, SHAPE, N, TRIES = 20, (3, 2), 6, 4
 
 
@@ -324,6 +329,28 @@ def test_impossible_requests_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(by_pixel, SCHEDULE, SHAPE, N, accept=everything, **options)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_guard_recognises_is_drawn_anew():
+    "A model that has learned twelve digits by heart, four of which a guard knows: none is served."
+    known, others = DIGITS[:4], DIGITS[200:208]
+    memory = exact_denoiser(round_mixture(torch.cat([known, others]).flatten(1), 0.05), SCHEDULE)
+
+    def model(x_t, t):
+        return memory(x_t.flatten(1), t).view_as(x_t)
+
+    def near_known(x_t, t):
+        return 6 - 2 * torch.cdist(x_t.flatten(1), known.flatten(1)).amin(1, keepdim=True)
+
+    guard = Guard(near_known, SCHEDULE, form="member")
+    calibrate_check(guard, known, DIGITS[300:400])
+    request = (model, SCHEDULE, (1, 8, 8), 40)
+    plain = generate(*request, steps=20)
+    served = generate(*request, steps=20, accept=lambda x: ~recognise(guard, x))
+    assert copy_test(plain, known).copies > 5
+    assert copy_test(served, known).copies == 0 and len(served) == 40
+    untouched = ~recognise(guard, plain)
+    torch.testing.assert_close(served[untouched], plain[untouched], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("the_protect", [protect, cpsample.protect])
