@@ -599,6 +599,8 @@ def train_command(
     With accelerate launch, on several processes.
     """
     check_source(data, start, size=size, grey=grey, fit=fit, strict=strict)
+    if out.resolve() == Path(data).resolve():
+        raise ValueError(f"{out} is the folder of the images: give the run another, with --out")
 
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
