@@ -507,8 +507,9 @@ def draw_accepted(
     """Draw n images, and what `accept` refuses anew, from other noise, until it is accepted.
 
     shape: of one image.
-    accept: accept(x) → bool [B], which of the images x [B, *shape], on `device`, to keep. It must
-        judge each by itself; what it raises comes through. None accepts everything.
+    accept: accept(x) → bool [B], which of the images x [B, *shape], on `device`, to keep, such as
+        `lambda x: ~recognise(guard, x)`. It must judge each by itself, and is shown two images of
+        zeros before the first is drawn; what it raises comes through. None accepts everything.
     rows: which of the n to draw (default: all). They are what they are when all are drawn.
     steps, eta, clip: see `sample`.
     seed: of the noise, which depends on it, the row and the try alone. So neither n nor chunk nor
