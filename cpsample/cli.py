@@ -627,7 +627,6 @@ def train_command(
     about = described_run(data, size, images, x, fit=fit, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
-    sheet = partial(sample_sheet, out, config, members.shape[1:], place)
     train_denoiser(
         config,
         members,
@@ -635,7 +634,7 @@ def train_command(
         about=about,
         extend=True,
         start=base,
-        after_checkpoint=sheet,
+        after_checkpoint=partial(sample_sheet, out, config, members.shape[1:], place),
         accelerator=accelerator,
         device=place,
         use_compile=use_compile,
