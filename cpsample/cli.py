@@ -7,11 +7,11 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version', 'options_of_all', 'command_line',
            'PlainStream', 'plain_streams', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
            'refuse_ignored', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'given', 'training_config',
-           'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'check_sheets', 'train_command', 'typed',
-           'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'check_guard_of_run', 'guard_command',
-           'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run',
-           'end_with', 'print_audit', 'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command',
-           'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'check_sheets', 'check_run_folder',
+           'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'check_guard_of_run',
+           'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders',
+           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'strangers_for_attack',
+           'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -575,6 +575,13 @@ def check_sheets(out: Path) -> None:
         refuse_foreign("train", sorted(out.glob("samples-" + 6 * "[0-9]" + ".png")))
 
 
+def check_run_folder(out: Path, data: str) -> None:
+    "Raise ValueError when a run would stand among its own images, or on somebody else's."
+    if out.resolve() == Path(data).resolve():
+        raise ValueError(f"{out} is the folder of the images: give the run another, with --out")
+    check_sheets(out)
+
+
 @app.command("train")
 def train_command(
     data: _TrainData,
@@ -599,6 +606,7 @@ def train_command(
     With accelerate launch, on several processes.
     """
     check_source(data, start, size=size, grey=grey, fit=fit, strict=strict)
+    check_run_folder(out, data)
 
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
@@ -615,12 +623,10 @@ def train_command(
         base, config = model_to_tune(start, config)
 
     # What was trained on has to be known later: the run describes itself, once it is accepted.
-    check_sheets(out)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
     about = described_run(data, size, images, x, fit=fit, **origin)
 
     # Train, with a sheet of samples beside each checkpoint.
-    sheet = partial(sample_sheet, out, config, members.shape[1:], place)
     train_denoiser(
         config,
         members,
@@ -628,7 +634,7 @@ def train_command(
         about=about,
         extend=True,
         start=base,
-        after_checkpoint=sheet,
+        after_checkpoint=partial(sample_sheet, out, config, members.shape[1:], place),
         accelerator=accelerator,
         device=place,
         use_compile=use_compile,

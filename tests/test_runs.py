@@ -273,3 +273,9 @@ def test_the_check_of_a_run_is_calibrated_and_kept(tmp_path):
 )
 def test_a_check_that_cannot_be_is_refused(words, says):
     refused(says, "guard", *words)
+
+
+def test_a_run_is_not_written_among_its_images(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    refused("is the folder of the images", "train", tmp_path, "--out", f"{tmp_path}/.")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
