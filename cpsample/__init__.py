@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .core.ddpm import generate, sample
     from .core.guard import Guard, fit_guard
     from .core.guard_files import load_guard, save_guard
+    from .core.recognition import calibrate_check, recognise
     from .core.schedule import make_schedule
     from .judgement.copy_audit import audit
     from .production.pipelines import fit_pipeline_guard
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "audit",
     "calibrate",
+    "calibrate_check",
     "copy_test",
     "fit_guard",
     "fit_pipeline_guard",
@@ -27,6 +29,7 @@ __all__ = [
     "load_guard",
     "make_schedule",
     "protect",
+    "recognise",
     "sample",
     "save_guard",
 ]
