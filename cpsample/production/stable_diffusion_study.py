@@ -10,6 +10,7 @@ __all__ = ['SETTINGS', 'WAYS', 'SCHEDULERS', 'MAKING', 'STUDY', 'describe_answer
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #713970b4
 import functools
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..core.copying import copy_test, describe_rate, proportion_ci
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import Guard
+from ..core.guard import Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels
 from ..practice.datasets import read_idx, write_idx
@@ -237,7 +238,10 @@ def _choosing_answers(file: Path, subject: _Subject, guard: Guard, *, settings: 
 
     def draw() -> dict[str, Tensor]:
         seed, n = settings.choosing, settings.answers
-        return {"x": _ask_for_bags(subject, settings, guard, seed=seed, n=n)}
+        with warnings.catch_warnings():
+            # A weaker push than the calibrated one is among those that are tried.
+            warnings.simplefilter("ignore", UncalibratedGuardWarning)
+            return {"x": _ask_for_bags(subject, settings, guard, seed=seed, n=n)}
 
     of_report = ("seeds", "strengths", "answers_of_scheduler", "pictures")
     return load_or_create(file, draw, settings=settings_of(settings, *of_report))["x"]
