@@ -209,6 +209,12 @@ def named(name):
     sys.exit(f"there is no notebook {name} below nbs/")
 
 
+def without_places(line):
+    "A printed line, without the folders of this machine that warnings name."
+    line = re.sub(r"/[\w./-]+/(?=cpsample/[\w/]+\.py:\d)", "", line)
+    return re.sub(r"/\S*/ipykernel_\d+/\d+\.py:", "this page, line ", line)
+
+
 def run(names):
     "Run notebooks in their own folders and keep what they show, without what machines add."
     import nbformat
@@ -230,6 +236,8 @@ def run(names):
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 if "metadata" in output:
                     output["metadata"] = {}
+                if "text" in output:
+                    output["text"] = [without_places(line) for line in output["text"]]
         save(path, raw)
 
 
