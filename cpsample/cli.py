@@ -606,8 +606,6 @@ def train_command(
     With accelerate launch, on several processes.
     """
     check_source(data, start, size=size, grey=grey, fit=fit, strict=strict)
-    check_run_folder(out, data)
-
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
 
@@ -623,6 +621,7 @@ def train_command(
         base, config = model_to_tune(start, config)
 
     # What was trained on has to be known later: the run describes itself, once it is accepted.
+    check_run_folder(out, data)
     origin = {"from": str(start) if start else None, "config": asdict(config)}
     about = described_run(data, size, images, x, fit=fit, **origin)
 
