@@ -32,6 +32,7 @@ from cpsample.core.recognition import (
     recognise,
 )
 from cpsample.core.schedule import make_schedule
+from cpsample.practice.unet import UNetClassifier
 
 SCHEDULE = make_schedule()
 DIGITS, _ = load_digits()
@@ -108,6 +109,12 @@ def test_familiarity_is_a_rows_own_in_a_network_too(network_guard):
     torch.testing.assert_close(together, alone)
     again = familiarity(network_guard, OTHERS)[:30]
     assert torch.equal(together, again)
+
+
+def test_no_images_have_no_familiarity():
+    "Where pixels are unshuffled, torch gives an empty batch back as it was."
+    unet = UNetClassifier((1, 8, 8), 3, width=8)
+    assert familiarity(Guard(unet, SCHEDULE), MEMBERS[:0]).shape == (0,)
 
 
 def test_familiarity_averages_logits_and_not_certainties():

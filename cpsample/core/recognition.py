@@ -73,7 +73,7 @@ def familiarity(
     """
     check_guard_fits(guard, shape=x0.shape[1:])
     scores = [x0.new_zeros(0, dtype=torch.float32)]
-    for part in x0.split(4096):
+    for part in x0.split(4096) if len(x0) > 0 else ():
         logits = mean_logits(guard, part, levels, noisings)
         scores.append(certainty(logits, guard.one_sided))
     straight = torch.cat(scores)
