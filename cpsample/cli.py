@@ -8,10 +8,10 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'PlainStream', 'plain_streams', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name',
            'refuse_ignored', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'given', 'training_config',
            'drawn_members', 'described_run', 'check_source', 'sample_sheet', 'check_sheets', 'check_run_folder',
-           'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'check_guard_of_run',
-           'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders',
-           'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores', 'strangers_for_attack',
-           'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'print_recognition',
+           'check_guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
+           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -790,6 +790,20 @@ def print_coverage(guard: Any, out: Path) -> None:
         f"{false_alarms:.1%} of {report['n_held_out']} others at t = {report['level']}: "
         f"{file}"
     )
+    print_recognition(guard)
+
+
+def print_recognition(guard: Any) -> None:
+    "What a guard recognises of what was drawn, as calibration measured it."
+    report = guard.recognition
+    if report is None:
+        print("It recognises too few copies to check what was drawn (accept=): train it longer")
+        return
+    copies, others = report["coverage"], report["false_alarms"]
+    print(
+        f"Recognises {copies['share']:.1%} of {copies['n']} copies ({report['copies']}) and "
+        f"{others['share']:.1%} of {others['n']} unseen images"
+    )
 
 
 def check_guard_of_run(
@@ -809,12 +823,8 @@ def check_guard_of_run(
     others = read_like(run_of(run), str(reference)) if reference else None
     options = given(wanted=wanted)
     guard = calibrate_check_of_run(run, others, device=on_device(device), **options)
-    report = guard.recognition
-    print(
-        f"Recognises {report['coverage']['share']:.1%} of {report['coverage']['n']} copies and "
-        f"{report['false_alarms']['share']:.1%} of {report['false_alarms']['n']} unseen images: "
-        f"{shown(run / 'guard.safetensors')}"
-    )
+    print_recognition(guard)
+    print(f"Written: {shown(run / 'guard.safetensors')}")
 
 
 @app.command("guard")
@@ -822,7 +832,7 @@ def guard_command(
     run: _GuardRun = None,
     reference: _GuardReference = None,
     steps: _TrainSteps = None,
-    preset: _GuardPreset = "default",
+    preset: _GuardPreset = "x0",
     pipeline: _GuardPipeline = None,
     data: _GuardData = None,
     out: _GuardOut = None,
@@ -851,7 +861,7 @@ def guard_command(
     if preset == "paper":
         refuse_ignored("the paper's guard is not calibrated", wanted=wanted)
     asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
-    if preset != "default":
+    if preset != "x0":
         asked["preset"] = preset
     settings["command"] = typed("guard", run, pipeline=pipeline, **asked)
     if run is None:

@@ -217,7 +217,7 @@ PYTHON = {
     "the same seed twice": (lambda: run_demo((1, 1)), "seeds must be different"),
     "no seed": (lambda: run_demo(()), "seeds must be different"),
     "huge seed": (lambda: run_demo((2**40,)), "seeds must be different"),
-    "unknown preset": (lambda: fit_guard(X, S, preset="best"), "default, member, paper"),
+    "unknown preset": (lambda: fit_guard(X, S, preset="best"), "x0, x_t, member, paper"),
     "unknown demo setting": (lambda: run_demo(sample=3), "unknown settings ['sample']"),
     "missing data file": (lambda: data_path("nothing.json"), "reinstall cpsample"),
     "wanted coverage of none": (

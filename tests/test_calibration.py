@@ -365,7 +365,7 @@ def test_a_member_that_is_there_again_and_again_is_known_in_deeper_noise(digits)
 
     def certain_share(repeats):
         repeated = torch.cat([members[:1].repeat(repeats, 1, 1, 1), members])
-        guard = fit_guard(repeated, S, reference, steps=800, width=128, t_max=1000)
+        guard = fit_guard(repeated, S, reference, steps=800, width=128, t_learn=1000)
         certain = certainties(guard, members[:1], [300], draws=200)
         return share_above(certain, log_odds(0.2))[0]
 

@@ -42,7 +42,7 @@ CLI = "from cpsample.cli import app; app()"
         ("nonsense", 2, "No such command"),
         ("train", 2, "Missing argument"),
         ("guard", 2, "give the folder of a run, or --pipeline, and not both"),
-        ("guard run --preset none", 2, "unknown preset 'none': choose one of default, member"),
+        ("guard run --preset none", 2, "unknown preset 'none': choose one of x0, x_t, member"),
         ("audit a b --test hash", 2, "unknown test 'hash': choose one of ratio"),
         ("audit a b --max-copy-rate 1.5", 2, "--max-copy-rate must be between 0 and 1, got 1.5"),
         ("reproduce cats", 2, "unknown study or experiment 'cats'"),

@@ -376,12 +376,12 @@ def test_the_warning_can_be_turned_off_by_its_class(schedule):
 def test_a_preset_takes_changes_and_fits_the_schedule():
     assert preset_settings("paper", {}, T=500)["t_max"] == 500
     assert preset_settings("paper", {"t_max": 800}, T=500)["t_max"] == 800  # refused later
-    of_default = {**GUARDS["default"], "at": "x_t", "t_learn": 400}
-    assert preset_settings("default", {"K": 3}, T=1000) == {**of_default, "K": 3}
-    few_levels = preset_settings("predicted", {}, T=100)
+    at_x_t = {**GUARDS["x_t"], "at": "x_t", "t_learn": 400}
+    assert preset_settings("x_t", {"K": 3}, T=1000) == {**at_x_t, "K": 3}
+    few_levels = preset_settings("x0", {}, T=100)
     assert (few_levels["t_learn"], few_levels["level"], few_levels["t_max"]) == (15, 10, 100)
-    assert GUARDS["default"]["K"] == 8
-    with pytest.raises(ValueError, match="choose one of default, member, paper, predicted"):
+    assert GUARDS["x_t"]["K"] == 8
+    with pytest.raises(ValueError, match="choose one of x0, x_t, member, paper"):
         preset_settings("best", {}, T=1000)
 
 

@@ -168,7 +168,7 @@ REFUSED = {
     # names to choose from
     AUDIT + "--backend magic": "unknown backend 'magic': choose one of torch, faiss",
     AUDIT + "--space hash": "unknown feature space 'hash': choose one of digits-mlp-64",
-    GUARD + "--preset best": "unknown preset 'best': choose one of default",
+    GUARD + "--preset best": "unknown preset 'best': choose one of x0",
     "trian": "Did you mean 'train'?; see",
     "train --nonsense": "No such option: --nonsense",
     "": "Missing command; see",

@@ -85,7 +85,7 @@ def made(tmp_path_factory):
     "A tiny run with a tiny guard that covers what it covers."
     folder = tmp_path_factory.mktemp("made") / "run"
     succeeds(*TRAIN, "--out", folder)
-    succeeds("guard", folder, "--steps", 500, "--wanted", 0.02)
+    succeeds("guard", folder, "--preset", "x_t", "--steps", 500, "--wanted", 0.02)
     return folder
 
 
@@ -397,10 +397,10 @@ def test_the_message_names_every_option_that_makes_it_the_same_guard(run):
     "change, says",
     [
         ({"t_max": 300}, "guard.t_max 400 there, 300 here"),
-        ({"alpha": 0.1}, "guard.alpha 0.05 there, 0.1 here"),
+        ({"alpha": 0.1}, "guard.alpha 0.3 there, 0.1 here"),
         ({"t_power": 2.0}, "guard.t_power 1.0 there, 2.0 here"),
         ({"form": "away"}, "guard.form toward there, away here"),
-        ({"preset": "member"}, "guard.preset default there, member here"),
+        ({"preset": "member"}, "guard.preset x0 there, member here"),
         ({"schedule": make_schedule("cosine")}, "guard.schedule linear there, cosine here"),
         ({"schedule": make_schedule(T=900)}, "guard.abar"),
     ],
@@ -446,7 +446,7 @@ def test_coverage_is_looked_at_without_a_trace():
             return self.inner(x)
 
     network, before = Timeless(), torch.get_rng_state()
-    settings = {"t_max": 400, "form": "toward"}
+    settings = {"at": "x_t", "t_max": 400, "form": "toward"}
     watch = coverage_watch(DIGITS[:3], make_schedule(), settings)
     values = {watch.measure(network) for _ in range(3)}
     assert len(values) == 1 and 0 <= values.pop() <= 1

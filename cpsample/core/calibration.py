@@ -7,13 +7,14 @@ __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'pro
            'calibration_levels', 'share_above', 'share_interval', 'first_silent_level', 'rows_of_distinct',
            'distinct_images', 'warn_of_taught', 'refuse_taught', 'images_for', 'check_demands',
            'UncoveredMemberWarning', 'UncoveredGuardError', 'check_asked', 'refuse_uncovered', 'shares_at',
-           'least_covered', 'asked_below', 'proposed_scale', 'chosen_alpha', 'chosen_scale', 'adopt', 'calibrate',
+           'least_covered', 'asked_below', 'scale_and_proposal', 'chosen_alpha', 'adopt', 'calibrate',
            'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -336,11 +337,33 @@ def asked_below(guard: Guard, levels: Sequence[int], coverage: Sequence[float], 
     return min(trained_below(guard), first_silent_level(levels, coverage, stride))
 
 
-def proposed_scale(guard: Guard, members: Tensor, level: int, *, alpha: float, seed: int) -> float:
-    "`propose_scale` at ¾ of a level; before predictions 1, the length to first order."
+def scale_and_proposal(
+    guard: Guard, asked: float | None, members: Tensor, level: int, *, alpha: float, seed: int
+) -> dict[str, Any]:
+    """{"scale": what a guard is set to, "proposed_scale": what suffices to first order}.
+
+    asked: the scale that was asked for; else the proposed one, or a guard's own where that is
+        better. Of a guard that looks at predictions it is found out whether its steps change its
+        training images, and how much room they need: "moves" and "longest".
+    """
     if guard.at == "x0":
-        return 1.0
-    return propose_scale(guard, members, 3 * level // 4, alpha=alpha, seed=seed)
+        moves = _moves_of(guard, asked, members, alpha)
+        room = {"longest": moves.longest, "moves": moves.test._asdict()}
+        return {"scale": moves.scale, "proposed_scale": 1.0, **room}
+    proposed = propose_scale(guard, members, 3 * level // 4, alpha=alpha, seed=seed)
+    scale = guard.scale if guard.form == "away" else proposed
+    return {"scale": scale if asked is None else asked, "proposed_scale": proposed}
+
+
+def _moves_of(guard: Guard, asked: float | None, members: Tensor, alpha: float) -> Any:
+    "`changing_moves` of a guard with a gate; where it refuses, the guard remembers that."
+    from cpsample.core.predicted import changing_moves  # the next chapter
+
+    try:
+        return changing_moves(replace(guard, alpha=alpha), members, asked)
+    except ValueError as error:
+        guard.refusal = str(error)
+        raise
 
 
 def chosen_alpha(
@@ -361,14 +384,6 @@ def chosen_alpha(
     return max(alpha, guard.alpha) if guard.at == "x0" else alpha
 
 
-def chosen_scale(guard: Guard, asked: float | None, proposed: float) -> float:
-    "The scale that was asked for; else the proposed one, or a guard's own where that is better."
-    if asked is not None:
-        return asked
-    keeps_its_own = guard.form == "away" or guard.at == "x0"
-    return guard.scale if keeps_its_own else proposed
-
-
 def adopt(guard: Guard, report: dict[str, Any]) -> None:
     "Set a guard up as a report says. Raises ValueError, before anything changes, if it cannot be."
     alpha, scale, t_max = report["alpha"], report["scale"], report["t_max"]
@@ -376,6 +391,7 @@ def adopt(guard: Guard, report: dict[str, Any]) -> None:
     guard.alpha = alpha
     guard.scale = scale
     guard.t_max = t_max
+    guard.longest = report.get("longest", guard.longest)
     guard.report = report
     guard.refusal = None
 
@@ -397,7 +413,7 @@ def calibrate(
 
     Returns the report, also kept as `guard.report`. The t_max of a guard that looks at x_t becomes
     the level from which no training image was certain, or the limit of its training. A guard that
-    looks at predictions keeps its own, and its scale.
+    looks at predictions keeps its own.
 
     members [N, ...]: the guard's training images; exact repeats are counted once.
     held_out [M, ...]: images that it was never shown; ValueError if some are members.
@@ -407,12 +423,14 @@ def calibrate(
     level: default that at which predictions are shown; of a guard that looks at x_t, T/10, at most
         a quarter of what it was trained on.
     alpha: the gate (default: `choose_alpha`; before predictions at least the guard's own).
-    scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own, and so
-        does a guard that looks at predictions).
+    scale: of the push (default: `propose_scale` at ¾ of `level`; form "away" keeps its own, and a
+        guard that looks at predictions takes the first of 1, 2 and 4 times its own that changes its
+        training images, see `changing_moves`).
     stride: from one measured level to the next.
     seed: of the noise.
     Raises UncoveredGuardError (a ValueError), and leaves the settings as they were, if it does not
-    cover its members. With an alpha from `choose_alpha` that happens only at its widest gate,
+    cover its members, and ValueError if it looks at predictions and only nudges them. With an
+    alpha from `choose_alpha` that happens only at its widest gate,
     `loosest` (0.4).
     """
     levels, level = calibration_levels(guard, level, stride)
@@ -435,8 +453,7 @@ def calibrate(
 
     # From where on the guard need not be asked, and how strong it has to be.
     t_max = asked_below(guard, levels, coverage, stride)
-    proposed = proposed_scale(guard, members, level, alpha=alpha, seed=seed)
-    scale = chosen_scale(guard, scale, proposed)
+    strength = scale_and_proposal(guard, scale, members, level, alpha=alpha, seed=seed)
 
     # The data sheet. Nothing has changed the guard so far.
     report = dict(
@@ -446,8 +463,7 @@ def calibrate(
         look=guard.look,
         alpha=alpha,
         t_max=t_max,
-        scale=scale,
-        proposed_scale=proposed,
+        **strength,
         levels=levels,
         **shares,
         least_covered=least_covered(certain[at_level] > gate, rows),

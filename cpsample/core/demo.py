@@ -51,7 +51,7 @@ DEFAULTS = {
     "guard_steps": 3000,
     "samples": 1000,
     "sample_steps": 100,
-    **GUARDS["default"],
+    **GUARDS["x_t"],
     "alpha": None,  # calibration chooses
     "scale": None,
 }
@@ -193,7 +193,7 @@ def check_demo(settings: dict) -> None:
     given = {}
     for name in ("alpha", "scale", "form", "t_max"):
         is_open = settings[name] is None
-        given[name] = GUARDS["default"][name] if is_open else settings[name]
+        given[name] = GUARDS["x_t"][name] if is_open else settings[name]
     check_settings(**given, T=T)
 
     # The sizes: large enough, and not too large for the data.
@@ -217,7 +217,7 @@ def _guard_numbers(guard: Guard, settings: dict, fresh: Tensor, seed: int) -> di
 
     chosen = {"alpha": guard.alpha, "scale": guard.scale, "t_max": guard.t_max}
     return {
-        **{name: settings[name] for name in GUARDS["default"]},
+        **{name: settings[name] for name in GUARDS["x_t"]},
         **chosen,
         "coverage": report["coverage"][at_level],
         "false_alarms": report["false_alarms"][at_level],

@@ -421,10 +421,7 @@ def correct_at_x_t(guard: Guard, x_t: Tensor, t: Tensor, eps: Tensor) -> Correct
 # K: labels. t_learn: the training draws noise levels below it. t_power: which of them more often,
 # see `label_loss`. Levels are those of a schedule with T = 1,000.
 GUARDS = {
-    "default": dict(K=8, alpha=0.05, scale=60.0, form="toward", t_max=400, t_power=1.0),
-    "member": dict(K=1, alpha=0.05, scale=60.0, form="member", t_max=400, t_power=1.0),
-    "paper": dict(K=1, alpha=0.001, scale=1000.0, form="away", t_max=1000, t_power=1.0),
-    "predicted": dict(
+    "x0": dict(
         K=8,
         alpha=0.3,
         scale=2.5,
@@ -438,6 +435,9 @@ GUARDS = {
         moves=5,
         longest=0.25,
     ),
+    "x_t": dict(K=8, alpha=0.05, scale=60.0, form="toward", t_max=400, t_power=1.0),
+    "member": dict(K=1, alpha=0.05, scale=60.0, form="member", t_max=400, t_power=1.0),
+    "paper": dict(K=1, alpha=0.001, scale=1000.0, form="away", t_max=1000, t_power=1.0),
 }
 
 # %% ../../nbs/1_core/08_guard.ipynb #kinds002
@@ -472,7 +472,7 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     """
     preset_kind(preset)  # refuses unknown ones
     settings = {"at": "x_t", **GUARDS[preset]}
-    known = settings.keys() | GUARDS["predicted"].keys()
+    known = settings.keys() | GUARDS["x0"].keys()
     unknown = changes.keys() - known
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(known)}")
@@ -532,7 +532,7 @@ def fit_guard(
     schedule: Schedule,
     reference: Tensor | None = None,
     *,
-    preset: str = "default",
+    preset: str = "x0",
     steps: int = 3000,
     batch_size: int = 256,
     lr: float = 1e-3,

@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     """A way to train a guard.
 
     undecided: what it learns to be undecided about: "reference", "generated", "noise", or None.
-    options: of `fit_guard`, in place of its default's.
+    options: of `fit_guard`, in place of those of the preset "x_t".
     """
 
     undecided: str | None
@@ -218,7 +218,8 @@ def _recipe_rows(subject: _Subject, name: str) -> dict:
     recipe, digits = RECIPES[name], subject.digits
     undecided = _undecided_images(subject, recipe.undecided)
     start = time.perf_counter()
-    options = dict(steps=subject.settings.guard_steps, seed=subject.seed) | recipe.options
+    common = dict(preset="x_t", steps=subject.settings.guard_steps, seed=subject.seed)
+    options = common | recipe.options
     guard = fit_guard(digits.members, _SCHEDULE, undecided, **options)
     guard_seconds = time.perf_counter() - start
 
@@ -271,7 +272,7 @@ def measure_guards(workspace: Workspace, settings: GuardSettings = GuardSettings
     sizes = {"n": settings.n, "steps": settings.guard_steps}
     return {
         "seeds": list(settings.reported),
-        "settings": sizes | GUARDS["default"],
+        "settings": sizes | GUARDS["x_t"],
         "choosing": of_seeds(settings.choosing),
         "reported": of_seeds(settings.reported),
     }

@@ -530,7 +530,7 @@ def _methods_with(
         "CPSample as printed": Method(
             behind_printed_guard, grid(alpha=(0.001, 0.05), scale=(10.0, 100.0, 1000.0))
         ),
-        "CPSample": Method(partial(behind_guard, preset="default"), of_guards),
+        "CPSample": Method(partial(behind_guard, preset="x_t"), of_guards),
     }
 
 

@@ -207,7 +207,7 @@ def flops_per_image(network: nn.Module) -> int:
     return network_cost(copy.deepcopy(network), network.config["shape"], "train")[0]
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #fd559687
-PRESETS = {"CPSample": "default", "member guard": "member", "CPSample as printed": "paper"}
+PRESETS = {"CPSample": "x_t", "member guard": "member", "CPSample as printed": "paper"}
 
 
 def training_flops(name: str, setting: dict, world: World) -> tuple[float, float]:

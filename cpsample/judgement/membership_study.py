@@ -111,9 +111,10 @@ def digits_arms(seed: int, settings: MembershipSettings = MembershipSettings()) 
     parts = split(digits, sizes, seed)
     members, reference, held_out = (parts.of(digits, name) for name in parts.indices)
 
-    # The default guard, calibrated on every second held-out digit, and the paper's as printed.
+    # The guard at x_t, calibrated on every second held-out digit, and the paper's as printed.
     fit = partial(fit_guard, members, schedule, steps=settings.guard_steps, seed=seed)
-    guard, paper = fit(reference=reference), fit(preset="paper")
+    guard = fit(reference=reference, preset="x_t")
+    paper = fit(preset="paper")
     calibrate(guard, members, held_out[::2])
 
     model = fit_denoiser(members, schedule, settings.train_steps, seed=seed)

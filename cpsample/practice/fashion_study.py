@@ -181,7 +181,7 @@ def _trained_guard(
     config: how.
     images: whose members it guards.
     schedule: of the model that it is for.
-    preset: "default" or "paper".
+    preset: "x_t" or "paper".
     """
     path = workspace.folder / name
     if not path.with_suffix(".safetensors").exists():
@@ -237,7 +237,7 @@ def train_networks(settings: Settings, images: StudyImages, workspace: Workspace
     # Two guards, trained for equally long.
     config = replace(settings.base, seed=settings.seed)
     fit = partial(_trained_guard, workspace, config=config, images=images, schedule=schedule)
-    guard = fit(f"{settings.name}/guarded", preset="default")
+    guard = fit(f"{settings.name}/guarded", preset="x_t")
     paper = fit(f"{settings.name}/paper", preset="paper")
     return Networks(base, tuned, schedule, guard, paper)
 

@@ -701,7 +701,9 @@ def coverage_watch(
     rows = torch.linspace(0, len(members) - 1, min(len(members), 100)).long()
     some = members[rows.to(members.device)]
     some = some.repeat(math.ceil(100 / len(some)), *[1] * (some.dim() - 1))
-    level = calibration_level(settings["t_max"], schedule.T)
+    level = settings.get("level")  # at which predictions are shown
+    if settings["at"] == "x_t":
+        level = calibration_level(settings["t_max"], schedule.T)
     one_sided = settings["form"] == "member"
 
     def measure(classifier: nn.Module) -> float:
@@ -805,6 +807,17 @@ def _check_same_guard(
         )
 
 
+def _calibrate_both(guard: Guard, images: _GuardImages, wanted: float) -> None:
+    """Calibrate a guard, and what it recognises, as far as that can be had without the model.
+
+    Raises what `calibrate` raises. A guard that recognises too few copies for a check goes
+    without: it pushes all the same, and whoever asks it (`recognise`) is refused.
+    """
+    calibrate(guard, images.covered, images.held_out, wanted=wanted)
+    with contextlib.suppress(UncoveredGuardError):
+        calibrate_check(guard, images.covered, images.held_out)
+
+
 def _with_advice(
     error: UncoveredGuardError, steps: int, watch: Watch, command: str
 ) -> UncoveredGuardError:
@@ -826,7 +839,7 @@ def fit_run_guard(
     schedule: Schedule,
     path: Path | str,
     *,
-    preset: str = "default",
+    preset: str = "x0",
     wanted: float = 0.95,
     accelerator: Any = None,
     device: str | torch.device = "cpu",
@@ -887,8 +900,8 @@ def fit_run_guard(
 
         # A guard that is refused keeps its checkpoint, and goes on from there.
         try:
-            if preset_kind(preset)[1]:  # whether it is calibrated
-                calibrate(guard, images.covered, images.held_out, wanted=wanted)
+            if preset_kind(preset).is_calibrated:
+                _calibrate_both(guard, images, wanted)
         except UncoveredGuardError as error:
             raise _with_advice(error, config.guard_steps, watch, command) from error
 
@@ -1076,7 +1089,7 @@ def calibrate_check_of_run(
 
     # The same images as in the guard's own calibration.
     for_guard = divide_non_members(members, non_members).for_guard
-    images = _images_of_guard(config, "default", members, for_guard, protected.device)
+    images = _images_of_guard(config, "x0", members, for_guard, protected.device)
     calibrate_check(
         protected.guard,
         images.covered,

@@ -180,7 +180,7 @@ class Experiment:
         # The subset leaves the rest: some teach its guard, the others are strangers.
         subset = Question(
             name="subset",
-            preset="default",
+            preset="x0",
             config=self.tuned,
             samples=self.copy_samples,
             members=self.subset,

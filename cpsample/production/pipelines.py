@@ -876,7 +876,7 @@ def fit_pipeline_guard(
     path: Path | str,
     *,
     steps: int = 4000,
-    preset: str = "default",
+    preset: str = "x0",
     options: dict | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,

@@ -464,6 +464,7 @@ def make_guard(
         torch.cat([again_and_again, bags["members"]]),
         torch.cat([bags["reference"], bags["held_out"]]),
         path,
+        preset="x_t",
         steps=size.guard_steps,
         options={"width": 16, "mults": (1, 2), "unshuffle": 1},
         progress=progress,

@@ -13,7 +13,7 @@ from .registry import Registry, feature_spaces
 
 # %% ../../nbs/5_workshop/08_choices.ipynb #44d6131d
 IMAGE_SETS = ("digits", "fashion", "fashion-small", "crops", "cifar10", "celeba64")
-PRESETS = ("default", "member", "paper", "predicted")  # of guards
+PRESETS = ("x0", "x_t", "member", "paper")  # of guards
 COPY_TESTS = ("ratio", "neighbourhood", "cosine")
 SEARCHES = ("torch", "faiss")  # for nearest neighbours
 FITS = ("cut", "squash", "pad")  # of pictures into squares
