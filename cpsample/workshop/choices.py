@@ -45,6 +45,7 @@ studies = Registry(
         "membership": "cpsample.judgement.membership_study:STUDY",
         "audit": "cpsample.judgement.audit_study:STUDY",
         "comparison": "cpsample.judgement.comparison_study:STUDY",
+        "guard_attacks": "cpsample.judgement.guard_attacks_study:STUDY",
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
     },
 )
