@@ -47,6 +47,7 @@ SLOW_FILES = {
     "test_demo",
     "test_distributed",
     "test_experiments",
+    "test_guard_attacks_study",
     "test_latents",
     "test_membership_study",
     "test_rejection",

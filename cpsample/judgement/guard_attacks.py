@@ -390,6 +390,12 @@ def _least_certain_logit(guard: Guard, x: Tensor, level: int) -> Tensor:
     return guard.classifier(signal * x, t).abs().amin(1)
 
 
+def _within_ball(offset: Tensor, radius: Tensor) -> Tensor:
+    "Offsets [N, ...], those longer than their radius [N, 1, ...] cut down to it."
+    length = offset.flatten(1).norm(dim=1).clamp(min=1e-9).view_as(radius)
+    return offset * (radius / length).clamp(max=1)
+
+
 def unfamiliar_copies(
     guard: Guard, members: Tensor, *, level: int | None = None, asks: int = 200, seed: int = 0
 ) -> Tensor:
@@ -398,7 +404,7 @@ def unfamiliar_copies(
     It is the attack of somebody who holds guard and training images, on the classifier itself.
     members [N, ...]: different pictures, at least two, in [−1, 1].
     level: where the classifier is asked (default: where the guard asks about predictions).
-    asks: steps of a tenth of the way that is allowed.
+    asks: steps; the first is a fifth of the way that is allowed, and they become shorter.
     seed: of the noise to start from.
     """
     level = guard.level if level is None else level
@@ -407,7 +413,7 @@ def unfamiliar_copies(
     radius = 0.98 * distances[:, 1].view(per_image) / 4
     x = members + 0.02 * randn(members.shape, seeded_generator(seed), members.device)
     best, smallest = members.clone(), torch.full((len(x),), torch.inf)
-    for _ in range(asks):
+    for number in range(asks):
         x = x.detach().requires_grad_()
         certainty = _least_certain_logit(guard, x, level)
         (gradient,) = torch.autograd.grad(certainty.sum(), x)
@@ -416,9 +422,9 @@ def unfamiliar_copies(
             better = certainty < smallest
             best[better], smallest = x[better], torch.minimum(certainty, smallest)
 
-            # Downhill, and back into the ball and the range of pictures.
+            # Downhill by shorter and shorter steps, back into the ball and the range of pictures.
+            step = 0.2 * (1 - number / asks) * radius
             length = gradient.flatten(1).norm(dim=1).clamp(min=1e-9).view(per_image)
-            offset = x - 0.1 * radius * gradient / length - members
-            far = offset.flatten(1).norm(dim=1).clamp(min=1e-9).view(per_image)
-            x = (members + offset * (radius / far).clamp(max=1)).clamp(-1, 1)
+            offset = x - step * gradient / length - members
+            x = (members + _within_ball(offset, radius)).clamp(-1, 1)
     return best.detach()
