@@ -100,6 +100,23 @@ def test_known_pixels_stay_and_others_are_not_looked_at(toy_model):
     )
 
 
+def test_the_model_is_shown_the_known_pixels_at_every_level():
+    "As noisy as the level is: at the last one nearly as they are."
+    shown, x = [], noise(300).clamp(-1, 1)
+    known = torch.zeros(1, 8, 8, dtype=torch.bool)
+    known[:, :3] = True
+
+    def watching(x_t, t):
+        shown.append(x_t)
+        return torch.zeros_like(x_t)
+
+    inpaint(watching, SCHEDULE, x, known, steps=4, generator=numbered())
+    for x_t, level in zip(shown, timesteps(1000, 4)):
+        abar = SCHEDULE.abar[level]
+        off = (x_t - abar.sqrt() * x)[:, :, :3]
+        assert off.std() == pytest.approx((1 - abar).sqrt().item(), rel=0.05)
+
+
 def test_a_little_noise_changes_little(toy_model):
     x = noise(5).clamp(-1, 1)
     near, far = (

@@ -1,5 +1,6 @@
 "Guards on the Hugging Face Hub, which can lose the connection, refuse a token, or be away."
 
+import json
 import time
 
 import huggingface_hub.constants
@@ -11,7 +12,9 @@ from cpsample.core.classifier import MLPClassifier
 from cpsample.core.guard import Guard
 from cpsample.core.guard_files import save_guard
 from cpsample.core.schedule import make_schedule
+from cpsample.judgement.guard_attacks_study import attack_words
 from cpsample.production.hub import from_pretrained, push_to_hub
+from cpsample.workshop.files import data_path
 
 
 @pytest.fixture
@@ -57,6 +60,12 @@ def test_the_card_says_what_it_is_and_how_it_is_loaded(hub, guard):
     assert "secret as those images" in card
     assert 'from_pretrained("me/secret")' in card
     assert "import cpsample\n" in card and "cpsample.load_guard(" in card
+
+    # And what attackers got, from the record.
+    record = json.loads(data_path("results/guard_attacks.json").read_text())
+    for sentence in attack_words(record):
+        assert f"\n- {sentence}\n" in card
+    assert "ATTACKS" not in card and "log such counts, do not serve them" in card
 
 
 def test_a_guard_is_not_put_where_all_can_see_it_unless_asked(hub, guard):

@@ -6,7 +6,7 @@
 __all__ = ['Brought', 'COPYING_SERVICES', 'STUDY', 'GuardAttackSettings', 'Subject', 'services_of', 'subject_of',
            'measure_observers', 'random_draws', 'chosen_with_weights', 'chosen_by_gradient', 'chosen_by_search',
            'upper_half', 'half_pictures', 'attacks_of', 'measure_attack', 'measure_unfamiliar', 'measure_seed',
-           'measure_guard_attacks']
+           'measure_guard_attacks', 'mean_auc', 'attack_words']
 
 # %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #b0ef64b0
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.calibration import calibrate
 from ..core.classifier import log_odds
+from ..core.copying import describe_rate
 from ..core.ddpm import MLPDenoiser
 from ..core.demo import DEFAULTS, Digits, fit_denoiser, split_digits
 from ..core.guard import Guard, fit_guard
@@ -363,3 +364,63 @@ def measure_guard_attacks(
 
 
 STUDY = Study("guard_attacks", measure_guard_attacks)
+
+# %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #cb15b8af
+def _pooled(record: dict, service: str, *kinds: str) -> tuple[int, int]:
+    "(copies that were served, queries) of all attacks whose name contains one of the kinds."
+    copies = queries = 0
+    for run in record["runs"]:
+        for name, counts in run["attacks"].items():
+            if any(kind in name for kind in kinds):
+                copies += counts[service]["copies"]
+                queries += counts[service]["queries"]
+    return copies, queries
+
+
+def mean_auc(record: dict, service: str, observer: str, strength: float) -> float:
+    """The AUC of an observer who may turn the score round, as the mean over all models.
+
+    record: of this study.
+    service, observer, strength: of a row of its observers.
+    """
+    values = []
+    for run in record["runs"]:
+        for row in run["observers"]:
+            if (row["service"], row["strength"]) == (service, strength):
+                values.append(row[observer]["turned"])
+    return sum(values) / len(values)
+
+
+def _best_auc(record: dict, service: str, observer: str) -> float:
+    "The same at the strength that serves the observer best."
+    strengths = record["settings"]["strengths"]
+    return max(mean_auc(record, service, observer, strength) for strength in strengths)
+
+
+def attack_words(record: dict) -> list[str]:
+    """What attackers got from guarded generators, as sentences for whoever is handed a guard.
+
+    record: of this study.
+    """
+    auc_of, both = partial(_best_auc, record), "push and check"
+    sentences = [
+        "Whoever is told how many tries image-to-image took tells members from others with an AUC "
+        f"of {auc_of('check', 'tries'):.2f} behind a check alone, {auc_of(both, 'tries'):.2f} "
+        "behind push and check: log such counts, do not serve them.",
+        "Whoever sees nothing but the picture that comes back has "
+        f"{auc_of(both, 'picture'):.2f} behind push and check, "
+        f"{auc_of('unguarded', 'picture'):.2f} unguarded, at the strength that suits best.",
+    ]
+
+    # Those who want a copy.
+    wants = {
+        "to whoever chooses the first noise": ("noise", "best of"),
+        "to whoever hands in half of a training image": ("half of members",),
+    }
+    for who, kinds in wants.items():
+        unguarded, behind = (_pooled(record, name, *kinds) for name in ("unguarded", both))
+        sentences.append(
+            f"Copies served {who}, of all queries: {describe_rate(*behind)} behind push and check, "
+            f"{describe_rate(*unguarded)} unguarded."
+        )
+    return sentences
