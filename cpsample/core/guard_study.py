@@ -254,7 +254,7 @@ def _pooled(rows: tuple[dict, ...]) -> dict:
     if any("refused" in row for row in rows):
         return pooled | {"refused": [row.get("refused") for row in rows]}
 
-    pooled |= pool(list(rows), means=("fd", "certain"))
+    pooled |= pool(list(rows))
     del pooled["settings"]
     for name in ("alpha", "scale", "t_max", "guard_seconds"):
         if name in first:

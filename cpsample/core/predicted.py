@@ -232,7 +232,7 @@ def changing_moves(guard: Guard, members: Tensor, scale: float | None = None) ->
     tried = [factor * guard.scale for factor in (1, 2, 4)] if scale is None else [scale]
     for number in tried:
         test = move_test(replace(guard, scale=number, longest=longest), members)
-        if test.still_copies <= NUDGED:
+        if test.still_copies <= NUDGED or number == 0:  # a scale of 0 moves nothing, on purpose
             return Moves(number, longest, test)
     raise ValueError(
         f"{test.still_copies:.0%} of the training images that this guard moves are copies all the "
