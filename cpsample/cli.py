@@ -790,6 +790,8 @@ def print_coverage(guard: Any, out: Path) -> None:
     if report is None:
         print(f"As printed in the paper, and not calibrated: {file}")
         return
+
+    # At the level of the report.
     at_level = report["levels"].index(report["level"])
     coverage = report["coverage"][at_level]
     false_alarms = report["false_alarms"][at_level]
