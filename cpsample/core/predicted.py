@@ -190,7 +190,8 @@ def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -
     still_copies = copy_test(moved, members).rate
     t = torch.full((len(moved),), guard.level, device=moved.device)
     x_t, _ = add_noise(guard.cast(moved), t, guard.schedule, generator=generator)
-    known = is_certain(guard.logits(x_t, t), guard.alpha, guard.one_sided)
+    logits = torch.cat([guard.logits(*part) for part in zip(x_t.split(100), t.split(100))])
+    known = is_certain(logits, guard.alpha, guard.one_sided)
     return MoveTest(change.mean().item(), still_copies, known.float().mean().item())
 
 # %% ../../nbs/1_core/10_predicted.ipynb #b9e8596c
