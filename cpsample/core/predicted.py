@@ -165,6 +165,13 @@ class MoveTest(NamedTuple):
     still_known: float
 
 
+def _undecided_in_portions(guard: Guard, x0: Tensor, size: int = 100) -> Moved:
+    "`undecided` for so many predictions at a time."
+    parts = [undecided(guard, part) for part in x0.split(size)]
+    rows = [part.rows + size * number for number, part in enumerate(parts)]
+    return Moved(torch.cat(rows), torch.cat([part.x0 for part in parts]))
+
+
 def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -> MoveTest:
     """Move training images, slightly perturbed, as if a model had predicted them.
 
@@ -178,10 +185,7 @@ def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -
     x0 = some.repeat(draws, *[1] * (members.dim() - 1)).float()
     x0 = within(guard, x0 + 0.05 * x0.std() * randn(x0.shape, generator, x0.device))
 
-    # In portions, as a sampler would.
-    parts = [undecided(guard, part) for part in x0.split(100)]
-    rows = torch.cat([part.rows + 100 * number for number, part in enumerate(parts)])
-    moved = torch.cat([part.x0 for part in parts])
+    rows, moved = _undecided_in_portions(guard, x0)
     if len(rows) == 0:
         return MoveTest(0.0, 1.0, 0.0)  # it does not even know its own training images
     change = (moved - x0[rows]).flatten(1).square().mean(1).sqrt()
