@@ -331,6 +331,7 @@ def test_calibration_sets_length_and_room_and_reports_them():
     report = calibrate(guard, digits, others, wanted=0.1)
     assert guard.scale == report["scale"] > 0.7 and guard.longest == report["longest"]
     assert report["moves"]["still_copies"] <= NUDGED and report["proposed_scale"] == 1.0
+    assert guard.calibrated and not replace(guard, longest=guard.longest / 2).calibrated
     assert calibrate(guard, digits, others, wanted=0.1, scale=0.0)["scale"] == 0.0  # on purpose
 
 

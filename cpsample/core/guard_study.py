@@ -108,7 +108,9 @@ class _Subject:
 
     def measured(self, x: Tensor) -> dict:
         "Copies and distance of samples."
-        return measure(x, self.digits.members, self.digits.held_out)
+        numbers = measure(x, self.digits.members, self.digits.held_out)
+        names = ("n", "copies", "copy_rate", "copy_ci", "fd")
+        return {name: numbers[name] for name in names}
 
 
 def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subject:
