@@ -11,6 +11,7 @@ __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'pro
            'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
+import importlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -357,10 +358,10 @@ def scale_and_proposal(
 
 def _moves_of(guard: Guard, asked: float | None, members: Tensor, alpha: float) -> Any:
     "`changing_moves` of a guard with a gate; where it refuses, the guard remembers that."
-    from cpsample.core.predicted import changing_moves  # the next chapter
-
+    # The next chapter builds on this one, and knows how: it is looked up when it is needed.
+    predicted = importlib.import_module("cpsample.core.predicted")
     try:
-        return changing_moves(replace(guard, alpha=alpha), members, asked)
+        return predicted.changing_moves(replace(guard, alpha=alpha), members, asked)
     except ValueError as error:
         guard.refusal = str(error)
         raise

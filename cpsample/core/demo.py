@@ -234,7 +234,7 @@ def draw_arms(arms: dict[str, Draw], n: int) -> dict[str, Arm]:
     return drawn
 
 # %% ../../nbs/1_core/16_demo.ipynb #6dad9f70
-def measure(x: Tensor, members: Tensor, held_out: Tensor, requests: int | None = None) -> dict:
+def measure(x: Tensor, members: Tensor, held_out: Tensor, *, requests: int | None = None) -> dict:
     """Copies with interval, near copies, and Fréchet distance to held-out digits.
 
     x [m, 1, 8, 8]: samples that were served.
@@ -352,7 +352,7 @@ class SeedResult(NamedTuple):
 
 
 def fit_guards(
-    digits: Digits, settings: dict, seed: int, progress: bool = False
+    digits: Digits, settings: dict, seed: int, *, progress: bool = False
 ) -> dict[str, Guard]:
     "{arm: guard} of a seed, calibrated on every other held-out digit; `guarded` is the last."
     schedule, held_out = make_schedule(settings["schedule"]), digits.held_out[::2]
@@ -406,7 +406,7 @@ def _numbers_of(
     for name, arm in drawn.items():
         cost = arm.numbers["flops"] / drawn["unguarded"].numbers["flops"]
         common = {"fd_held_out": real, "cost": cost, **arm.numbers}
-        arms[name] = measure(arm.images, members, held_out, n) | common
+        arms[name] = measure(arm.images, members, held_out, requests=n) | common
 
     # What calibration chose, and promised.
     for name, guard in guards.items():
@@ -422,7 +422,7 @@ def run_seed(seed: int, settings: dict, progress: bool = False) -> SeedResult:
 
     # The guards, and the model that they protect.
     watch = _Stopwatch()
-    guards = fit_guards(digits, settings, seed, progress)
+    guards = fit_guards(digits, settings, seed, progress=progress)
     watch.lap("guard")
     schedule, steps = make_schedule(settings["schedule"]), settings["train_steps"]
     model = fit_denoiser(members, schedule, steps, seed=seed, progress=progress)
