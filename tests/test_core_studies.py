@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cpsample.core import guard_study, predicted_study, rejection_study
 from cpsample.core.classifier import MLPClassifier, certainty, member_labels
+from cpsample.core.demo import DEFAULTS, split_digits
 from cpsample.core.densities import round_mixture
 from cpsample.core.digit_encoder import digit_features
-from cpsample.core.demo import DEFAULTS, split_digits
 from cpsample.core.guard_study import RECIPES, GuardSettings, measure_guards
 from cpsample.core.predicted_study import (
     QUESTIONS,

@@ -67,12 +67,9 @@ def _used(name: str, *values) -> dict[str, Variant]:
 _NARROW = {"width": 128}
 QUESTIONS: dict[str, dict[str, Variant]] = {
     "preset": {"x0": Variant()},
-    "t_max": _used("t_max", 100, 150, 200, 300, 1000),
+    "t_max": _used("t_max", 50, 100, 150, 200, 300, 1000),
     "width": _trained("width", 64, 128),
-    "together": {
-        "width 128, t_max 200": Variant(_NARROW, {"t_max": 200}),
-        "width 128, t_max 150": Variant(_NARROW, {"t_max": 150}),
-    },
+    "width 128, t_max": {str(t): Variant(_NARROW, {"t_max": t}) for t in (100, 150, 200)},
     "level": _used("level", 0, 50, 149),
     "scale": _used("scale", 1.0, 1.5, 4.0),
     "alpha": _used("alpha", 0.1, 0.2, 0.4),
