@@ -38,7 +38,7 @@ from cpsample.workshop.studies import (
     settings_of,
 )
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #94589347
+# %% ../../nbs/1_core/18_predicted_study.ipynb #cec7fd3a
 @dataclass(frozen=True)
 class Variant:
     """A guard that looks at predictions, with something changed.
@@ -88,7 +88,7 @@ QUESTIONS: dict[str, dict[str, Variant]] = {
     "K": _trained("K", 4, 16),
 }
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #131880e9
+# %% ../../nbs/1_core/18_predicted_study.ipynb #5134f3f8
 @dataclass(frozen=True)
 class PredictedSettings:
     """How large the study is; the defaults are those of the file on record.
@@ -109,7 +109,7 @@ class PredictedSettings:
     train_steps: int = DEFAULTS["train_steps"]
     guard_steps: int = DEFAULTS["guard_steps"]
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #345d1303
+# %% ../../nbs/1_core/18_predicted_study.ipynb #bbcd8b0b
 _SCHEDULE = make_schedule()
 
 
@@ -162,7 +162,7 @@ def _subject(seed: int, workspace: Workspace, settings: PredictedSettings) -> _S
     model.eval().requires_grad_(False)
     return _Subject(seed, digits, model, settings, workspace.folder)
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #5d077619
+# %% ../../nbs/1_core/18_predicted_study.ipynb #86782cc3
 def precision_recall(x: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
     """(share of x that lies among real images, share of real images that lies among x).
 
@@ -188,7 +188,7 @@ def _measured(subject: _Subject, x: Tensor) -> dict:
         "recall": recall,
     }
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #cec7fd3a
+# %% ../../nbs/1_core/18_predicted_study.ipynb #def7eabb
 def _base_rows(subject: _Subject) -> list[dict]:
     "The rows without a guard: unguarded, and exact rejection."
     # The first draw is the unguarded one; its copies are replaced by later draws.
@@ -207,7 +207,7 @@ def _base_rows(subject: _Subject) -> list[dict]:
         rows.append(row | {"asked": 0.0, "moved": 0.0, "flops": flops})
     return rows
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #dcfd4bd0
+# %% ../../nbs/1_core/18_predicted_study.ipynb #e7e0c16f
 def _undecided_images(subject: _Subject, undecided: str) -> Tensor | None:
     "The images with the target ½ (see `Variant`)."
     if undecided == "generated":
@@ -234,7 +234,7 @@ def _guard(subject: _Subject, trained: dict) -> Guard:
         calibrate(guard, digits.members, digits.held_out[::2])
     return guard
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #e927d26c
+# %% ../../nbs/1_core/18_predicted_study.ipynb #116e1b1c
 def least_certain(classifier: Classifier) -> Classifier:
     "A classifier that gives the least certain of another's logits alone: [B, 1]."
 
@@ -281,7 +281,7 @@ def _asked_classifier(asked: str, guard: Guard, subject: _Subject) -> Classifier
         return knows_members(subject.digits, GUARDS["x0"]["K"], subject.seed)
     return guard.classifier
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #5134f3f8
+# %% ../../nbs/1_core/18_predicted_study.ipynb #ced1e1f6
 def _row(subject: _Subject, variant: Variant) -> dict:
     "The numbers of one variant."
     calibrated = _guard(subject, variant.trained)
@@ -305,7 +305,7 @@ def _row(subject: _Subject, variant: Variant) -> dict:
     # What knows the members pays no products of matrices, but needs the members.
     return row if variant.asked == "ideal" else row | {"flops": flops / subject.unguarded[1]}
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #65edd17b
+# %% ../../nbs/1_core/18_predicted_study.ipynb #ef486597
 _MEANS = ("fd", "precision", "recall", "asked", "moved", "flops")
 
 
@@ -330,7 +330,7 @@ def _rounded(value):
         return [_rounded(part) for part in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
-# %% ../../nbs/1_core/18_predicted_study.ipynb #bbcd8b0b
+# %% ../../nbs/1_core/18_predicted_study.ipynb #f53252cb
 def _question_rows(subject: _Subject, question: str) -> dict:
     "The `rows` of all answers to a question, or of no guard at all."
     if question == "no guard":
