@@ -279,6 +279,9 @@ def _asked_classifier(asked: str, guard: Guard, subject: _Subject) -> Classifier
         return least_certain(guard.classifier)
     if asked == "ideal":
         return knows_members(subject.digits, GUARDS["x0"]["K"], subject.seed)
+    if guard.at == "x_t":
+        # torch's counter cannot follow a gradient to the very tensor that a module is given.
+        return lambda x_t, t: guard.classifier(1 * x_t, t)
     return guard.classifier
 
 # %% ../../nbs/1_core/18_predicted_study.ipynb #ced1e1f6
