@@ -18,6 +18,7 @@ from cpsample.core.guard_study import RECIPES, GuardSettings, measure_guards
 from cpsample.core.predicted_study import (
     QUESTIONS,
     PredictedSettings,
+    Variant,
     knows_members,
     least_certain,
     measure_predicted,
@@ -194,6 +195,18 @@ def test_a_guard_pays_for_every_level_at_which_it_is_asked(whole):
     assert 1 < rows["width", "64"]["flops"] < rows["width", "128"]["flops"] < preset["flops"]
     assert preset["flops"] < early["flops"]
     assert "flops" not in rows["ceiling", "level 100"]
+
+
+@pytest.mark.parametrize("preset", ["x0", "x_t"])
+def test_gradients_are_counted_where_a_guard_moves(preset, tmp_path):
+    "Certain of everything, it pays for the look, for another pass, and for most of the way back."
+    workspace, trained = Workspace(tmp_path, progress=False), {"preset": preset}
+    subject = predicted_study._subject(0, workspace, TINY_PREDICTED)
+    row = partial(predicted_study._row, subject)
+    silent = row(Variant(trained, {"alpha": 1e-9}))
+    certain = row(Variant(trained, {"alpha": 0.5 - 1e-7, "moves": 1}))
+    assert silent["moved"] == 0 and certain["moved"] > 0.9 * certain["asked"]
+    assert 3 > (certain["flops"] - 1) / (silent["flops"] - 1) > 2.4
 
 
 def test_the_least_certain_label_stands_for_all():

@@ -95,6 +95,7 @@ class PredictedSettings:
 
     seeds: to choose by; none of them is reported anywhere else.
     questions: keys of `QUESTIONS`.
+    alone: those that the first seed alone answers, since each answer is another training.
     images: members.
     n: samples of each row.
     sample_steps: denoiser calls per sample.
@@ -103,6 +104,7 @@ class PredictedSettings:
 
     seeds: tuple[int, ...] = (100, 101, 102)
     questions: tuple[str, ...] = tuple(QUESTIONS)
+    alone: tuple[str, ...] = ("t_learn", "undecided", "K")
     images: int = DEFAULTS["images"]
     n: int = 1000
     sample_steps: int = 100
@@ -318,7 +320,8 @@ def _pooled(rows: tuple[dict, ...]) -> dict:
     pooled = {"question": first["question"], "answer": first["answer"]}
     pooled |= pool(list(rows), means=[name for name in _MEANS if name in first])
     del pooled["settings"]
-    pooled["near"] = sum(row["near"] for row in rows)
+    pooled["near_seeds"] = [row["near"] for row in rows]
+    pooled["near"] = sum(pooled["near_seeds"])
     for name in ("alpha", "scale", "longest", "refused"):
         if name in first:
             pooled[name] = [row[name] for row in rows]
@@ -349,7 +352,7 @@ def _pooled_rows(question: str, subjects: list[_Subject], workspace: Workspace) 
     variants = {name: asdict(variant) for name, variant in QUESTIONS.get(question, {}).items()}
     runs = []
     for subject in subjects:
-        known = settings_of(subject.settings, "seeds", "questions")
+        known = settings_of(subject.settings, "seeds", "questions", "alone")
         name = f"{question.replace(' ', '-')}-{subject.seed}"
         make = partial(_question_rows, subject, question)
         made_with = known | settings_of({"variants": variants})
@@ -361,13 +364,14 @@ def measure_predicted(
     workspace: Workspace, settings: PredictedSettings = PredictedSettings()
 ) -> dict:
     "The numbers of predicted.json: every answer to every question, on the seeds to choose by."
-    claim_files(workspace, "guards", settings_of(settings, "seeds", "questions"))
+    claim_files(workspace, "guards", settings_of(settings, "seeds", "questions", "alone"))
     subjects = [_subject(seed, workspace, settings) for seed in settings.seeds]
 
-    # A question after the other, each on all seeds: the first answers come early.
+    # One question after the other, each on its seeds: the first answers come early.
     rows = []
     for question in ("no guard", *settings.questions):
-        rows += _pooled_rows(question, subjects, workspace)
+        asked = subjects[:1] if question in settings.alone else subjects
+        rows += _pooled_rows(question, asked, workspace)
     sizes = {"n": settings.n, "steps": settings.guard_steps}
     return {"seeds": list(settings.seeds), "settings": sizes | GUARDS["x0"], "rows": rows}
 
