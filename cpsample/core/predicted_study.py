@@ -95,7 +95,7 @@ class PredictedSettings:
 
     seeds: to choose by; none of them is reported anywhere else.
     questions: keys of `QUESTIONS`.
-    alone: those that the first seed alone answers, since each answer is another training.
+    alone: those that take long, and that the first seed alone answers.
     images: members.
     n: samples of each row.
     sample_steps: denoiser calls per sample.
@@ -104,7 +104,7 @@ class PredictedSettings:
 
     seeds: tuple[int, ...] = (100, 101, 102)
     questions: tuple[str, ...] = tuple(QUESTIONS)
-    alone: tuple[str, ...] = ("t_learn", "undecided", "K")
+    alone: tuple[str, ...] = ("ceiling", "t_learn", "undecided", "K")
     images: int = DEFAULTS["images"]
     n: int = 1000
     sample_steps: int = 100
