@@ -66,7 +66,7 @@ TINY_GUARDS = GuardSettings(
 )
 TINY_PREDICTED = PredictedSettings(
     seeds=(100, 101),
-    questions=("preset", "width", "t_max", "gradient", "ceiling"),
+    questions=("start", "width", "t_max", "gradient", "ceiling"),
     n=20,
     sample_steps=5,
     train_steps=20,
@@ -190,10 +190,10 @@ def test_every_answer_to_every_question_is_on_file(whole):
 def test_a_guard_pays_for_every_level_at_which_it_is_asked(whole):
     rows = {(row["question"], row["answer"]): row for row in whole["predicted"]["rows"]}
     assert rows["no guard", "unguarded"]["flops"] == 1
-    preset, early = rows["preset", "x0"], rows["t_max", "1000"]
-    assert (preset["asked"], early["asked"]) == (0.4, 1.0)
-    assert 1 < rows["width", "64"]["flops"] < rows["width", "128"]["flops"] < preset["flops"]
-    assert preset["flops"] < early["flops"]
+    start, early = rows["start", "x0"], rows["t_max", "1000"]
+    assert (start["asked"], early["asked"]) == (0.4, 1.0)
+    assert 1 < rows["width", "64"]["flops"] < rows["width", "128"]["flops"] < start["flops"]
+    assert start["flops"] < early["flops"]
     assert "flops" not in rows["ceiling", "level 100"]
 
 

@@ -41,7 +41,7 @@ from cpsample.workshop.studies import (
 # %% ../../nbs/1_core/18_predicted_study.ipynb #cec7fd3a
 @dataclass(frozen=True)
 class Variant:
-    """A guard that looks at predictions, with something changed.
+    """A guard of the preset "x0" that is asked below t = 400, with something changed.
 
     trained: options of `fit_guard` in place of those of the preset "x0"; "undecided" is what it
         learns to be undecided about: "reference" (the default), "generated" or "nothing".
@@ -64,9 +64,10 @@ def _used(name: str, *values) -> dict[str, Variant]:
     return {str(value): Variant(used={name: value}) for value in values}
 
 
+_ASKED_BELOW = 400  # what the preset's t_max was when these questions were asked
 _NARROW = {"width": 128}
 QUESTIONS: dict[str, dict[str, Variant]] = {
-    "preset": {"x0": Variant()},
+    "start": {"x0": Variant()},
     "t_max": _used("t_max", 50, 100, 150, 200, 300, 1000),
     "width": _trained("width", 64, 128),
     "width 128, t_max": {str(t): Variant(_NARROW, {"t_max": t}) for t in (100, 150, 200)},
@@ -226,7 +227,7 @@ def _guard(subject: _Subject, trained: dict) -> Guard:
     if not guard_file(path).exists():
         options = {"preset": "x0", "undecided": "reference", **trained}
         undecided = _undecided_images(subject, options.pop("undecided"))
-        common = dict(steps=steps, seed=subject.seed)
+        common = dict(steps=steps, seed=subject.seed, t_max=_ASKED_BELOW)
         save_guard(fit_guard(digits.members, _SCHEDULE, undecided, **common, **options), path)
 
     # A refused guard keeps the settings of its preset, and remembers why.
@@ -373,7 +374,8 @@ def measure_predicted(
         asked = subjects[:1] if question in settings.alone else subjects
         rows += _pooled_rows(question, asked, workspace)
     sizes = {"n": settings.n, "steps": settings.guard_steps}
-    return {"seeds": list(settings.seeds), "settings": sizes | GUARDS["x0"], "rows": rows}
+    start = sizes | GUARDS["x0"] | {"t_max": _ASKED_BELOW}
+    return {"seeds": list(settings.seeds), "settings": start, "rows": rows}
 
 
 STUDY = Study("predicted", measure_predicted)
