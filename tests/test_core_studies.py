@@ -9,8 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpsample.core import guard_study, rejection_study
+from cpsample.core import guard_study, predicted_study, rejection_study
+from cpsample.core.classifier import MLPClassifier, certainty, member_labels
+from cpsample.core.demo import DEFAULTS, split_digits
+from cpsample.core.densities import round_mixture
+from cpsample.core.digit_encoder import digit_features
 from cpsample.core.guard_study import RECIPES, GuardSettings, measure_guards
+from cpsample.core.predicted_study import (
+    QUESTIONS,
+    PredictedSettings,
+    Variant,
+    knows_members,
+    least_certain,
+    measure_predicted,
+    precision_recall,
+)
+from cpsample.core.rejection import ideal_classifier
 from cpsample.core.rejection_study import RejectionSettings, measure_rejection
 from cpsample.workshop.files import data_path
 from cpsample.workshop.studies import (
@@ -50,9 +64,18 @@ TINY_GUARDS = GuardSettings(
     guard_steps=20,
     copies=(0,),
 )
+TINY_PREDICTED = PredictedSettings(
+    seeds=(100, 101),
+    questions=("start", "width", "t_max", "gradient", "ceiling"),
+    n=20,
+    sample_steps=5,
+    train_steps=20,
+    guard_steps=20,
+)
 STUDIES = {
     "rejection": partial(measure_rejection, settings=TINY_REJECTION),
     "guards": partial(measure_guards, settings=TINY_GUARDS),
+    "predicted": partial(measure_predicted, settings=TINY_PREDICTED),
 }
 
 
@@ -84,7 +107,7 @@ def counted(monkeypatch, module, function, limit=10**9):
 
 
 class Whole(dict):
-    "The numbers of both studies, not interrupted, and the folders of their stages."
+    "The numbers of all studies, not interrupted, and the folders of their stages."
 
     folders: dict
 
@@ -102,6 +125,7 @@ def whole(tmp_path_factory):
     [
         ("rejection", rejection_study, "cell", 8, 14),  # of 20 cells one line of 6 was finished
         ("guards", guard_study, "fit_guard", 3, 3),  # of 6 guards
+        ("predicted", predicted_study, "fit_guard", 3, 3),  # of 6 guards
     ],
 )
 def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
@@ -121,7 +145,11 @@ def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
     assert len(calls) == left
 
 
-@pytest.mark.parametrize("study", [rejection_study.STUDY, guard_study.STUDY], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "study",
+    [rejection_study.STUDY, guard_study.STUDY, predicted_study.STUDY],
+    ids=lambda s: s.name,
+)
 def test_the_record_has_the_shape_of_the_file(study, whole, tmp_path):
     record = json.loads(data_path(f"results/{study.name}.json").read_text())
     numbers = whole[study.name]
@@ -150,6 +178,68 @@ def test_rows_have_the_keys_of_the_file(whole):
     assert list(recipes) == ["unguarded", "rejection", *RECIPES]
 
 
+def test_every_answer_to_every_question_is_on_file(whole):
+    record = json.loads(data_path("results/predicted.json").read_text())
+    answers = [(question, answer) for question in QUESTIONS for answer in QUESTIONS[question]]
+    base = [("no guard", "unguarded"), ("no guard", "exact rejection")]
+    assert [(row["question"], row["answer"]) for row in record["rows"]] == base + answers
+    assert shapes(whole["predicted"]["rows"]) == shapes(record["rows"])
+    assert len(json.dumps(record)) < 200_000
+
+
+def test_a_guard_pays_for_every_level_at_which_it_is_asked(whole):
+    rows = {(row["question"], row["answer"]): row for row in whole["predicted"]["rows"]}
+    assert rows["no guard", "unguarded"]["flops"] == 1
+    start, early = rows["start", "x0"], rows["t_max", "1000"]
+    assert (start["asked"], early["asked"]) == (0.4, 1.0)
+    assert 1 < rows["width", "64"]["flops"] < rows["width", "128"]["flops"] < start["flops"]
+    assert start["flops"] < early["flops"]
+    assert "flops" not in rows["ceiling", "level 100"]
+
+
+@pytest.mark.parametrize("preset", ["x0", "x_t"])
+def test_gradients_are_counted_where_a_guard_moves(preset, tmp_path):
+    "Certain of everything, it pays for the look, for another pass, and for most of the way back."
+    workspace, trained = Workspace(tmp_path, progress=False), {"preset": preset}
+    subject = predicted_study._subject(0, workspace, TINY_PREDICTED)
+    row = partial(predicted_study._row, subject)
+    silent = row(Variant(trained, {"alpha": 1e-9}))
+    certain = row(Variant(trained, {"alpha": 0.5 - 1e-7, "moves": 1}))
+    assert silent["moved"] == 0 and certain["moved"] > 0.9 * certain["asked"]
+    assert 3 > (certain["flops"] - 1) / (silent["flops"] - 1) > 2.4
+
+
+def test_the_least_certain_label_stands_for_all():
+    classifier = MLPClassifier((1, 8, 8), K=5, width=16)
+    torch.nn.init.normal_(classifier.out.weight)
+    x, t = torch.randn(30, 1, 8, 8), torch.full((30,), 100)
+    least = least_certain(classifier)(x, t)
+    assert least.shape == (30, 1) and len(set(classifier(x, t).abs().argmin(1).tolist())) > 1
+    torch.testing.assert_close(certainty(least), certainty(classifier(x, t)))
+
+
+@pytest.mark.parametrize("level", [0, 50, 100])
+def test_who_knows_the_members_is_the_ideal_classifier(level):
+    digits = split_digits(DEFAULTS | {"images": 20}, 0)
+    members, reference = digits.members.flatten(1), digits.reference.flatten(1)
+    gaps = torch.cdist(reference, reference).fill_diagonal_(torch.inf).amin(1)
+    laws = round_mixture(members, 0.05), round_mixture(reference, gaps.median().item() / 8)
+    schedule = predicted_study._SCHEDULE
+    ideal = ideal_classifier(laws[0], member_labels(digits.members, 3, 7), laws[1], schedule)
+    x, t = torch.cat([digits.members[:5], digits.held_out[:10]]), torch.full((15,), level)
+    answers = knows_members(digits, 3, 7)(x, t)
+    torch.testing.assert_close(answers, ideal(x.flatten(1), t), rtol=1e-3, atol=1e-2)
+
+
+def test_precision_and_recall_are_those_of_the_library():
+    library = pytest.importorskip("torch_fidelity.metric_prc")
+    digits = split_digits(DEFAULTS, 0)
+    x = (digits.reference[:200] + 0.3 * torch.randn(200, 1, 8, 8)).clamp(-1, 1)
+    features = [digit_features(images).double() for images in (x, digits.held_out)]
+    expected = library.calculate_precision_recall_part(*features, 3)
+    assert precision_recall(x, digits.held_out) == pytest.approx(tuple(map(float, expected)))
+
+
 def test_the_defaults_are_the_sizes_on_file():
     record = json.loads(data_path("results/rejection.json").read_text())
     default = RejectionSettings()
@@ -165,6 +255,12 @@ def test_the_defaults_are_the_sizes_on_file():
     assert record["settings"]["steps"] == default.guard_steps
     for part, seeds in (("choosing", default.choosing), ("reported", default.reported)):
         assert tuple(record[part]["seeds"]) == seeds
+
+    record = json.loads(data_path("results/predicted.json").read_text())
+    default = PredictedSettings()
+    assert tuple(record["seeds"]) == default.seeds
+    assert record["settings"]["n"] == default.n
+    assert record["settings"]["steps"] == default.guard_steps
 
 
 def test_counts_of_seeds_add_up_and_a_refusal_stands_in_the_table(whole):
@@ -195,6 +291,8 @@ def test_the_papers_guard_is_drawn_as_printed_too(whole):
         ("rejection", {"table_steps": 11}),
         ("guards", {"n": 21}),
         ("guards", {"train_steps": 21}),
+        ("predicted", {"n": 21}),
+        ("predicted", {"train_steps": 21}),
     ],
 )
 def test_other_settings_never_get_the_numbers_of_a_stage(name, change, whole):
@@ -202,6 +300,7 @@ def test_other_settings_never_get_the_numbers_of_a_stage(name, change, whole):
     tiny, measure = {
         "rejection": (TINY_REJECTION, measure_rejection),
         "guards": (TINY_GUARDS, measure_guards),
+        "predicted": (TINY_PREDICTED, measure_predicted),
     }[name]
     folder, (what, here) = whole.folders[name], *change.items()
     before = {path: path.read_bytes() for path in folder.iterdir()}
