@@ -32,7 +32,7 @@ help:  ## this list
 
 # To use and to read.
 
-demo: .venv/installed  ## the main job: train, guard, sample, count (about a minute of computing)
+demo: .venv/installed  ## the main job: train, guard, sample, count (about two minutes of computing)
 	$(BIN)/cpsample demo $(ARGS)
 
 lab: .venv/installed-notebook  ## JupyterLab on the book
@@ -67,10 +67,10 @@ bench: .venv/installed-bench  ## timings as ratios beside other libraries, into 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py
 
-STUDIES = rejection guards fashion membership audit stable_diffusion
+STUDIES = rejection guards digits fashion membership audit stable_diffusion
 
 results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
-	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --json data/results/demo.json --out data/results
+	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --rivals --json data/results/demo.json --out data/results
 	for name in $(STUDIES); do \
 		$(BIN)/cpsample reproduce $$name --out data/results || exit 1; \
 		test $$name != fashion || $(BIN)/python tools/weights.py fashion_networks || exit 1; \

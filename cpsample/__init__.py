@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .core.ddpm import generate, sample
     from .core.guard import Guard, fit_guard
     from .core.guard_files import load_guard, save_guard
-    from .core.recognition import calibrate_check, recognise
+    from .core.recognition import calibrate_check, recognise, unrecognised_by
     from .core.schedule import make_schedule
     from .judgement.copy_audit import audit
     from .production.pipelines import fit_pipeline_guard
@@ -32,6 +32,7 @@ __all__ = [
     "recognise",
     "sample",
     "save_guard",
+    "unrecognised_by",
 ]
 
 

@@ -363,6 +363,12 @@ _DemoLabels = Annotated[
 ]
 _DemoData = Annotated[str, typer.Option(help="Data set: digits.")]
 _DemoSchedule = Annotated[str, typer.Option(help="Noise schedule: linear or cosine.")]
+_DemoRivals = Annotated[
+    bool,
+    typer.Option(
+        "--rivals", help="Also the paper's guard and one that pushes at x_t: a minute more."
+    ),
+]
 _DemoOut = Annotated[Path, typer.Option(help="Folder for the picture.")]
 
 # %% ../nbs/cli.ipynb #bf9057fe
@@ -389,6 +395,7 @@ def demo(
     labels: _DemoLabels = choices.DEMO_LABELS,
     data: _DemoData = choices.DEMO["data"],
     schedule: _DemoSchedule = choices.DEMO["schedule"],
+    rivals: _DemoRivals = False,
     out: _DemoOut = Path("cpsample-demo"),
     json_file: JsonFile = None,
 ) -> None:
@@ -407,6 +414,7 @@ def demo(
         "K": labels,
         "data": data,
         "schedule": schedule,
+        "rivals": rivals,
     }
     check_demo(DEFAULTS | settings)
     numbers = outputs("demo", json_file, "", option="--json") if json_file else []
@@ -783,6 +791,8 @@ def print_coverage(guard: Any, out: Path) -> None:
     if report is None:
         print(f"As printed in the paper, and not calibrated: {file}")
         return
+
+    # At the level of the report.
     at_level = report["levels"].index(report["level"])
     coverage = report["coverage"][at_level]
     false_alarms = report["false_alarms"][at_level]

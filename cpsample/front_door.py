@@ -15,6 +15,7 @@ PLACES = {
     "fit_guard": "core.guard",
     "calibrate": "core.calibration",
     "recognise": "core.recognition",
+    "unrecognised_by": "core.recognition",
     "calibrate_check": "core.recognition",
     "protect": "front_door",
     "load_guard": "core.guard_files",

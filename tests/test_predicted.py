@@ -9,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cpsample.core.calibration import calibrate
 from cpsample.core.classifier import MLPClassifier, log_odds
+from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded
 from cpsample.core.guard import Guard, IdleGuardWarning, UncalibratedGuardWarning
 from cpsample.core.images import load_digits
 from cpsample.core.predicted import (
+    NUDGED,
+    changing_moves,
     correct_at_x0,
     move_test,
+    room_for_moves,
     shown,
     strength,
     strength_gradient,
@@ -267,3 +272,76 @@ def test_a_nudge_is_found_out():
 def test_a_guard_that_knows_no_member_moves_none():
     report = move_test(looking(lambda x, t: 0 * x.flatten(1)[:, :1]), load_digits()[0][:5])
     assert report == (0.0, 1.0, 0.0)
+
+
+# moves that change pictures
+
+
+@given(st.integers(0, 1000), st.integers(2, 12))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_there_is_room_to_leave_the_loneliest_image_in_any_direction(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    members = torch.randn((n, 1, 3, 3), generator=generator)
+    room = room_for_moves(members)
+    direction = torch.randn(members.shape, generator=generator)
+    direction /= direction.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+    assert copy_test(members + 1.001 * room * direction, members).copies == 0
+
+
+def wavy(x, t):
+    "Certain of every picture, and of none a little further on."
+    return 4 * torch.cos(40 * x.flatten(1)[:, 27:28])
+
+
+def slanted(x, t):
+    "Certain of digits, less and less on a long way down."
+    return 4 + 0 * x.flatten(1)[:, :1] + 0.2 * x.flatten(1)[:, 20:40].sum(1, keepdim=True)
+
+
+HARD = dict(level=0, moves=1, longest=1e-3, t_max=1000, made={"t_max": 1000})
+
+
+def test_nudges_are_refused_by_calibration_and_remembered():
+    digits, others = load_digits()[0][:30], load_digits()[0][100:200]
+    guard = looking(wavy, scale=1.0, alpha=0.3, **HARD)
+    settings_before = (guard.alpha, guard.scale, guard.longest)
+    with pytest.raises(ValueError, match="copies all the same, 2% may be: it nudges them") as error:
+        calibrate(guard, digits, others, wanted=0.1)
+    assert len(str(error.value).splitlines()) == 1
+    assert (guard.alpha, guard.scale, guard.longest) == settings_before and guard.report is None
+
+    # Whoever protects with it all the same is told.
+    with pytest.warns(UncalibratedGuardWarning, match="nudges"):
+        protect(linear, guard)
+
+
+def test_steps_become_longer_until_they_change_pictures():
+    digits = load_digits()[0][:30]
+    guard = looking(slanted, scale=0.7, alpha=0.3, **HARD)
+    moves = changing_moves(guard, digits)
+    assert moves.scale in (1.4, 2.8) and moves.test.still_copies <= NUDGED
+    assert moves.longest == room_for_moves(digits) > guard.longest
+    with pytest.raises(ValueError, match="nudges"):
+        changing_moves(guard, digits, scale=0.7)  # asked for, and not enough
+
+
+def test_calibration_sets_length_and_room_and_reports_them():
+    digits, others = load_digits()[0][:30], load_digits()[0][100:200]
+    guard = looking(slanted, scale=0.7, alpha=0.3, **HARD)
+    report = calibrate(guard, digits, others, wanted=0.1)
+    assert guard.scale == report["scale"] > 0.7 and guard.longest == report["longest"]
+    assert report["moves"]["still_copies"] <= NUDGED and report["proposed_scale"] == 1.0
+    assert guard.calibrated and not replace(guard, longest=guard.longest / 2).calibrated
+    assert calibrate(guard, digits, others, wanted=0.1, scale=0.0)["scale"] == 0.0  # on purpose
+
+
+def test_of_many_training_images_a_hundred_are_moved():
+    asked = []
+
+    def counting(x, t):
+        asked.append(len(x))
+        return slanted(x, t)
+
+    guard = looking(counting, scale=2.0, alpha=0.3, **HARD)
+    move_test(guard, load_digits()[0][:500])
+    assert max(asked) == 100

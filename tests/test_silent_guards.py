@@ -612,7 +612,7 @@ def test_a_function_has_no_weights_to_save(schedule):
 def test_a_guard_that_calibrate_refused_says_so_when_it_protects(schedule):
     members = load_digits()[0][:20]
     held_out = load_digits()[0][20:200]
-    guard = fit_guard(members, schedule, steps=2, width=16, depth=1)
+    guard = fit_guard(members, schedule, preset="x_t", steps=2, width=16, depth=1)
     with pytest.raises(UncoveredGuardError):
         calibrate(guard, members, held_out)
     with pytest.warns(UncalibratedGuardWarning, match="calibrate has refused this guard"):

@@ -508,7 +508,7 @@ def draw_accepted(
 
     shape: of one image.
     accept: accept(x) → bool [B], which of the images x [B, *shape], on `device`, to keep, such as
-        `lambda x: ~recognise(guard, x)`. It must judge each by itself, and is shown two images of
+        `unrecognised_by(guard)`. It must judge each by itself, and is shown two images of
         zeros before the first is drawn; what it raises comes through. None accepts everything.
     rows: which of the n to draw (default: all). They are what they are when all are drawn.
     steps, eta, clip: see `sample`.

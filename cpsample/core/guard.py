@@ -263,7 +263,8 @@ class Guard:
         is_same_gate = self.report.get("alpha") == self.alpha
         asks_enough = self.t_max >= self.report.get("t_max", self.t_max)
         pushes_enough = self.scale >= self.report.get("scale", self.scale)
-        return is_same_look and is_same_gate and asks_enough and pushes_enough
+        has_room = self.longest >= self.report.get("longest", self.longest)
+        return is_same_look and is_same_gate and asks_enough and pushes_enough and has_room
 
     def cast(self, x_t: Tensor) -> Tensor:
         """x_t in the precision of the classifier's weights, which come to its device.
@@ -426,7 +427,7 @@ GUARDS = {
         alpha=0.3,
         scale=2.5,
         form="toward",
-        t_max=400,
+        t_max=200,
         t_learn=150,
         t_power=1.0,
         at="x0",

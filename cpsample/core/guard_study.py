@@ -108,7 +108,9 @@ class _Subject:
 
     def measured(self, x: Tensor) -> dict:
         "Copies and distance of samples."
-        return measure(x, self.digits.members, self.digits.held_out)
+        numbers = measure(x, self.digits.members, self.digits.held_out)
+        names = ("n", "copies", "copy_rate", "copy_ci", "fd")
+        return {name: numbers[name] for name in names}
 
 
 def _subject(seed: int, workspace: Workspace, settings: GuardSettings) -> _Subject:
@@ -254,7 +256,7 @@ def _pooled(rows: tuple[dict, ...]) -> dict:
     if any("refused" in row for row in rows):
         return pooled | {"refused": [row.get("refused") for row in rows]}
 
-    pooled |= pool(list(rows), means=("fd", "certain"))
+    pooled |= pool(list(rows))
     del pooled["settings"]
     for name in ("alpha", "scale", "t_max", "guard_seconds"):
         if name in first:

@@ -165,6 +165,13 @@ class MoveTest(NamedTuple):
     still_known: float
 
 
+def _undecided_in_portions(guard: Guard, x0: Tensor, size: int = 100) -> Moved:
+    "`undecided` for so many predictions at a time."
+    parts = [undecided(guard, part) for part in x0.split(size)]
+    rows = [part.rows + size * number for number, part in enumerate(parts)]
+    return Moved(torch.cat(rows), torch.cat([part.x0 for part in parts]))
+
+
 def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -> MoveTest:
     """Move training images, slightly perturbed, as if a model had predicted them.
 
@@ -178,10 +185,7 @@ def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -
     x0 = some.repeat(draws, *[1] * (members.dim() - 1)).float()
     x0 = within(guard, x0 + 0.05 * x0.std() * randn(x0.shape, generator, x0.device))
 
-    # In portions, as a sampler would.
-    parts = [undecided(guard, part) for part in x0.split(100)]
-    rows = torch.cat([part.rows + 100 * number for number, part in enumerate(parts)])
-    moved = torch.cat([part.x0 for part in parts])
+    rows, moved = _undecided_in_portions(guard, x0)
     if len(rows) == 0:
         return MoveTest(0.0, 1.0, 0.0)  # it does not even know its own training images
     change = (moved - x0[rows]).flatten(1).square().mean(1).sqrt()
@@ -190,7 +194,8 @@ def move_test(guard: Guard, members: Tensor, *, draws: int = 4, seed: int = 0) -
     still_copies = copy_test(moved, members).rate
     t = torch.full((len(moved),), guard.level, device=moved.device)
     x_t, _ = add_noise(guard.cast(moved), t, guard.schedule, generator=generator)
-    known = is_certain(guard.logits(x_t, t), guard.alpha, guard.one_sided)
+    logits = torch.cat([guard.logits(*part) for part in zip(x_t.split(100), t.split(100))])
+    known = is_certain(logits, guard.alpha, guard.one_sided)
     return MoveTest(change.mean().item(), still_copies, known.float().mean().item())
 
 # %% ../../nbs/1_core/10_predicted.ipynb #b9e8596c
@@ -232,7 +237,7 @@ def changing_moves(guard: Guard, members: Tensor, scale: float | None = None) ->
     tried = [factor * guard.scale for factor in (1, 2, 4)] if scale is None else [scale]
     for number in tried:
         test = move_test(replace(guard, scale=number, longest=longest), members)
-        if test.still_copies <= NUDGED:
+        if test.still_copies <= NUDGED or number == 0:  # a scale of 0 moves nothing, on purpose
             return Moves(number, longest, test)
     raise ValueError(
         f"{test.still_copies:.0%} of the training images that this guard moves are copies all the "

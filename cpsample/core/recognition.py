@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEAST_COPIES', 'mean_logits', 'familiarity', 'answer_to_probe', 'weight_of', 'probed', 'check_recognition',
-           'recognise', 'Copies', 'are_pictures', 'noised_members', 'drawn_by', 'copies_among', 'drawn_copies',
-           'choose_threshold', 'cross_judged', 'share_with_interval', 'least_known', 'measured', 'refuse_unknown',
-           'calibrate_check']
+           'recognise', 'unrecognised_by', 'Copies', 'are_pictures', 'noised_members', 'drawn_by', 'copies_among',
+           'drawn_copies', 'choose_threshold', 'cross_judged', 'share_with_interval', 'least_known', 'measured',
+           'refuse_unknown', 'calibrate_check']
 
 # %% ../../nbs/1_core/13_recognition.ipynb #799d360b
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -148,6 +148,15 @@ def recognise(guard: Guard, x: Tensor) -> Tensor:
     check_recognition(guard)
     look = {name: guard.recognition[name] for name in ("levels", "noisings", "mirrored")}
     return familiarity(guard, x, **look) > guard.recognition["threshold"]
+
+
+def unrecognised_by(guard: Guard) -> Callable[[Tensor], Tensor]:
+    """What to keep when a guard has the last word: `generate(…, accept=unrecognised_by(guard))`.
+
+    Returns accept(x [B, ...]) → bool [B]. Raises ValueError like `check_recognition`.
+    """
+    check_recognition(guard)
+    return lambda x: ~recognise(guard, x)
 
 # %% ../../nbs/1_core/13_recognition.ipynb #a3d60ca1
 class Copies(NamedTuple):

@@ -273,7 +273,7 @@ def _checked_guard(
             seed=1000 + settings.seed,
             **CHECK,
         )
-        save_guard(guard, path)
+        save_guard(replace(guard, classifier=guard.classifier.half()), path)
     return _loaded_guard(path, workspace)
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #7528a0fc

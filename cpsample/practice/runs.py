@@ -715,6 +715,7 @@ def coverage_watch(
         level = calibration_level(settings["t_max"], schedule.T)
     one_sided = settings["form"] == "member"
 
+    # The same noise each time.
     def measure(classifier: nn.Module) -> float:
         generator = torch.Generator().manual_seed(0)
         with _evaluating(classifier):

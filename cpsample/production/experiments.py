@@ -149,7 +149,7 @@ class Experiment:
     subset: int = 200
     reference: int = 2000
     all_steps: int = 30_000
-    strength: float = 4.0
+    strength: float = 1.0
     fid_samples: int = 50_000
     copy_samples: int = 10_000
     chunk: int = 100
@@ -342,11 +342,14 @@ def _training_cost(
 def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Shadow) -> StageCost:
     "The cost of drawing the arms, and of looking at them."
     steps, n = e.config.sample_steps, question.samples
-    t_max = GUARDS[question.preset]["t_max"]
+    settings = GUARDS[question.preset]
+    t_max, moves = settings["t_max"], settings.get("moves", 1)
 
-    # Two arms are drawn. Below t_max the guard is asked at every step, and may push at each.
+    # Two arms are drawn. Below t_max the guard is asked at every step, and may push at each, or
+    # move a prediction several times.
     asked_steps = sum(t < t_max for t in timesteps(1000, steps))
-    drawing = n * (2 * steps * base.forward.flops + asked_steps * guard.ask_and_push)
+    asking = asked_steps * moves * guard.ask_and_push
+    drawing = n * (2 * steps * base.forward.flops + asking)
 
     # Features are computed of three arms, of held-out images and of the members.
     look = INCEPTION if e.space == "inception-2048" else 0

@@ -39,7 +39,7 @@ from cpsample.core.protection import (
     refuse_tracing,
     refuse_training,
 )
-from ..core.recognition import check_recognition, recognise
+from ..core.recognition import unrecognised_by
 from ..core.schedule import MOST_TRIES, Schedule, v_to_eps, x0_to_eps
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
@@ -1209,8 +1209,7 @@ _LEFTOVER = {"withhold": "are left out", "return": "are returned all the same"}
 def _judge_of(guard: Guard, accept: bool | Accept) -> Accept:
     "What decides which images to keep: the guard itself, or the caller's. Raises ValueError."
     if accept is True:
-        check_recognition(guard)
-        return lambda x: ~recognise(guard, x)
+        return unrecognised_by(guard)
     if not callable(accept):
         raise ValueError(
             f"accept must be True, or a function of images that says which to keep, got {accept!r}"

@@ -42,6 +42,7 @@ studies = Registry(
         "rejection": "cpsample.core.rejection_study:STUDY",
         "guards": "cpsample.core.guard_study:STUDY",
         "fashion": "cpsample.practice.fashion_study:STUDY",
+        "digits": "cpsample.practice.digits_study:STUDY",
         "membership": "cpsample.judgement.membership_study:STUDY",
         "audit": "cpsample.judgement.audit_study:STUDY",
         "comparison": "cpsample.judgement.comparison_study:STUDY",

@@ -74,30 +74,25 @@ def network_cost(
     kept_bytes = sum(size for storage, size in kept.items() if storage not in weights)
     return NetworkCost(counter.get_total_flops(), kept_bytes)
 
-# %% ../../nbs/5_workshop/04_costs.ipynb #806ba0a6
+# %% ../../nbs/5_workshop/04_costs.ipynb #09fe7e0f
 class _Counter(TorchDispatchMode):
-    """Counts the floating-point operations of whatever torch does meanwhile.
-
-    `FlopCounterMode` has the same formulas, but also keeps books of the network's parts, and these
-    do not allow a gradient with respect to an image.
-    """
+    "Adds up the operations of everything that torch computes, on the way back, too."
 
     def __init__(self):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = operation(*args, **kwargs)
-        formula = flop_registry.get(operation._overloadpacket)
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
 
 def flops_of(job: Callable[[], object]) -> int:
-    "How many floating-point operations a call takes, gradients included; it is run once."
-    # Attention is counted in its plain form, as in `network_cost`.
+    "How many floating-point operations a call takes: products of matrices, and convolutions."
     with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
         job()
     return counter.flops
