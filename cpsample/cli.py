@@ -11,7 +11,8 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard', 'print_coverage', 'print_recognition',
            'check_guard_of_run', 'guard_command', 'check_memory', 'sample_command', 'strangers_of_run', 'images_of_run',
            'images_of_folders', 'draws_from_run', 'end_with', 'print_audit', 'audit_command', 'attack_scores',
-           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'reproduce_study', 'reproduce_command']
+           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study', 'reproduce_study',
+           'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -1303,6 +1304,10 @@ _ReproduceWork = Annotated[
     Path | None,
     typer.Option(help="Folder of a study's stages (default: NAME in the cache)."),
 ]
+_ReproduceN = Annotated[
+    int | None,
+    typer.Option("--n", help="Samples per arm, of a study of any size (fashion); more go on."),
+]
 _ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment will do and cost.")]
 
 # %% ../nbs/cli.ipynb #413b4070
@@ -1322,15 +1327,34 @@ def reproduce_experiment(
     print(f"All results: {shown(folder / 'results.json')}")
 
 
+def sized_study(name: str, n: int | None) -> Any:
+    "A study by its name, with n samples per arm if that is asked for."
+    study = choices.studies[name]
+    if n is None:
+        return study
+    if study.of_size is None:
+        raise ValueError(f"{name} has one size: leave out --n")
+    if n < 1:
+        raise ValueError(f"--n must be at least 1, got {n}")
+    return study.of_size(n)
+
+
 def reproduce_study(
-    name: str, parts: list[str], out: Path, work: Path | None, device: str | None
+    name: str,
+    parts: list[str],
+    out: Path,
+    work: Path | None,
+    device: str | None,
+    *,
+    n: int | None = None,
 ) -> None:
     "A study of this book, or some of its parts, into OUT/NAME.json; on the CPU unless told."
     from cpsample.workshop.files import CACHE, writable
     from cpsample.workshop.studies import Workspace, run_study
 
+    study = sized_study(name, n)
     workspace = Workspace(writable(work or CACHE / name), device or "cpu")
-    run_study(choices.studies[name], out, workspace, parts=parts, command=command_line())
+    run_study(study, out, workspace, parts=parts, command=command_line())
     print(f"All results: {shown(out / name)}.json")
 
 
@@ -1341,6 +1365,7 @@ def reproduce_command(
     size: _ReproduceSize = None,
     out: _ReproduceOut = None,
     work: _ReproduceWork = None,
+    n: _ReproduceN = None,
     plan: _ReproducePlan = False,
     device: Device = None,
 ) -> None:
@@ -1348,12 +1373,12 @@ def reproduce_command(
     known = (*choices.studies, *choices.EXPERIMENTS)
     check_choice(name, known, "study or experiment")
     if name in choices.EXPERIMENTS:
-        if parts or work:
+        if parts or work or n:
             raise ValueError(
-                f"{name} is an experiment: it has no parts, and no --work but its --out"
+                f"{name} is an experiment: it has no parts and no --n, and no --work but its --out"
             )
         reproduce_experiment(name, size or "full", out, plan, device)
         return
     if plan or size:
         raise ValueError(f"{name} is a study: --plan and --size are for experiments")
-    reproduce_study(name, parts or [], out or Path("results"), work, device)
+    reproduce_study(name, parts or [], out or Path("results"), work, device, n=n)

@@ -2,134 +2,162 @@
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cpsample import cli
+from cpsample.core.ddpm import Accepted, generate
+from cpsample.core.guard import push
 from cpsample.core.guard_files import load_guard
 from cpsample.core.images import pixels
+from cpsample.core.schedule import make_schedule
 from cpsample.practice import fashion_study
 from cpsample.practice.fashion_study import (
     ARMS,
     CHOOSING,
+    LOOKS,
     REPORTED,
     SHIPPED,
     STUDY,
+    Arm,
     Drawn,
-    always_on,
-    arm_guards,
+    arm_numbers,
+    choose_look,
     copy_numbers,
-    draw_accepted,
-    keep_samples,
+    distances_of_thousands,
+    draw_arms,
+    draw_rows,
+    flops_over_unguarded,
+    held_out_images,
     measure_part,
+    sampler,
     ship_weights,
+    study,
     study_images,
-    train_networks,
+    with_look,
 )
+from cpsample.practice.runs import load_model
+from cpsample.workshop.costs import flops_of, network_cost
 from cpsample.workshop.files import data_path
-from cpsample.workshop.studies import Workspace
+from cpsample.workshop.studies import Study, Workspace
 
-QUICK = replace(
-    REPORTED, small=True, n=12, chunk=5, base=replace(REPORTED.base, sample_steps=4), tried=(8,)
-)
+FIRST = REPORTED[0]
+QUICK = replace(FIRST, small=True, n=7, chunk=5, base=replace(FIRST.base, sample_steps=4))
 ON_RECORD = json.loads(data_path("results/fashion.json").read_text())
 
 
 @pytest.fixture
 def workspace(tmp_path):
-    "A workspace in which the networks of the part `reported` have been trained already."
-    (tmp_path / "reported").mkdir()
+    "A workspace in which the networks of the first seed have been trained already."
     for name, stage in SHIPPED.items():
         weights = data_path(f"weights/fashion_{name}.safetensors")
-        shutil.copyfile(weights, tmp_path / f"{stage}.safetensors")
+        copy = tmp_path / f"{stage}.safetensors"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(weights, copy)
+    shutil.copyfile(
+        tmp_path / "seed-0" / "guarded.safetensors", tmp_path / "seed-0/trained.safetensors"
+    )
     return Workspace(tmp_path, progress=False)
 
 
 def test_the_parts_share_no_images_and_are_those_of_the_file_on_record():
-    assert list(STUDY.parts) == ["choosing", "reported"]
-    assert not set(CHOOSING.rows) & set(REPORTED.rows) and CHOOSING.seed != REPORTED.seed
-    assert CHOOSING.test[0] != REPORTED.test[0]
-    for settings in (CHOOSING, REPORTED):
-        part = ON_RECORD[settings.name]
-        assert (part["seed"], part["n"]) == (settings.seed, settings.n)
-        assert part["arms"].keys() - {"held_out"} <= ARMS.keys()
+    assert list(STUDY.parts) == ["choosing", "seed-0", "seed-1", "seed-2"]
+    assert [part.seed for part in REPORTED] == [0, 1, 2]
+    for part in REPORTED:
+        assert not set(CHOOSING.rows) & set(part.rows) and CHOOSING.seed != part.seed
+        assert CHOOSING.test[0] != part.test[0] and part.n == 10_000
+    assert (ON_RECORD["choosing"]["seed"], ON_RECORD["seed-0"]["seed"]) == (100, 0)
+    assert ON_RECORD["choosing"]["arms"].keys() == {"unguarded", "rejection"} | LOOKS.keys()
+    assert ON_RECORD["seed-0"]["settings"]["look"] == FIRST.look
 
 
-@pytest.fixture
-def quick_calibration(monkeypatch):
-    "Calibration of the arm `paper_toward`, which takes long, answers what is on record."
-    settings = ON_RECORD["reported"]["arms"]["paper_toward"]["settings"]
-
-    def calibrate(guard, members, held_out):
-        assert len(members) == 100 and len(held_out) == 500 and guard.form == "toward"
-        for name in ("alpha", "scale", "t_max"):
-            setattr(guard, name, settings[name])
-        guard.report = {"alpha": guard.alpha}
-
-    monkeypatch.setattr(fashion_study, "calibrate", calibrate)
-
-
-def test_a_part_has_the_keys_of_the_file_on_record(workspace, quick_calibration):
+def test_a_part_has_the_keys_of_the_file_on_record(workspace, monkeypatch):
+    on_record = ON_RECORD["seed-0"]
+    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arms: dict.fromkeys(arms, 2.0))
     answer = json.loads(json.dumps(measure_part(QUICK, workspace)))
-    assert answer["settings"].keys() == ON_RECORD["settings"].keys()
-    assert answer["calibration"] == ON_RECORD["reported"]["calibration"]
-    for arm, numbers in ON_RECORD["reported"]["arms"].items():
+    assert answer.keys() == on_record.keys() - {"sampling_time", "training"} - {
+        "command",
+        "commit",
+        "hardware",
+        "date",
+        "seconds",
+        "threads",
+    }
+    assert answer["settings"].keys() == on_record["settings"].keys()
+    assert answer["calibration"] == on_record["calibration"]
+    assert answer["recognition"] == on_record["recognition"]
+    assert list(answer["arms"]) == [*ARMS, "held_out"]
+    for arm, numbers in on_record["arms"].items():
         assert answer["arms"][arm].keys() == numbers.keys(), arm
-        assert answer["arms"][arm]["what"] == numbers["what"]
 
     # Guards have the settings of the record, whatever the number of samples.
-    for arm in ("guarded", "paper", "paper_toward"):
-        settings = ON_RECORD["reported"]["arms"][arm]["settings"]
-        assert answer["arms"][arm]["settings"] == settings, arm
-    assert list(answer["arms"])[:5] == ["unguarded", "guarded", "rejection", "paper", "guarded_8"]
+    for arm in ("guarded_xt", "guarded", "paper", "checked", "accepted"):
+        assert answer["arms"][arm]["settings"] == on_record["arms"][arm]["settings"], arm
+    assert all(numbers["n"] == 7 for numbers in answer["arms"].values())
+    assert len(list((workspace.folder / "seed-0" / "accepted").iterdir())) == 2
+
+    # The files of another guard are refused.
+    other = replace(QUICK, strength=3)
+    with pytest.raises(ValueError, match="other settings .*guard.scale"):
+        measure_part(other, workspace)
 
 
-def test_an_arm_whose_guard_covers_too_little_is_left_out(workspace, monkeypatch, capsys):
-    def refuse(guard, members, held_out):
-        raise ValueError("this guard is certain of 3 % of its training images")
-
-    monkeypatch.setattr(fashion_study, "calibrate", refuse)
-    images = study_images(QUICK)
-    networks = train_networks(QUICK, images, workspace)
-    guards = arm_guards(QUICK, networks, images, device="cpu")
-    assert list(guards) == ["guarded", "paper", "guarded_8"]
-    assert guards["guarded_8"].scale == 2 * guards["guarded"].scale == 8 * networks.guard.scale
-    assert "no arm paper_toward: this guard is certain of 3 %" in capsys.readouterr().err
+def noisy(value):
+    "A denoiser that predicts a constant: what is drawn is noise, moved."
+    return lambda x, t: torch.full_like(x, value)
 
 
-def test_a_stage_is_made_once(workspace):
-    made = []
+def test_portions_are_kept_and_go_on_to_more(tmp_path):
+    settings = replace(QUICK, n=3, chunk=4)
+    workspace, schedule = Workspace(tmp_path, progress=False), make_schedule()
+    draw = sampler(settings, schedule, workspace)
+    arms = {
+        "plain": Arm(noisy(0.1)),
+        "judged": Arm(noisy(0.1), lambda x: x.flatten(1)[:, 0] > 0, first="plain"),
+    }
+    few = draw_arms(settings, arms, draw, workspace=workspace)
+    more = draw_arms(replace(settings, n=6), arms, draw, workspace=workspace)
+    assert sorted(path.name for path in (tmp_path / "seed-0" / "plain").iterdir()) == [
+        "000.safetensors",
+        "001.safetensors",
+    ]
+    for name in arms:
+        assert len(few[name].images) == 3 and len(more[name].images) == 6
+        assert torch.equal(few[name].images, more[name].images[:3])
 
-    def make():
-        made.append(1)
-        return Drawn(torch.ones(2, 1, 28, 28), {"certain": 0.5})
+    # What is gone is drawn again, and nothing else.
+    (tmp_path / "seed-0" / "judged" / "001.safetensors").unlink()
+    broken = {"plain": Arm(None), "judged": arms["judged"]}
+    again = draw_arms(replace(settings, n=6), broken, draw, workspace=workspace)
+    assert torch.equal(again["judged"].images, more["judged"].images)
 
-    for _ in range(2):
-        images, notes = keep_samples(workspace, "reported/arm-2", make)
-        assert images.shape == (2, 1, 28, 28) and notes["certain"] == 0.5
-    assert len(made) == 1 and notes.keys() == {"certain", "seconds"}
-
-    # Without its samples it is made again.
-    (workspace.folder / "reported" / "arm-2.safetensors").unlink()
-    keep_samples(workspace, "reported/arm-2", make)
-    assert len(made) == 2
+    # An arm that starts from another is what `generate` draws by itself.
+    judge = {"accept": arms["judged"].accept, "tries": settings.tries, "leftover": "return"}
+    alone = generate(noisy(0.1), schedule, (1, 28, 28), 6, steps=4, seed=0, **judge)
+    torch.testing.assert_close(more["judged"].images, alone)
+    assert more["judged"].tries.max() > 1 and more["judged"].accepted.all()
 
 
-def test_rejection_starts_from_the_unguarded_samples_and_takes_no_copy():
+def test_exact_rejection_starts_from_the_unguarded_samples_and_serves_no_copy():
     images = study_images(QUICK)
     members, test = pixels(images.members), images.test
-    unguarded = torch.cat([test[:4], members[:8]])
-    calls = []
+    first = Accepted(torch.cat([test[:3], members[:2]]), torch.ones(5, dtype=bool), torch.ones(5))
+    asked = []
 
-    def draw(model, n, seed):
-        calls.append((n, seed))
-        return test[100:][: len(calls) * n][-n:]
+    def draw(model, accept, rows):
+        asked.append(list(rows))
+        return Accepted(test[100:102], torch.tensor([True, False]), torch.tensor([2, 20]))
 
-    x, notes = draw_accepted(draw, None, unguarded, members=members, settings=QUICK)
-    assert torch.equal(x, torch.cat([test[:4], test[100:108]]))
-    assert calls == [(5, 1), (5, 2)] and notes == {"accepted": 14 / 22}
+    arm = Arm(None, fashion_study.rejecting(members), first="unguarded")
+    drawn = draw_rows(draw, arm, range(10, 15), first)
+    assert asked == [[13, 14]]
+    assert torch.equal(drawn.images, torch.cat([test[:3], test[100:102]]))
+    assert drawn.accepted.tolist() == [True, True, True, True, False]
+    assert drawn.tries.tolist() == [1, 1, 1, 2, 20]
 
 
 def test_planted_copies_are_counted_by_every_test():
@@ -141,17 +169,114 @@ def test_planted_copies_are_counted_by_every_test():
         assert numbers["copies"] == planted and numbers["copy_rate"] == planted / 100
         assert abs(numbers["copies_carlini"] - planted) <= 1
         assert abs(numbers["copies_cosine"] - planted) <= 1
+        assert numbers["copies_near"] == 0
+
+    # Moved towards the nearest other member until d₁/d₂ is 0.4.
+    distances = torch.cdist(members.flatten(1), members.flatten(1)).fill_diagonal_(torch.inf)
+    other = members[distances.argmin(1)]
+    share = 0.4 / 1.4
+    near = members + share * (other - members)
+    numbers = copy_numbers(near[:20], members, requests=40)
+    assert numbers["copies"] == 0 and numbers["copies_near"] > 15
+    assert numbers["copy_rate_near"] == numbers["copies_near"] / 40
 
 
-def test_a_guard_that_never_rests_leaves_the_other_as_it_is():
-    guard = load_guard(data_path("weights/fashion_guard.safetensors").with_suffix(""))
-    alpha, t_max = guard.alpha, guard.t_max
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        restless = always_on(guard)
-        fashion_study.protect(lambda x, t: x, restless)
-    assert (guard.alpha, guard.t_max, guard.report["alpha"]) == (alpha, t_max, alpha)
-    assert restless.t_max == 1000 and restless.alpha == 0.4999
+def test_the_most_copied_member_is_named_with_its_bound():
+    members = pixels(study_images(QUICK).members)
+    x = members[[3, 5, 5, 9]]
+    named = copy_numbers(x, members, requests=10)["most_copied"]
+    assert (named["member"], named["copies"]) == (5, 2)
+    assert named["ci"] == pytest.approx([0.0252, 0.5561], abs=1e-4)
+
+
+def test_withheld_images_are_counted_and_not_measured():
+    images = study_images(QUICK)
+    members = pixels(images.members)
+    x = torch.cat([images.test[:30], members[:10]])
+    is_served = torch.arange(40) < 35
+    effort = torch.tensor([[200.0, 20.0, 3.0], [200.0, 0.0, 4.0]])
+    drawn = Drawn(x, is_served, torch.arange(40), effort)
+    numbers = arm_numbers(drawn, members, images.test)
+    assert (numbers["n"], numbers["copies"], numbers["copy_rate"]) == (40, 5, 5 / 40)
+    assert numbers["withheld"] == 5 / 40 and numbers["tries"] == 19.5
+    assert numbers["certain"] == 0.05 and numbers["seconds"] == 7
+    ratios = flops_over_unguarded(
+        {"unguarded": 2.0, "a": 3.0}, {"unguarded": numbers, "a": numbers}
+    )
+    assert ratios["a"] == 1.5 * ratios["unguarded"] == pytest.approx(1.5 * 19.5 * 40 / 35)
+
+
+def test_distances_are_those_of_whole_parts():
+    test = study_images(QUICK).test
+    parts = distances_of_thousands(test[:250], test[1000:], size=100)
+    assert len(parts) == 2 and distances_of_thousands(test[:90], test[1000:], size=100) == []
+    assert parts[1] == distances_of_thousands(test[100:200], test[1000:], size=100)[0]
+
+
+def test_another_look_is_calibrated_on_images_that_taught_nothing(workspace):
+    images = study_images(QUICK)
+    held_out = held_out_images(QUICK, images)
+    assert len(held_out) == 725
+    trained = load_guard(workspace.folder / "seed-0" / "trained")
+    changed = with_look(trained, {"level": 60, "alpha": 0.2, "scale": 5.0}, QUICK, images)
+    assert (changed.level, changed.alpha) == (60, 0.2) and changed.scale >= 5
+    assert changed.report["level"] == 60 and changed.calibrated
+    assert (trained.level, trained.alpha) != (60, 0.2)
+
+
+def test_the_part_that_chooses_has_an_arm_for_each_look(workspace, monkeypatch):
+    monkeypatch.setattr(fashion_study, "LOOKS", {"late": {"t_max": 200, "scale": 5.0}})
+    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arms: dict.fromkeys(arms, 2.0))
+    monkeypatch.setattr(fashion_study, "calibrate", lambda guard, *images, **asked: None)
+    answer = choose_look(replace(QUICK, chunk=8), workspace)
+    assert list(answer["arms"]) == ["unguarded", "rejection", "late"]
+    assert answer["arms"]["late"]["settings"]["t_max"] == 200
+    assert answer["arms"]["late"].keys() == ON_RECORD["choosing"]["arms"]["preset"].keys()
+
+
+def test_the_study_has_any_size(tmp_path, monkeypatch):
+    sizes = {}
+
+    def note(settings, workspace):
+        sizes[settings.name] = settings.n
+        return {}
+
+    for name in ("choose_look", "measure_part", "_first_seed"):
+        monkeypatch.setattr(fashion_study, name, note)
+    small = study(500)
+    for measure in small.parts.values():
+        measure(None)
+    assert sizes == {"choosing": 300, "seed-0": 500, "seed-1": 500, "seed-2": 500}
+
+    # On the command line, for those studies that have it.
+    monkeypatch.setattr(cli.choices, "studies", {"fashion": study(), "fixed": Study("fixed", {})})
+    call = partial(CliRunner().invoke, cli.app)
+    out = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    assert call(["reproduce", "fashion", "seed-1", "--n", "80", *out]).exit_code == 0
+    assert sizes["seed-1"] == 80
+    for words, message in (
+        (["fashion", "--n", "0"], "--n must be at least 1"),
+        (["fixed", "--n", "5"], "fixed has one size"),
+        (["cifar10", "--n", "5"], "no --n"),
+    ):
+        refused = call(["reproduce", *words, "--work", str(tmp_path / "none")])
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+    assert not (tmp_path / "none").exists()
+
+
+def test_flops_of_a_job_are_those_of_its_looks_and_gradients():
+    guard = load_guard(data_path("weights/fashion_guard.safetensors"))
+    network = guard.classifier.float()
+    x, t = torch.zeros(3, 1, 28, 28), torch.zeros(3, dtype=torch.int64)
+
+    def look():
+        with torch.no_grad():
+            network(x, t)
+
+    assert flops_of(look) == 3 * network_cost(network, (1, 28, 28)).flops
+    network.requires_grad_(False)
+    of_push = network_cost(network, (1, 28, 28), "push").flops
+    assert flops_of(lambda: push(network, x[:2], t[:2])) == 2 * of_push
 
 
 def test_what_ships_says_where_it_comes_from(workspace, tmp_path):
@@ -164,3 +289,11 @@ def test_what_ships_says_where_it_comes_from(workspace, tmp_path):
         record = json.loads((destination / f"fashion_{name}.json").read_text())
         on_file = json.loads(path.with_suffix(".json").read_text())
         assert record.keys() - {"threads"} == on_file.keys() - {"threads"}
+
+
+def test_the_guards_that_ship_are_what_their_names_say():
+    guard = load_guard(data_path("weights/fashion_guard.safetensors"))
+    assert guard.at == "x0" and guard.calibrated and guard.recognition["drawn"]["copies"] > 20
+    guard_xt = load_guard(data_path("weights/fashion_guard_xt.safetensors"))
+    assert guard_xt.at == "x_t" and guard_xt.calibrated
+    assert load_model(data_path("weights/fashion_tuned.safetensors")).made["n"] == 100

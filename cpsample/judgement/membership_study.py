@@ -7,7 +7,6 @@ __all__ = ['ARMS', 'STUDY', 'MembershipSettings', 'Arms', 'digits_arms', 'fashio
            'measure_arm', 'measure_digits', 'measure_fashion']
 
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #7a4456fa
-import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from cpsample.judgement.attacks import (
 )
 from .inference import Scores, infer, loss_test, verdicts
 from ..practice.datasets import load_fashion
+from ..practice.fashion_study import REPORTED
 from ..practice.runs import load_model
 from ..workshop.files import data_path, writable
 from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
@@ -174,8 +174,7 @@ def fashion_arms(seed: int = 0, settings: MembershipSettings = MembershipSetting
     "The fine-tuned U-Net: unguarded, guarded, with the paper's guard; and before fine-tuning."
     members, test, origin = _pictures(seed, settings)
     model = _shipped_model("tuned")
-    chosen = json.loads(data_path("results/fashion.json").read_text())["settings"]
-    guard = _shipped_guard("guard", strength=chosen["strength"])
+    guard = _shipped_guard("guard_xt", strength=REPORTED[0].strength)
     models = {
         "unguarded": model,
         "guarded": protect(model, guard),

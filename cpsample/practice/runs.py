@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'Config', 'write_model', 'save_model', 'SavedModel', 'load_model', 'run_of', 'check_same_run',
            'describe_run', 'run_locked', 'check_config', 'model_to_tune', 'TrainedDenoiser', 'train_denoiser',
-           'NonMembers', 'divide_non_members', 'coverage_watch', 'steps_needed', 'fit_run_guard', 'RunImages',
-           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run',
+           'NonMembers', 'divide_non_members', 'calibration_images', 'coverage_watch', 'steps_needed', 'fit_run_guard',
+           'RunImages', 'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run',
            'calibrate_check_of_run']
 
 # %% ../../nbs/2_practice/04_runs.ipynb #ee419b1f
@@ -637,6 +637,15 @@ def _shuffled(images: Tensor, seed: int) -> Tensor:
     return images[torch.randperm(len(images), generator=seeded_generator(seed))]
 
 
+def calibration_images(config: Config, non_members: Tensor) -> Tensor:
+    """The quarter of non-members that does not teach a guard, but calibrates it.
+
+    config: of the guard's training, whose seed decides.
+    non_members [M, ...]: those that `fit_run_guard` was given, in their order.
+    """
+    return _shuffled(non_members, config.seed)[: len(non_members) // 4]
+
+
 def _new_classifier(config: Config, shape: torch.Size, preset: str) -> nn.Module:
     "A fresh label classifier [C, H, W] → K, of the denoiser's kind."
     name = _GUARD_NETWORKS.get(config.network, "UNetClassifier")
@@ -667,12 +676,12 @@ def _images_of_guard(
     members = bytes_or_floats(members, "members").to(device)
     if len(non_members):
         non_members = bytes_or_floats(non_members, "other images")
-    non_members = _shuffled(non_members, config.seed).to(device)
-    n_held_out = len(non_members) // 4
+    shuffled = _shuffled(non_members, config.seed).to(device)
+    held_out = calibration_images(config, non_members).to(device)
     covered = torch.cat([members, members.flip(-1)]) if config.mirror else members
     takes_reference, _ = preset_kind(preset)
-    reference = non_members[n_held_out:] if takes_reference else None
-    return _GuardImages(members, covered, reference, non_members[:n_held_out])
+    reference = shuffled[len(held_out) :] if takes_reference else None
+    return _GuardImages(members, covered, reference, held_out)
 
 # %% ../../nbs/2_practice/04_runs.ipynb #watch001
 @contextlib.contextmanager

@@ -192,10 +192,12 @@ class Study:
     name: of the study and of its file, NAME.json.
     parts: {name: function of a `Workspace` that returns a dict for JSON}, in the order of
         running; or one such function, whose answer is the whole file.
+    of_size: of_size(n) → the same study with n samples per arm (default: it has one size).
     """
 
     name: str
     parts: dict[str, Callable[[Workspace], dict]] | Callable[[Workspace], dict]
+    of_size: Callable[[int], "Study"] | None = None
 
     def check(self, parts: list[str]) -> list[str]:
         "The parts to run: those named, or all. Raises ValueError for an unknown one."
