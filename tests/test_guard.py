@@ -385,6 +385,23 @@ def test_a_preset_takes_changes_and_fits_the_schedule():
         preset_settings("best", {}, T=1000)
 
 
+def test_what_nearly_is_a_member_does_not_unteach_it():
+    "A reference image a tenth of the way to the next member: undecided there is unprotected here."
+    x = load_digits()[0]
+    members, reference = x[:20], x[20:60]
+    almost = members[3:4] + 0.1 * (members[4:5] - members[3:4])
+    data = training_set(members, torch.cat([reference[:5], almost, reference[5:]]), K=3)
+    plain = training_set(members, reference, K=3)
+    assert torch.equal(data.images, plain.images) and torch.equal(data.weights, plain.weights)
+    assert "reference" in fit_guard(members, schedule, reference, steps=1, width=8).made
+
+    # Two members the same: nobody can be near to one of two.
+    alone = training_set(members[:1].repeat(2, 1, 1, 1), reference, K=3)
+    assert len(alone.images) == 42
+    with pytest.raises(ValueError, match="every reference image is nearly a member"):
+        training_set(members, almost, K=3)
+
+
 def test_a_training_set_says_what_is_what():
     x = load_digits()[0][:12]
     data = training_set(x[:4], x[4:], K=3)

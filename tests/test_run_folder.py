@@ -396,7 +396,7 @@ def test_the_message_names_every_option_that_makes_it_the_same_guard(run):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"t_max": 300}, "guard.t_max 400 there, 300 here"),
+        ({"t_max": 300}, "guard.t_max 200 there, 300 here"),
         ({"alpha": 0.1}, "guard.alpha 0.3 there, 0.1 here"),
         ({"t_power": 2.0}, "guard.t_power 1.0 there, 2.0 here"),
         ({"form": "away"}, "guard.form toward there, away here"),

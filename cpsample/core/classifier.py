@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .copying import warn_of_twins
+from .copying import rows_of_strangers, warn_of_twins
 from .ddpm import ResidualMLP
 from .images import check_images, first_occurrence, precision_of, warn_of_difference
 from .schedule import Schedule, add_noise
@@ -206,7 +206,7 @@ class TrainingSet(NamedTuple):
 
 # %% ../../nbs/1_core/07_classifier.ipynb #04d2582e
 def _check_fit(members: Tensor, labels: Tensor, reference: Tensor) -> None:
-    "Raise ValueError unless there is a row of labels per member, and all images have one shape."
+    "Raise ValueError unless each member has its labels, shapes agree, and no image is in both."
     if len(members) != len(labels):
         raise ValueError(
             f"{len(members)} images but {len(labels)} rows of labels: one row per image"
@@ -214,6 +214,14 @@ def _check_fit(members: Tensor, labels: Tensor, reference: Tensor) -> None:
     shape, other_shape = tuple(members.shape[1:]), tuple(reference.shape[1:])
     if shape != other_shape:
         raise ValueError(f"members {shape} and reference images {other_shape} differ in shape")
+
+    # A member among them would be trained to be certain and undecided at once, in silence.
+    n, m = len(members), len(reference)
+    shared = int((first_occurrence(torch.cat([members, reference]))[n:] < n).sum())
+    if shared:
+        raise ValueError(
+            f"{shared} of {m} reference images are members too: take them out of the reference"
+        )
 
 
 def with_reference(
@@ -227,15 +235,8 @@ def with_reference(
     Raises ValueError when shapes do not fit or reference images are members too.
     """
     _check_fit(members, labels, reference)
-
-    # A member among them would be trained to be certain and undecided at once, in silence.
     n, m = len(members), len(reference)
     images = torch.cat([members, reference])
-    shared = int((first_occurrence(images)[n:] < n).sum())
-    if shared:
-        raise ValueError(
-            f"{shared} of {m} reference images are members too: take them out of the reference"
-        )
 
     # Both groups are drawn equally often, however many there are of each.
     undecided = torch.full((m, labels.shape[1]), float(target), device=labels.device)
@@ -243,6 +244,20 @@ def with_reference(
     return TrainingSet(images, torch.cat([labels, undecided]), weights)
 
 # %% ../../nbs/1_core/07_classifier.ipynb #f028d1ee
+def _teaching(reference: Tensor, members: Tensor) -> Tensor:
+    """The reference images that are no near copies of members; they would unteach those.
+
+    Raises ValueError when none is left.
+    """
+    rows = rows_of_strangers(reference, members)
+    if len(reference) > 0 and len(rows) == 0:
+        raise ValueError(
+            "every reference image is nearly a member by the ratio test: a guard that is undecided "
+            "about them protects nobody; give others"
+        )
+    return reference[rows.to(reference.device)]
+
+
 def training_set(
     members: Tensor,
     reference: Tensor | None,
@@ -255,7 +270,8 @@ def training_set(
     """Random labels for members, ½ for reference images; one-sided: 1 for members, 0 for others.
 
     members [N, ...]: training images.
-    reference [M, ...]: images that are no members, or None.
+    reference [M, ...]: images that are no members, or None; near copies of members among them are
+        left out.
     K: number of labels.
     one_sided: whether the label is membership itself.
     seed: of the labels.
@@ -274,11 +290,12 @@ def training_set(
 
     # Whoever is asked "member or not?" has an answer for everybody.
     reference = check_images(reference, "reference images", dtype=dtype)
-    if reference.shape[1:] == members.shape[1:]:
-        warn_of_difference(reference, members, "reference images", "members")
+    _check_fit(members, labels, reference)
+    warn_of_difference(reference, members, "reference images", "members")
+    warn_of_twins(reference, members)
+    reference = _teaching(reference, members)
     if one_sided:
         learned = with_reference(members, torch.ones_like(labels), reference, target=0)
     else:
         learned = with_reference(members, labels, reference)
-    warn_of_twins(reference, members)
     return learned

@@ -7,7 +7,7 @@ __all__ = ['CHANGES', 'RENDERINGS', 'SKETCH_SIZE', 'ideal_denoiser', 'proportion
            'ratio_score', 'HiddenCopies', 'hidden_copies', 'warn_of_hidden_copies', 'copy_test', 'neighbourhood_score',
            'neighbourhood_test', 'cosine_test', 'renderings_of', 'plant', 'Rejection', 'reject', 'reject_copies',
            'SharedImagesWarning', 'shared_rows', 'refuse_shared', 'leave_out_shared', 'warn_of_near', 'nearness',
-           'warn_of_twins', 'sketch', 'share_of_sketch']
+           'warn_of_twins', 'rows_of_strangers', 'sketch', 'share_of_sketch']
 
 # %% ../../nbs/1_core/06_copying.ipynb #6ef77461
 import hashlib
@@ -525,6 +525,20 @@ def warn_of_twins(x: Tensor, members: Tensor, name: str = "reference images") ->
             "taught to stay undecided about them learns little of the members; give others"
         )
         warnings.warn(message, SharedImagesWarning, stacklevel=2)
+
+
+def rows_of_strangers(x: Tensor, members: Tensor, ratio: float = 1 / 2) -> Tensor:
+    """The rows of x [n, ...] that are not so near to one of members [N, ...]: int64, ascending.
+
+    ratio: of the distance to the nearest member over that to the next; below it an image would be
+        at least a near copy, if a model had drawn it. Among fewer than two different members
+        everybody is a stranger.
+    """
+    distinct = members[unique_rows(members).to(members.device)]
+    if len(distinct) < 2:
+        return torch.arange(len(x))
+    distances, _ = nearest(x, distinct, 2)
+    return (distances[:, 0] >= ratio * distances[:, 1]).nonzero()[:, 0]
 
 # %% ../../nbs/1_core/06_copying.ipynb #cde7b076
 SKETCH_SIZE = 128
