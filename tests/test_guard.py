@@ -385,7 +385,7 @@ def test_a_preset_takes_changes_and_fits_the_schedule():
         preset_settings("best", {}, T=1000)
 
 
-def test_what_nearly_is_a_member_does_not_unteach_it():
+def test_what_nearly_is_a_member_does_not_unteach_it(schedule):
     "A reference image a tenth of the way to the next member: undecided there is unprotected here."
     x = load_digits()[0]
     members, reference = x[:20], x[20:60]
