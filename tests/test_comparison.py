@@ -213,7 +213,7 @@ def test_training_is_counted_as_rows_times_flops():
     world = SimpleNamespace(
         situation=DIGITS,
         start=lambda missing=None: new_denoiser(DIGITS, 0, channels=1 if missing is None else 2),
-        guards={"default": SimpleNamespace(classifier=new_denoiser(DIGITS, 1))},
+        guards={"x_t": SimpleNamespace(classifier=new_denoiser(DIGITS, 1))},
     )
     one = flops_per_image(world.start())
     plain = DIGITS.train_steps * DIGITS.batch * one

@@ -212,7 +212,7 @@ MORE_GUARD_STEPS = {"config": replace(TINY.config, guard_steps=301)}
     "change, file, says",
     [
         ({"chunk": 10}, "all_unguarded/00000.safetensors", r"\(chunk 20 there, 10 here\)"),
-        ({"strength": 2.0}, "all.json", r"\(strength 1.0 there, 2.0 here\)"),
+        ({"strength": 2.0}, "all.json", r"\(strength 4.0 there, 2.0 here\)"),
         ({"cosine": 0.5}, "all.json", r"\(cosine 0.95 there, 0.5 here\)"),
         ({"attacked": 1}, "all_attacks.json", r"\(attacked 2 there, 1 here\)"),
         ({"all_steps": 21}, "all_guard.json", r"\(config.guard_steps 20 there, 21 here\)"),

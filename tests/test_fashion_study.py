@@ -153,7 +153,7 @@ def test_exact_rejection_starts_from_the_unguarded_samples_and_serves_no_copy():
         return Accepted(test[100:102], torch.tensor([True, False]), torch.tensor([2, 20]))
 
     arm = Arm(None, fashion_study.rejecting(members), first="unguarded")
-    drawn = draw_rows(draw, arm, range(10, 15), first)
+    drawn = draw_rows(draw, arm, range(10, 15), first=first)
     assert asked == [[13, 14]]
     assert torch.equal(drawn.images, torch.cat([test[:3], test[100:102]]))
     assert drawn.accepted.tolist() == [True, True, True, True, False]

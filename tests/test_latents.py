@@ -146,7 +146,7 @@ class TestFromTheShell:
         guard = load_guard(out)
         torch.testing.assert_close(guard.schedule.abar, pipe.scheduler.alphas_cumprod)
         assert guard.classifier.config["shape"] == [4, 8, 8]
-        assert guard.calibrated and guard.made["t_max"] == 300
+        assert guard.calibrated and guard.t_max == 300
         assert len(list(out.parent.glob("latents-*"))) == 2
         with protect_pipeline(pipe, guard) as protection:
             draw_latents(pipe)
@@ -191,4 +191,4 @@ def test_the_lines_of_the_readme(tmp_path, monkeypatch):
     assert names["protection"].rows_seen == 50
     assert Path("secret/guard.safetensors").exists()
     assert names["guard"].calibrated
-    assert names["guard"].made["t_max"] == 300  # settings override those of the preset
+    assert names["guard"].t_max == 300  # settings override those of the preset

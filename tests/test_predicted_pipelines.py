@@ -357,7 +357,7 @@ def test_a_guard_of_predictions_is_trained_for_a_pipeline(kind, tmp_path):
 
     # Where the network has a member in mind, the answer changes, and nowhere else.
     x = torch.cat([encode(pipe, members), encode(pipe, others[:6])])
-    level = torch.full((12,), 300)
+    level = torch.full((12,), 150)
     x_t, eps = add_noise(x, level, guard.schedule, generator=torch.Generator().manual_seed(0))
     parts = Answering(pipe.scheduler, [eps])
     parts.vae = getattr(pipe, "vae", None)

@@ -246,7 +246,7 @@ def test_the_papers_guard_is_written_as_printed(tmp_path):
 def test_the_check_of_a_run_is_calibrated_and_kept(tmp_path):
     run = tmp_path / "run"
     succeeds("train", "digits", "--images", "10", "--steps", "600", "--out", run)
-    said = succeeds("guard", run, "--steps", "600")
+    said = succeeds("guard", run, "--steps", "1200")
     found = r"Recognises \d+\.\d% of \d+ copies \({}\) and \d+\.\d% of \d+ unseen"
     assert re.search(found.format("members with noise"), said)
     before = load_guard(run / "guard")

@@ -442,10 +442,12 @@ _SUMS = ("withheld", "drawn")
 _MEANS = ("near", "fd", "fd_held_out", "certain", "cost", "flops", "seconds")
 
 
-def pool(runs: list[dict]) -> dict:
+def pool(runs: list[dict], *, means: Sequence[str] = _MEANS) -> dict:
     """Several seeds' numbers of one arm as one.
 
-    Counts add up, other numbers are averaged; `copies_seeds` and `fd_seeds` keep each seed's.
+    Counts add up; `copies_seeds` and `fd_seeds` keep each seed's.
+
+    means: the numbers that are averaged, if they are there.
     """
     n = sum(run["n"] for run in runs)
     copies = sum(run["copies"] for run in runs)
@@ -453,7 +455,7 @@ def pool(runs: list[dict]) -> dict:
     pooled["copy_ci"] = list(proportion_ci(copies, n))
     first = runs[0]
     pooled |= {name: sum(run[name] for run in runs) for name in _SUMS if name in first}
-    for name in _MEANS:
+    for name in means:
         if name in first:
             pooled[name] = sum(run[name] for run in runs) / len(runs)
 

@@ -426,7 +426,7 @@ def sampler(settings: Settings, schedule: Schedule, workspace: Workspace) -> Dra
     return draw
 
 
-def draw_rows(draw: Draw, arm: Arm, rows: range, first: Accepted | None = None) -> Accepted:
+def draw_rows(draw: Draw, arm: Arm, rows: range, *, first: Accepted | None = None) -> Accepted:
     """Some rows of an arm.
 
     rows: which ones.

@@ -131,7 +131,7 @@ class Experiment:
     subset: images to fine-tune on.
     reference: others, to teach the guard of the subset.
     all_steps: of the training of the guard of all images.
-    strength: times its own scale, of a guard that is calibrated.
+    strength: times its own scale, of a guard that is calibrated and looks at x_t.
     fid_samples, copy_samples: images per arm, for all images and for the subset.
     chunk: images that are drawn at a time.
     attacked: members and others that attacks are tried on, at most.
@@ -149,7 +149,7 @@ class Experiment:
     subset: int = 200
     reference: int = 2000
     all_steps: int = 30_000
-    strength: float = 1.0
+    strength: float = 4.0
     fid_samples: int = 50_000
     copy_samples: int = 10_000
     chunk: int = 100
@@ -685,7 +685,8 @@ def _trained_guard(
     cached_stage(run, f"{question.name}_guard", fit, file, settings=known)
     guard = load_guard(path)
     guard.classifier.to(run.device, memory_format=torch.channels_last)
-    strength = run.experiment.strength if guard.report else 1
+    pushes = guard.report and guard.at == "x_t"
+    strength = run.experiment.strength if pushes else 1
     return replace(guard, scale=guard.scale * strength)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #2a383ce7
