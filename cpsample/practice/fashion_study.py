@@ -507,7 +507,7 @@ def draw_arms(
         for name, arm in arms.items():
             # Where this arm starts from, without its effort.
             first = None if arm.first is None else Accepted(*portions[arm.first][-1][:3])
-            make = partial(draw_rows, draw, arm, rows, first)
+            make = partial(draw_rows, draw, arm, rows, first=first)
             path = workspace.folder / settings.name / name / f"{number:03}.safetensors"
             made_with = known | {"guard": settings_of(arm.settings)}
             portion = keep_rows(path, make, arm.model, made_with)
