@@ -1,12 +1,13 @@
 "The headline study: every arm, seeds that add up, and stages that are kept."
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from cpsample.core.copying import proportion_ci
+from cpsample.core.copying import CopyReport, most_copied, proportion_ci
 from cpsample.core.demo import run_demo
 from cpsample.practice import digits_study
 from cpsample.practice.digits_study import (
@@ -15,7 +16,6 @@ from cpsample.practice.digits_study import (
     histogram,
     mean_with_interval,
     measure_digits,
-    most_copied,
     pooled,
 )
 from cpsample.workshop.studies import Study, Workspace, run_study
@@ -69,10 +69,12 @@ def test_a_seed_that_is_kept_is_not_drawn_again(record, folder, monkeypatch):
 
 def test_the_most_copied_member_is_named_with_a_bound_for_all():
     nearest = torch.tensor([0, 5, 5, 5, 2])
-    worst = most_copied(nearest, torch.tensor([1, 1, 1, 0, 1]).bool(), 7, requests=100)
+    report = CopyReport(torch.tensor([0.1, 0.2, 0.0, 0.5, 0.3]), nearest, threshold=1 / 3)
+    assert report.near.sum() == 0 and replace(report, threshold=0.4).near.tolist()[3]
+    worst = most_copied(report, 7, requests=100)
     assert (worst["member"], worst["copies"]) == (5, 2)
     assert worst["below"] == proportion_ci(2, 100, 1 - 0.05 / 7)[1]
-    nobody = most_copied(nearest, torch.zeros(5, dtype=torch.bool), 7, requests=100)
+    nobody = most_copied(replace(report, threshold=0.0), 7, requests=100)
     assert nobody["copies"] == 0 and 0.05 < nobody["below"] < 0.08
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded, timesteps
 from cpsample.core.guard import fit_guard
 from cpsample.core.images import load_digits
+from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.judgement.guard_attacks import (
     Observed,
@@ -27,7 +28,6 @@ from cpsample.judgement.guard_attacks import (
     unfamiliar_copies,
     walk,
 )
-from cpsample.judgement.guard_attacks_study import services_of
 
 SCHEDULE = make_schedule()
 
@@ -237,10 +237,10 @@ def test_behind_a_push_gradients_pass_as_if_it_were_constant(toy_model):
     digits, _ = load_digits()
     members, reference = digits[:10], digits[100:300]
     guard = fit_guard(members, SCHEDULE, reference, steps=400)
-    services, eps, gradients = services_of(toy_model, guard), [], []
-    for name in ("unguarded", "push"):
+    eps, gradients = [], []
+    for model in (toy_model, protect(toy_model, guard)):
         x_t = members.clone().requires_grad_()
-        eps.append(services[name].model(x_t, torch.full((10,), 20)))
+        eps.append(model(x_t, torch.full((10,), 20)))
         gradients.append(torch.autograd.grad(eps[-1].sum(), x_t)[0])
     assert not torch.allclose(*eps)  # it has stepped in
     torch.testing.assert_close(*gradients)

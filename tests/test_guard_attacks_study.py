@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from cpsample.core import guard_study
 from cpsample.judgement import guard_attacks_study
 from cpsample.judgement.guard_attacks_study import (
     GuardAttackSettings,
@@ -60,7 +61,7 @@ def test_a_stopped_study_goes_on_with_the_same_numbers(whole, monkeypatch):
     folder, record = whole
     for name in ("attack-0-3", "unfamiliar-0"):
         (folder / f"{name}.json").unlink()
-    monkeypatch.setattr(guard_attacks_study, "fit_denoiser", None)  # trained already
+    monkeypatch.setattr(guard_study, "fit_denoiser", None)  # trained already
     monkeypatch.setattr(guard_attacks_study, "fit_guard", None)
     again = run_study(STUDY, folder, Workspace(folder, progress=False))
     assert again["runs"] == record["runs"]

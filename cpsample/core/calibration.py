@@ -11,7 +11,6 @@ __all__ = ['LOOSEST', 'certainties', 'certainties_of_both', 'choose_alpha', 'pro
            'show_calibration']
 
 # %% ../../nbs/1_core/09_calibration.ipynb #4694f46b
-import importlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from cpsample.core.copying import (
 from .guard import Guard, check_settings, push, warn_of_vanished
 from .images import check_images, unique_rows
 from .schedule import add_noise
+from ..workshop.registry import Registry
 from ..workshop.seeds import seeded_generator
 
 # %% ../../nbs/1_core/09_calibration.ipynb #cbe139a4
@@ -356,12 +356,14 @@ def scale_and_proposal(
     return {"scale": scale if asked is None else asked, "proposed_scale": proposed}
 
 
+# What a later chapter builds on this one, and is asked for here.
+_later = Registry("measurement", {"changing moves": "cpsample.core.predicted:changing_moves"})
+
+
 def _moves_of(guard: Guard, asked: float | None, members: Tensor, alpha: float) -> Any:
     "`changing_moves` of a guard with a gate; where it refuses, the guard remembers that."
-    # The next chapter builds on this one, and knows how: it is looked up when it is needed.
-    predicted = importlib.import_module("cpsample.core.predicted")
     try:
-        return predicted.changing_moves(replace(guard, alpha=alpha), members, asked)
+        return _later["changing moves"](replace(guard, alpha=alpha), members, asked)
     except ValueError as error:
         guard.refusal = str(error)
         raise
@@ -430,9 +432,8 @@ def calibrate(
     stride: from one measured level to the next.
     seed: of the noise.
     Raises UncoveredGuardError (a ValueError), and leaves the settings as they were, if it does not
-    cover its members, and ValueError if it looks at predictions and only nudges them. With an
-    alpha from `choose_alpha` that happens only at its widest gate,
-    `loosest` (0.4).
+    cover its members; with an alpha from `choose_alpha` that happens only at its widest gate,
+    `loosest` (0.4). Raises ValueError if it looks at predictions and only nudges them.
     """
     levels, level = calibration_levels(guard, level, stride)
     check_demands(guard, wanted, allowed, level)

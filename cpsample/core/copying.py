@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'RENDERINGS', 'SKETCH_SIZE', 'ideal_denoiser', 'proportion_ci', 'describe_rate', 'CopyReport',
-           'ratio_score', 'HiddenCopies', 'hidden_copies', 'warn_of_hidden_copies', 'copy_test', 'neighbourhood_score',
-           'neighbourhood_test', 'cosine_test', 'renderings_of', 'plant', 'Rejection', 'reject', 'reject_copies',
-           'SharedImagesWarning', 'shared_rows', 'refuse_shared', 'leave_out_shared', 'warn_of_near', 'nearness',
-           'warn_of_twins', 'rows_of_strangers', 'sketch', 'share_of_sketch']
+           'most_copied', 'ratio_score', 'HiddenCopies', 'hidden_copies', 'warn_of_hidden_copies', 'copy_test',
+           'neighbourhood_score', 'neighbourhood_test', 'cosine_test', 'renderings_of', 'plant', 'Rejection', 'reject',
+           'reject_copies', 'SharedImagesWarning', 'shared_rows', 'refuse_shared', 'leave_out_shared', 'warn_of_near',
+           'nearness', 'warn_of_twins', 'rows_of_strangers', 'sketch', 'share_of_sketch']
 
 # %% ../../nbs/1_core/06_copying.ipynb #6ef77461
 import hashlib
@@ -94,6 +94,11 @@ class CopyReport:
         return self.score < self.threshold
 
     @property
+    def near(self) -> Tensor:
+        "Which images a test just lets through, below one and a half times its threshold: bool [n]."
+        return ~self.copied & (self.score < 1.5 * self.threshold)
+
+    @property
     def copies(self) -> int:
         "How many images are copies."
         return int(self.copied.sum())
@@ -120,6 +125,20 @@ class CopyReport:
             "ci": list(self.ci),
             "words": str(self),
         }
+
+
+def most_copied(report: CopyReport, n_members: int, requests: int) -> dict:
+    """The member with most copies: {"member": its row, "copies", "below"}.
+
+    report: of images that were drawn.
+    n_members: of all members; `below` bounds the rate per request of every one of them at 95 %,
+        each at 95 % to the n_members-th part (Bonferroni), since the largest is chosen afterwards.
+    requests: how many images were asked for.
+    """
+    counts = torch.bincount(report.nearest[report.copied].cpu(), minlength=n_members)
+    member, copies = int(counts.argmax()), int(counts.max())
+    _, below = proportion_ci(copies, requests, 1 - 0.05 / n_members)
+    return {"member": member, "copies": copies, "below": below}
 
 # %% ../../nbs/1_core/06_copying.ipynb #1daa5bf3
 def ratio_score(d: Tensor) -> Tensor:

@@ -244,14 +244,13 @@ def measure(x: Tensor, members: Tensor, held_out: Tensor, *, requests: int | Non
     """
     report = copy_test(x, members)
     n = len(x) if requests is None else requests
-    near = (report.score >= 1 / 3) & (report.score < 1 / 2)
     return {
         "n": n,
         "withheld": n - len(x),
         "copies": report.copies,
         "copy_rate": report.copies / n,
         "copy_ci": list(proportion_ci(report.copies, n)),
-        "near": int(near.sum()) / n,
+        "near": int(report.near.sum()) / n,
         "fd": frechet_distance(digit_features(x), digit_features(held_out)),
     }
 

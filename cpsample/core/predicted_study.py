@@ -16,25 +16,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .calibration import UncoveredMemberWarning, calibrate
 from .classifier import Classifier, member_labels
 from .copying import copy_test, reject_copies
-from .ddpm import Denoiser, MLPDenoiser, generate, timesteps
-from .demo import DEFAULTS, Digits, fit_denoiser, measure, pool, split_digits
+from .ddpm import Denoiser, generate, timesteps
+from .demo import DEFAULTS, Digits, measure, pool, split_digits
 from .digit_encoder import digit_features
 from .guard import GUARDS, Guard, UncalibratedGuardWarning, fit_guard
 from .guard_files import guard_file, load_guard, save_guard
+from .guard_study import kept_denoiser
 from .protection import protect
 from .schedule import make_schedule
+from ..workshop.costs import flops_of
+from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest
 from cpsample.workshop.studies import (
     Study,
     Workspace,
     cached_stage,
     claim_files,
-    load_or_create,
     settings_of,
 )
 
@@ -140,9 +141,9 @@ class _Subject:
 
     def counted_draw(self, model: Denoiser) -> tuple[Tensor, int]:
         "(samples, the floating-point operations of all products of matrices on the way)."
-        with FlopCounterMode(display=False) as counter:
-            x = self.draw(model)
-        return x, counter.get_total_flops()
+        drawn: list[Tensor] = []
+        flops = flops_of(lambda: drawn.append(self.draw(model)))
+        return drawn[0], flops
 
     @cached_property
     def unguarded(self) -> tuple[Tensor, int]:
@@ -151,18 +152,10 @@ class _Subject:
 
 
 def _subject(seed: int, workspace: Workspace, settings: PredictedSettings) -> _Subject:
-    "Digits and model of a seed; the model is trained once and then read."
+    "Digits and model of a seed."
     digits = split_digits(DEFAULTS | {"images": settings.images}, seed)
 
-    def weights():
-        steps = settings.train_steps
-        return fit_denoiser(digits.members, _SCHEDULE, steps, seed=seed).state_dict()
-
-    model, path = MLPDenoiser(digits.members.shape[1:]), workspace.folder / f"model-{seed}"
-    known = {"images": settings.images, "train_steps": settings.train_steps}
-    kept = load_or_create(path.with_name(f"{path.name}.safetensors"), weights, settings=known)
-    model.load_state_dict(kept)
-    model.eval().requires_grad_(False)
+    model = kept_denoiser(workspace, digits, seed, settings.train_steps)
     return _Subject(seed, digits, model, settings, workspace.folder)
 
 # %% ../../nbs/1_core/18_predicted_study.ipynb #86782cc3
@@ -173,22 +166,21 @@ def precision_recall(x: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]
     k: among means: nearer to one of them than its own k-th neighbour.
     Source: Kynkäänniemi et al. 2019.
     """
-    a, b = digit_features(x), digit_features(real)
-    distance = torch.cdist(a, b)  # [n, m]
-    reach_a, reach_b = (nearest(f, f, k + 1)[0][:, k] for f in (a, b))
-    precision = (distance <= reach_b).any(1).float().mean().item()
-    return precision, (distance <= reach_a[:, None]).any(0).float().mean().item()
+    library = import_optional("torch_fidelity.metric_prc", "metrics")
+    of_both = digit_features(x).double(), digit_features(real).double()
+    precision, recall = library.calculate_precision_recall_part(*of_both, k)
+    return float(precision), float(recall)
 
 
 def _measured(subject: _Subject, x: Tensor) -> dict:
     "Copies, near copies, distance, precision and recall of samples."
     members, held_out = subject.digits.members, subject.digits.held_out
-    score = copy_test(x, members).score
+    near = copy_test(x, members).near
     precision, recall = precision_recall(x, held_out)
     numbers = measure(x, members, held_out)
     del numbers["withheld"]  # every request is answered here
     return numbers | {
-        "near": int(((score >= 1 / 3) & (score < 1 / 2)).sum()),
+        "near": int(near.sum()),
         "precision": precision,
         "recall": recall,
     }
@@ -284,9 +276,6 @@ def _asked_classifier(asked: str, guard: Guard, subject: _Subject) -> Classifier
         return least_certain(guard.classifier)
     if asked == "ideal":
         return knows_members(subject.digits, GUARDS["x0"]["K"], subject.seed)
-    if guard.at == "x_t":
-        # torch's counter cannot follow a gradient to the very tensor that a module is given.
-        return lambda x_t, t: guard.classifier(1 * x_t, t)
     return guard.classifier
 
 # %% ../../nbs/1_core/18_predicted_study.ipynb #ced1e1f6

@@ -10,7 +10,7 @@ __all__ = ['Brought', 'COPYING_SERVICES', 'STUDY', 'GuardAttackSettings', 'Subje
 
 # %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #b0ef64b0
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -21,12 +21,13 @@ from ..core.calibration import calibrate
 from ..core.classifier import log_odds
 from ..core.copying import describe_rate
 from ..core.ddpm import MLPDenoiser
-from ..core.demo import DEFAULTS, Digits, fit_denoiser, split_digits
+from ..core.demo import DEFAULTS, Digits, split_digits
 from ..core.guard import Guard, fit_guard
 from ..core.guard_files import load_guard, save_guard
+from ..core.guard_study import kept_denoiser
 from ..core.predicted import strength
 from ..core.protection import protect
-from ..core.recognition import calibrate_check, recognise
+from ..core.recognition import calibrate_check, recognise, unrecognised_by
 from ..core.schedule import make_schedule
 from cpsample.judgement.guard_attacks import (
     Service,
@@ -44,7 +45,7 @@ from cpsample.judgement.guard_attacks import (
 )
 from .inference import auc, infer
 from ..workshop.seeds import seeded_generator
-from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
+from ..workshop.studies import Study, Workspace, cached_stage, settings_of
 
 # %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #e8ee9717
 @dataclass(frozen=True)
@@ -108,11 +109,7 @@ class Subject(NamedTuple):
 
 def services_of(model: MLPDenoiser, guard: Guard) -> dict[str, Service]:
     "The model as it is, behind a check alone, behind a push alone, and behind both."
-
-    def unrecognised(x):
-        return ~recognise(guard, x)
-
-    pushed, schedule = protect(model, guard), guard.schedule
+    pushed, schedule, unrecognised = protect(model, guard), guard.schedule, unrecognised_by(guard)
     return {
         "unguarded": Service(model, schedule),
         "check": Service(model, schedule, unrecognised),
@@ -123,24 +120,16 @@ def services_of(model: MLPDenoiser, guard: Guard) -> dict[str, Service]:
 # %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #470a8f3b
 def _fit(digits: Digits, seed: int, workspace: Workspace, settings: GuardAttackSettings) -> dict:
     "Train model and guard of a seed, calibrate, and keep both; what the check was found to see."
-    schedule = make_schedule()
-
-    def weights():
-        steps = settings.train_steps
-        return fit_denoiser(digits.members, schedule, steps, seed=seed).state_dict()
-
-    model = MLPDenoiser(digits.members.shape[1:])
-    known = settings_of({"train_steps": settings.train_steps, "images": settings.images})
-    path = workspace.folder / f"model-{seed}.safetensors"
-    model.load_state_dict(load_or_create(path, weights, settings=known))
+    model = kept_denoiser(workspace, digits, seed, settings.train_steps)
 
     # The guard that looks at predictions, and its last word.
     steps = settings.guard_steps
+    schedule = make_schedule()
     guard = fit_guard(
         digits.members, schedule, digits.reference, preset="x0", steps=steps, seed=seed
     )
     calibrate(guard, digits.members, digits.held_out[::2])
-    check = calibrate_check(guard, digits.members, digits.held_out[::2], model=model.eval())
+    check = calibrate_check(guard, digits.members, digits.held_out[::2], model=model)
     save_guard(guard, workspace.folder / f"guard-{seed}")
     names = "threshold", "coverage", "false_alarms"
     return {"alpha": guard.alpha, "scale": guard.scale} | {name: check[name] for name in names}
@@ -160,9 +149,7 @@ def subject_of(seed: int, workspace: Workspace, settings: GuardAttackSettings) -
     calibrated.pop("seconds")
 
     # What is attacked is what the files hold.
-    model = MLPDenoiser(digits.members.shape[1:])
-    model.load_state_dict(load_or_create(workspace.folder / names[0], dict))
-    model.eval().requires_grad_(False)
+    model = kept_denoiser(workspace, digits, seed, settings.train_steps)
     guard = load_guard(workspace.folder / f"guard-{seed}")
     return Subject(digits, guard, services_of(model, guard), settings, seed, calibrated)
 
@@ -212,9 +199,9 @@ def random_draws(subject: Subject, service: Service, *, steps: int, eta: float) 
     return answer.images, answer.accepted
 
 
-def _start_and_loss(subject: Subject, known: bool) -> tuple[Tensor, Callable]:
-    "Noise for each member, as often as the settings say, and what is to become small."
-    members, starts = subject.digits.members, subject.settings.starts
+def _start_and_loss(subject: Subject, starts: int, known: bool) -> tuple[Tensor, Callable]:
+    "Noise for each member, so many times, and what is to become small."
+    members = subject.digits.members
     start = _noise(starts * len(members), seeded_generator(subject.seed + 1))
     targets = members.repeat(starts, 1, 1, 1)
     return start, distance_to(targets) if known else distance_to_any(members)
@@ -223,7 +210,7 @@ def _start_and_loss(subject: Subject, known: bool) -> tuple[Tensor, Callable]:
 def chosen_with_weights(subject: Subject, service: Service) -> Brought:
     "Noise that leads the unguarded model to a known member, found on it alone and handed in once."
     settings = subject.settings
-    start, loss = _start_and_loss(subject, known=True)
+    start, loss = _start_and_loss(subject, settings.starts, known=True)
     options = {"steps": settings.search_steps, "asks": settings.gradients}
     noise = noise_by_gradient(subject.services["unguarded"], start, loss, **options).noise
     with torch.no_grad():
@@ -234,22 +221,17 @@ def chosen_with_weights(subject: Subject, service: Service) -> Brought:
 def chosen_by_gradient(subject: Subject, service: Service, *, known: bool) -> Brought:
     "Noise by gradient through the service's own walk, every step of it a query."
     settings = subject.settings
-    start, loss = _start_and_loss(subject, known)
+    start, loss = _start_and_loss(subject, settings.starts, known)
     options = {"steps": settings.search_steps, "asks": settings.gradients}
     return noise_by_gradient(service, start, loss, **options)[1:]
 
 
 def chosen_by_search(subject: Subject, service: Service, *, known: bool, last: float) -> Brought:
     "Noise by trying, for each member once; `last` is the `last_spread` of `noise_by_search`."
-    settings, n = subject.settings, len(subject.digits.members)
-    start, loss = _start_and_loss(subject._replace(settings=_once(settings)), known)
+    settings = subject.settings
+    start, loss = _start_and_loss(subject, 1, known)
     options = {"steps": settings.search_steps, "asks": settings.searches, "seed": subject.seed}
-    return noise_by_search(service, start[:n], loss, last_spread=last, **options)[1:]
-
-
-def _once(settings: GuardAttackSettings) -> GuardAttackSettings:
-    "The same with one start per member."
-    return replace(settings, starts=1)
+    return noise_by_search(service, start, loss, last_spread=last, **options)[1:]
 
 # %% ../../nbs/3_judgement/12_guard_attacks_study.ipynb #52aa52c1
 def upper_half() -> Tensor:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG', 'CHOSEN', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSINE', 'SPACE', 'ARMS', 'Draw', 'LOOKS', 'SHIPPED',
            'STUDY', 'Settings', 'StudyImages', 'study_images', 'with_look', 'held_out_images', 'Networks',
-           'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm', 'rejecting', 'unknown_to',
-           'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'draw_arms', 'most_copied', 'copy_numbers',
+           'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm', 'rejecting', 'arms_of',
+           'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'draw_arms', 'most_copied', 'copy_numbers',
            'distances_of_thousands', 'image_numbers', 'arm_numbers', 'both_trainings', 'training_cost', 'flops_per_try',
            'flops_over_unguarded', 'sampling_ratios', 'arms_of_looks', 'measure_arms', 'choose_look', 'measure_part',
            'ship_weights', 'study']
@@ -41,7 +41,7 @@ from ..core.guard import Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels, split
 from ..core.protection import Protected, protect
-from ..core.recognition import calibrate_check, recognise
+from ..core.recognition import calibrate_check, unrecognised_by
 from ..core.schedule import Schedule
 from .datasets import load_fashion
 from .encoders import features
@@ -375,11 +375,6 @@ def rejecting(members: Tensor) -> Accept:
     return lambda x: ~copy_test(x, members.to(x.device)).copied
 
 
-def unknown_to(guard: Guard) -> Accept:
-    "The judge that keeps what a guard does not recognise."
-    return lambda x: ~recognise(guard, x)
-
-
 def arms_of(settings: Settings, networks: Networks, members: Tensor) -> dict[str, Arm]:
     """The arms of a part, in the order of `ARMS`.
 
@@ -388,7 +383,7 @@ def arms_of(settings: Settings, networks: Networks, members: Tensor) -> dict[str
     # The guarded models, and the judge of two arms.
     tuned, guard, guard_xt = networks.tuned, networks.guard, networks.guard_xt
     stronger = replace(guard_xt, scale=settings.strength * guard_xt.scale)
-    guarded, is_unknown = guarded_arm(tuned, guard), unknown_to(guard)
+    guarded, is_unknown = guarded_arm(tuned, guard), unrecognised_by(guard)
     check = {name: guard.recognition[name] for name in ("threshold", "levels", "noisings")}
     pushed_and_checked = guarded.settings | check
 
