@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'CHOSEN', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSINE', 'SPACE', 'ARMS', 'Draw', 'LOOKS', 'SHIPPED',
-           'STUDY', 'Settings', 'StudyImages', 'study_images', 'with_look', 'held_out_images', 'Networks',
-           'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm', 'rejecting', 'arms_of',
-           'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'draw_arms', 'most_copied', 'copy_numbers',
+           'STUDY', 'Settings', 'StudyImages', 'study_images', 'looking_ahead', 'with_look', 'held_out_images',
+           'Networks', 'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm', 'rejecting',
+           'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'draw_arms', 'most_copied', 'copy_numbers',
            'distances_of_thousands', 'image_numbers', 'arm_numbers', 'both_trainings', 'training_cost', 'flops_per_try',
            'flops_over_unguarded', 'sampling_ratios', 'arms_of_looks', 'measure_arms', 'choose_look', 'measure_part',
            'ship_weights', 'study']
@@ -37,7 +37,7 @@ from cpsample.core.copying import (
 )
 from ..core.ddpm import Accept, Accepted, Denoiser, ddpm_loss, draw_accepted, train
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import Guard, UncalibratedGuardWarning
+from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels, split
 from ..core.protection import Protected, protect
@@ -106,7 +106,7 @@ class Settings:
     small: bool = False
 
 
-CHOSEN: dict[str, Any] = {}  # of the looks below
+CHOSEN: dict[str, Any] = {"level": 200, "t_max": 400}  # of the looks below
 CHECK = {"levels": (0, 50, 100), "noisings": 2}  # an image at the end, shown six times
 CHOOSING = Settings(
     "choosing", range(3000, 6000), seed=100, n=300, test=("train", 50_000), chunk=150
@@ -228,6 +228,13 @@ def _loaded_guard(path: Path, workspace: Workspace) -> Guard:
     return guard
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #9498d8ab
+def looking_ahead(guard_xt: Guard) -> Guard:
+    "A guard that looks at x_t, asked about predictions as the preset x0 says."
+    names = ("at", "alpha", "scale", "level", "noisings", "moves", "longest", "t_max")
+    preset = {name: GUARDS["x0"][name] for name in names}
+    return replace(guard_xt, **preset, clip=1.0, report=None, recognition=None)
+
+
 def with_look(guard: Guard, look: dict[str, Any], settings: Settings, images: StudyImages) -> Guard:
     """A guard that is shown predictions in another way, calibrated for it.
 
@@ -317,13 +324,12 @@ def train_networks(settings: Settings, images: StudyImages, workspace: Workspace
     "All networks of a part, those that are not there yet trained first."
     base, tuned, schedule = tuned_models(settings, images, workspace)
 
-    # Three guards, trained for equally long.
+    # Two guards, trained for equally long; ours is asked at two places.
     config = replace(settings.base, seed=settings.seed)
     fit = partial(_trained_guard, workspace, config=config, images=images, schedule=schedule)
-    trained = fit(f"{settings.name}/trained", preset="x0")
     guard_xt = fit(f"{settings.name}/guarded_xt", preset="x_t")
     paper = fit(f"{settings.name}/paper", preset="paper")
-    guard = _checked_guard(workspace, settings, images, trained, tuned)
+    guard = _checked_guard(workspace, settings, images, looking_ahead(guard_xt), tuned)
     return Networks(base, tuned, schedule, guard, guard_xt, paper)
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #9f67b48f
@@ -725,10 +731,11 @@ def sampling_ratios(
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #8b5f9922
 LOOKS: dict[str, dict[str, Any]] = {
     "preset": {},
-    "one noising": {"level": 140, "noisings": 1, "scale": 6.0},
-    "two noisings": {"level": 140, "noisings": 2, "scale": 6.0},
-    "two, late": {"level": 140, "noisings": 2, "scale": 6.0, "t_max": 250},
-    "two, late, longer": {"level": 140, "noisings": 2, "scale": 12.0, "t_max": 250},
+    "asked below 400": {"t_max": 400},
+    "level 150": {"level": 150, "t_max": 400},
+    "level 200": {"level": 200, "t_max": 400},
+    "level 300": {"level": 300, "t_max": 400},
+    "two noisings": {"level": 150, "noisings": 2, "scale": 6.0, "t_max": 400},
 }
 
 
@@ -738,15 +745,15 @@ def arms_of_looks(
     "(an arm for each look, behind the unguarded one and exact rejection; the models' schedule)."
     _, tuned, schedule = tuned_models(settings, images, workspace)
     config = replace(settings.base, seed=settings.seed)
-    path = f"{settings.name}/trained"
-    fit = partial(_trained_guard, images=images, schedule=schedule, preset="x0")
-    trained = fit(workspace, path, config)
+    path = f"{settings.name}/guarded_xt"
+    fit = partial(_trained_guard, images=images, schedule=schedule, preset="x_t")
+    ahead = looking_ahead(fit(workspace, path, config))
 
     # What the looks are compared with, and the looks.
     judge = rejecting(pixels(images.members))
     arms = {"unguarded": Arm(tuned), "rejection": Arm(tuned, judge, first="unguarded")}
     for name, look in LOOKS.items():
-        arms[name] = guarded_arm(tuned, with_look(trained, look, settings, images))
+        arms[name] = guarded_arm(tuned, with_look(ahead, look, settings, images))
     return arms, schedule
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #2ff1a2db
