@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from cpsample import cli
+from cpsample.core.copying import proportion_ci
 from cpsample.core.ddpm import Accepted, generate
 from cpsample.core.guard import push
-from cpsample.core.guard_files import load_guard
+from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import pixels
 from cpsample.core.schedule import make_schedule
 from cpsample.practice import fashion_study
@@ -33,9 +34,11 @@ from cpsample.practice.fashion_study import (
     draw_rows,
     flops_over_unguarded,
     held_out_images,
+    looking_ahead,
     measure_part,
     sampler,
     ship_weights,
+    shipped_guard,
     study,
     study_images,
     with_look,
@@ -58,9 +61,7 @@ def workspace(tmp_path):
         copy = tmp_path / f"{stage}.safetensors"
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(weights, copy)
-    shutil.copyfile(
-        tmp_path / "seed-0" / "guarded.safetensors", tmp_path / "seed-0/trained.safetensors"
-    )
+    save_guard(shipped_guard("x_t"), tmp_path / "seed-0/guarded_xt")
     return Workspace(tmp_path, progress=False)
 
 
@@ -89,6 +90,7 @@ def test_a_part_has_the_keys_of_the_file_on_record(workspace, monkeypatch):
     }
     assert answer["settings"].keys() == on_record["settings"].keys()
     assert answer["calibration"] == on_record["calibration"]
+    assert answer["calibration_xt"] == on_record["calibration_xt"]
     assert answer["recognition"] == on_record["recognition"]
     assert list(answer["arms"]) == [*ARMS, "held_out"]
     for arm, numbers in on_record["arms"].items():
@@ -142,6 +144,16 @@ def test_portions_are_kept_and_go_on_to_more(tmp_path):
     assert more["judged"].tries.max() > 1 and more["judged"].accepted.all()
 
 
+def test_arms_that_stand_beside_answer_fewer_requests(tmp_path):
+    settings = replace(QUICK, n=6, chunk=2, beside=3)
+    workspace, schedule = Workspace(tmp_path, progress=False), make_schedule()
+    arms = {"paper": Arm(noisy(0.1)), "guarded": Arm(noisy(0.2))}
+    draw = sampler(settings, schedule, workspace)
+    drawn = draw_arms(settings, arms, draw, workspace=workspace)
+    assert (len(drawn["paper"].images), len(drawn["guarded"].images)) == (3, 6)
+    assert len(list((tmp_path / "seed-0" / "paper").iterdir())) == 2
+
+
 def test_exact_rejection_starts_from_the_unguarded_samples_and_serves_no_copy():
     images = study_images(QUICK)
     members, test = pixels(images.members), images.test
@@ -186,7 +198,7 @@ def test_the_most_copied_member_is_named_with_its_bound():
     x = members[[3, 5, 5, 9]]
     named = copy_numbers(x, members, requests=10)["most_copied"]
     assert (named["member"], named["copies"]) == (5, 2)
-    assert named["ci"] == pytest.approx([0.0252, 0.5561], abs=1e-4)
+    assert 0.5561 < named["below"] == proportion_ci(2, 10, 1 - 0.05 / 100)[1] < 0.8
 
 
 def test_withheld_images_are_counted_and_not_measured():
@@ -217,7 +229,7 @@ def test_another_look_is_calibrated_on_images_that_taught_nothing(workspace):
     images = study_images(QUICK)
     held_out = held_out_images(QUICK, images)
     assert len(held_out) == 725
-    trained = load_guard(workspace.folder / "seed-0" / "trained")
+    trained = looking_ahead(load_guard(workspace.folder / "seed-0" / "guarded_xt"))
     changed = with_look(trained, {"level": 60, "alpha": 0.2, "scale": 5.0}, QUICK, images)
     assert (changed.level, changed.alpha) == (60, 0.2) and changed.scale >= 5
     assert changed.report["level"] == 60 and changed.calibrated
@@ -294,6 +306,8 @@ def test_what_ships_says_where_it_comes_from(workspace, tmp_path):
 def test_the_guards_that_ship_are_what_their_names_say():
     guard = load_guard(data_path("weights/fashion_guard.safetensors"))
     assert guard.at == "x0" and guard.calibrated and guard.recognition["drawn"]["copies"] > 20
-    guard_xt = load_guard(data_path("weights/fashion_guard_xt.safetensors"))
-    assert guard_xt.at == "x_t" and guard_xt.calibrated
+    guard_xt = shipped_guard("x_t")
+    assert guard_xt.at == "x_t" and guard_xt.calibrated and guard_xt.recognition is None
+    assert guard_xt.scale == ON_RECORD["seed-0"]["calibration_xt"]["scale"]
+    assert shipped_guard().at == "x0" and shipped_guard().report == guard.report
     assert load_model(data_path("weights/fashion_tuned.safetensors")).made["n"] == 100
