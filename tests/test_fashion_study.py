@@ -72,7 +72,8 @@ def test_the_parts_share_no_images_and_are_those_of_the_file_on_record():
         assert not set(CHOOSING.rows) & set(part.rows) and CHOOSING.seed != part.seed
         assert CHOOSING.test[0] != part.test[0] and part.n == 10_000
     assert (ON_RECORD["choosing"]["seed"], ON_RECORD["seed-0"]["seed"]) == (100, 0)
-    assert ON_RECORD["choosing"]["arms"].keys() == {"unguarded", "rejection"} | LOOKS.keys()
+    tried = ON_RECORD["choosing"]
+    assert tried["arms"].keys() | tried["refused"].keys() == {"unguarded", "rejection", *LOOKS}
     assert ON_RECORD["seed-0"]["settings"]["look"] == FIRST.look
 
 
@@ -237,10 +238,17 @@ def test_another_look_is_calibrated_on_images_that_taught_nothing(workspace):
 
 
 def test_the_part_that_chooses_has_an_arm_for_each_look(workspace, monkeypatch):
-    monkeypatch.setattr(fashion_study, "LOOKS", {"late": {"t_max": 200, "scale": 5.0}})
+    looks = {"late": {"t_max": 200, "scale": 5.0}, "noisy": {"level": 390}}
+    monkeypatch.setattr(fashion_study, "LOOKS", looks)
     monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arms: dict.fromkeys(arms, 2.0))
-    monkeypatch.setattr(fashion_study, "calibrate", lambda guard, *images, **asked: None)
+
+    def calibrate(guard, *images, **asked):
+        if guard.level == 390:
+            raise ValueError("it covers too few")
+
+    monkeypatch.setattr(fashion_study, "calibrate", calibrate)
     answer = choose_look(replace(QUICK, chunk=8), workspace)
+    assert answer["refused"] == {"noisy": "it covers too few"}
     assert list(answer["arms"]) == ["unguarded", "rejection", "late"]
     assert answer["arms"]["late"]["settings"]["t_max"] == 200
     assert answer["arms"]["late"].keys() == ON_RECORD["choosing"]["arms"]["preset"].keys()

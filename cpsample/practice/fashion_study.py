@@ -8,8 +8,8 @@ __all__ = ['CONFIG', 'CHOSEN', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSI
            'held_out_images', 'Networks', 'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm',
            'rejecting', 'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'requests_of', 'draw_arms',
            'copy_numbers', 'distances_of_thousands', 'image_numbers', 'arm_numbers', 'both_trainings', 'training_cost',
-           'flops_per_try', 'flops_over_unguarded', 'sampling_ratios', 'arms_of_looks', 'measure_arms', 'choose_look',
-           'measure_part', 'ship_weights', 'shipped_guard', 'study']
+           'flops_per_try', 'flops_over_unguarded', 'sampling_ratios', 'TriedLooks', 'try_looks', 'measure_arms',
+           'choose_look', 'measure_part', 'ship_weights', 'shipped_guard', 'study']
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #fddf0809
 import copy
@@ -761,10 +761,21 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def arms_of_looks(
-    settings: Settings, images: StudyImages, workspace: Workspace
-) -> tuple[dict[str, Arm], Schedule]:
-    "(an arm for each look, behind the unguarded one and exact rejection; the models' schedule)."
+class TriedLooks(NamedTuple):
+    """The part that chooses, before anything is drawn.
+
+    arms: one for each look, behind the unguarded one and exact rejection.
+    refused: why calibration refuses a look, for those that it does.
+    schedule: of the models.
+    """
+
+    arms: dict[str, Arm]
+    refused: dict[str, str]
+    schedule: Schedule
+
+
+def try_looks(settings: Settings, images: StudyImages, workspace: Workspace) -> TriedLooks:
+    "Every look, calibrated; the networks that are not there yet are trained first."
     _, tuned, schedule = tuned_models(settings, images, workspace)
     config = replace(settings.base, seed=settings.seed)
     path = f"{settings.name}/guarded_xt"
@@ -774,9 +785,13 @@ def arms_of_looks(
     # What the looks are compared with, and the looks.
     judge = rejecting(pixels(images.members))
     arms = {"unguarded": Arm(tuned), "rejection": Arm(tuned, judge, first="unguarded")}
+    refused = {}
     for name, look in LOOKS.items():
-        arms[name] = guarded_arm(tuned, with_look(ahead, look, settings, images))
-    return arms, schedule
+        try:
+            arms[name] = guarded_arm(tuned, with_look(ahead, look, settings, images))
+        except ValueError as error:
+            refused[name] = str(error)
+    return TriedLooks(arms, refused, schedule)
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #2ff1a2db
 def measure_arms(
@@ -820,13 +835,23 @@ def _decided(settings: Settings) -> dict:
 
 
 def choose_look(settings: Settings, workspace: Workspace) -> dict:
-    "The part that chooses, as a dict for JSON: `seed`, `n`, `settings`, and an arm for each look."
+    """The part that chooses, as a dict for JSON.
+
+    Keys: `seed`, `n`, `feature_space`, `settings`, `arms` (one for each look that calibration lets
+    pass), and `refused`, why it does not the others.
+    """
     images = study_images(settings)
-    arms, schedule = arms_of_looks(settings, images, workspace)
-    draw = sampler(settings, schedule, workspace)
-    numbers = measure_arms(settings, arms, images, draw=draw, workspace=workspace)
-    facts = {"seed": settings.seed, "n": settings.n, "feature_space": SPACE}
-    return {**facts, "settings": _decided(settings), "arms": numbers}
+    looks = try_looks(settings, images, workspace)
+    draw = sampler(settings, looks.schedule, workspace)
+    numbers = measure_arms(settings, looks.arms, images, draw=draw, workspace=workspace)
+    return {
+        "seed": settings.seed,
+        "n": settings.n,
+        "feature_space": SPACE,
+        "settings": _decided(settings),
+        "arms": numbers,
+        "refused": looks.refused,
+    }
 
 
 def measure_part(settings: Settings, workspace: Workspace) -> dict:
