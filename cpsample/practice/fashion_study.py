@@ -758,6 +758,12 @@ LOOKS: dict[str, dict[str, Any]] = {
     "level 200": {"level": 200, "t_max": 400},
     "level 300": {"level": 300, "t_max": 400},
     "two noisings": {"level": 150, "noisings": 2, "scale": 6.0, "t_max": 400},
+    "twice as long": {"scale": 5.0, "t_max": 400},
+    "gate 0.4": {"alpha": 0.4, "t_max": 400},
+    "gate 0.45": {"alpha": 0.45, "t_max": 400},
+    "level 150, gate 0.4": {"level": 150, "alpha": 0.4, "t_max": 400},
+    "level 150, gate 0.45": {"level": 150, "alpha": 0.45, "t_max": 400},
+    "level 200, gate 0.4": {"level": 200, "alpha": 0.4, "t_max": 400},
 }
 
 
