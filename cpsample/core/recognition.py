@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_COPIES', 'mean_logits', 'familiarity', 'answer_to_probe', 'weight_of', 'probed', 'check_recognition',
-           'recognise', 'unrecognised_by', 'Copies', 'are_pictures', 'noised_members', 'drawn_by', 'copies_among',
-           'drawn_copies', 'choose_threshold', 'cross_judged', 'share_with_interval', 'least_known', 'measured',
-           'refuse_unknown', 'calibrate_check']
+           'recognise', 'unrecognised_by', 'redrawn', 'Copies', 'are_pictures', 'noised_members', 'drawn_by',
+           'copies_among', 'drawn_copies', 'choose_threshold', 'cross_judged', 'share_with_interval', 'least_known',
+           'measured', 'refuse_unknown', 'calibrate_check']
 
 # %% ../../nbs/1_core/13_recognition.ipynb #799d360b
 import math
@@ -31,7 +31,7 @@ from .ddpm import Denoiser, final_sample, sample
 from .guard import Guard, check_guard_fits
 from .images import check_images, precision_of
 from .protection import Protected
-from .schedule import add_noise
+from .schedule import Schedule, add_noise, eps_to_x0
 from ..workshop.neighbours import nearest
 
 # %% ../../nbs/1_core/13_recognition.ipynb #bc32ddc2
@@ -157,6 +157,20 @@ def unrecognised_by(guard: Guard) -> Callable[[Tensor], Tensor]:
     """
     check_recognition(guard)
     return lambda x: ~recognise(guard, x)
+
+
+@torch.no_grad()
+def redrawn(model: Denoiser, schedule: Schedule, x: Tensor, level: int = 50) -> Tensor:
+    """Where a model would take finished images: its predictions of them, slightly noised.
+
+    model, schedule: without a guard in front of it.
+    x [B, ...]: images; the noise is the same for all.
+    level: up to which they are noised.
+    """
+    t = torch.full((len(x),), level, device=x.device)
+    noise = _noise_of_check(1, tuple(x.shape[1:]))[0].to(x)
+    x_t, _ = add_noise(x, t, schedule, noise=noise.expand_as(x))
+    return eps_to_x0(x_t, t, model(x_t, t), schedule)
 
 # %% ../../nbs/1_core/13_recognition.ipynb #a3d60ca1
 class Copies(NamedTuple):
