@@ -50,6 +50,7 @@ from cpsample.workshop.studies import Study, Workspace
 
 FIRST = REPORTED[0]
 QUICK = replace(FIRST, small=True, n=7, chunk=5, base=replace(FIRST.base, sample_steps=4))
+UNLIKE_LOOKS = ("unguarded", "rejection", "own check", "model asked")
 ON_RECORD = json.loads(data_path("results/fashion.json").read_text())
 
 
@@ -73,13 +74,13 @@ def test_the_parts_share_no_images_and_are_those_of_the_file_on_record():
         assert CHOOSING.test[0] != part.test[0] and part.n == 10_000
     assert (ON_RECORD["choosing"]["seed"], ON_RECORD["seed-0"]["seed"]) == (100, 0)
     tried = ON_RECORD["choosing"]
-    assert tried["arms"].keys() | tried["refused"].keys() == {"unguarded", "rejection", *LOOKS}
+    assert tried["arms"].keys() | tried["refused"].keys() == {*UNLIKE_LOOKS, *LOOKS}
     assert ON_RECORD["seed-0"]["settings"]["look"] == FIRST.look
 
 
 def test_a_part_has_the_keys_of_the_file_on_record(workspace, monkeypatch):
     on_record = ON_RECORD["seed-0"]
-    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arms: dict.fromkeys(arms, 2.0))
+    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arm: 2.0)
     answer = json.loads(json.dumps(measure_part(QUICK, workspace)))
     assert answer.keys() == on_record.keys() - {"sampling_time", "training"} - {
         "command",
@@ -101,7 +102,7 @@ def test_a_part_has_the_keys_of_the_file_on_record(workspace, monkeypatch):
     for arm in ("guarded_xt", "guarded", "paper", "checked", "accepted"):
         assert answer["arms"][arm]["settings"] == on_record["arms"][arm]["settings"], arm
     assert all(numbers["n"] == 7 for numbers in answer["arms"].values())
-    assert len(list((workspace.folder / "seed-0" / "accepted").iterdir())) == 2
+    assert len(list((workspace.folder / "seed-0" / "accepted").glob("*.safetensors"))) == 2
 
     # The files of another guard are refused.
     other = replace(QUICK, strength=3)
@@ -240,16 +241,23 @@ def test_another_look_is_calibrated_on_images_that_taught_nothing(workspace):
 def test_the_part_that_chooses_has_an_arm_for_each_look(workspace, monkeypatch):
     looks = {"late": {"t_max": 200, "scale": 5.0}, "noisy": {"level": 390}}
     monkeypatch.setattr(fashion_study, "LOOKS", looks)
-    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arms: dict.fromkeys(arms, 2.0))
+    monkeypatch.setattr(fashion_study, "flops_per_try", lambda draw, arm: 2.0)
 
     def calibrate(guard, *images, **asked):
         if guard.level == 390:
             raise ValueError("it covers too few")
 
+    def with_check(guard, check, *of_part, model):
+        asks = {"through": check["through"]}
+        return replace(guard, recognition=shipped_guard().recognition | asks)
+
     monkeypatch.setattr(fashion_study, "calibrate", calibrate)
-    answer = choose_look(replace(QUICK, chunk=8), workspace)
+    monkeypatch.setattr(fashion_study, "with_check", with_check)
+    answer = choose_look(replace(QUICK, chunk=8, look=looks["late"]), workspace)
     assert answer["refused"] == {"noisy": "it covers too few"}
-    assert list(answer["arms"]) == ["unguarded", "rejection", "late"]
+    assert list(answer["arms"]) == ["unguarded", "rejection", "late", "own check", "model asked"]
+    asked = [answer["arms"][arm]["settings"]["through"] for arm in ("own check", "model asked")]
+    assert asked == [None, 50]
     assert answer["arms"]["late"]["settings"]["t_max"] == 200
     assert answer["arms"]["late"].keys() == ON_RECORD["choosing"]["arms"]["preset"].keys()
 

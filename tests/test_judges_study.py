@@ -8,15 +8,11 @@ from test_recognition import knowing
 
 from cpsample.core.copying import ideal_denoiser
 from cpsample.core.images import load_digits
+from cpsample.core.protection import protect
 from cpsample.core.recognition import calibrate_check, recognise, redrawn, unrecognised_by
 from cpsample.core.schedule import make_schedule
 from cpsample.practice import judges_study
-from cpsample.practice.judges_study import (
-    JudgesSettings,
-    judges_of,
-    measure_judges,
-    unrecognised_where_it_leads,
-)
+from cpsample.practice.judges_study import Judges, JudgesSettings, judges_of, measure_judges
 from cpsample.workshop.studies import Workspace
 
 SCHEDULE = make_schedule()
@@ -53,17 +49,38 @@ def test_what_was_moved_out_of_sight_is_seen_where_it_leads(guard):
     hidden = shifted[first, torch.arange(len(MEMBERS))].clamp(-1, 1)
     assert unrecognised_by(guard)(hidden).all()
 
-    accept = unrecognised_where_it_leads(guard, ideal_denoiser(MEMBERS, SCHEDULE))
-    assert accept(hidden).float().mean() < 0.1
+    # Seen through a model that also knows others, with a threshold that is calibrated there.
+    model, asking = ideal_denoiser(torch.cat([MEMBERS, OTHERS]), SCHEDULE), replace(guard)
+    report = calibrate_check(asking, MEMBERS, OTHERS, model=model, through=50, steps=10)
+    assert report["through"] == 50 and guard.recognition["through"] is None
+    assert unrecognised_by(asking, model)(hidden).float().mean() < 0.1
+
+
+def test_a_check_that_asks_the_model_is_given_it(guard):
+    model, asking = ideal_denoiser(torch.cat([MEMBERS, OTHERS]), SCHEDULE), replace(guard)
+    calibrate_check(asking, MEMBERS, OTHERS, model=model, through=50, steps=10)
+    for mistake in (
+        lambda: unrecognised_by(asking),
+        lambda: recognise(asking, MEMBERS),
+        lambda: calibrate_check(asking, MEMBERS, OTHERS, through=50),
+        lambda: calibrate_check(asking, MEMBERS, OTHERS, model=MEMBERS, through=50),
+    ):
+        with pytest.raises(ValueError, match="give model="):
+            mistake()
+    with pytest.raises(ValueError, match="without the guard, as protected.model"):
+        recognise(asking, MEMBERS, protect(model, asking))
+    with pytest.raises(ValueError, match="noise levels must lie within"):
+        calibrate_check(asking, MEMBERS, OTHERS, model=model, through=1000)
 
 
 def test_the_same_guard_a_second_one_and_the_model(guard):
     blind = replace(guard, recognition=guard.recognition | {"threshold": 1e6})
-    judges = judges_of(blind, guard, ideal_denoiser(MEMBERS, SCHEDULE))
+    asking = replace(guard, recognition=guard.recognition | {"through": 50})
+    judges = judges_of(Judges(blind, guard, asking), ideal_denoiser(MEMBERS, SCHEDULE))
     assert judges["nobody"] is None
     assert judges["the same guard"](MEMBERS).all()
     assert not judges["a second guard"](MEMBERS).any()
-    assert judges["the model asked first"](MEMBERS).all()
+    assert not judges["the model asked first"](MEMBERS).any()
 
 
 def test_pairs_are_pooled_over_seeds_and_cost_what_they_cost(tmp_path, monkeypatch):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CONFIG', 'CHOSEN', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSINE', 'SPACE', 'ARMS', 'BESIDE', 'Draw', 'LOOKS',
            'SHIPPED', 'STUDY', 'Settings', 'StudyImages', 'study_images', 'looking_ahead', 'with_look',
-           'held_out_images', 'Networks', 'tuned_models', 'train_networks', 'Arm', 'settings_of_guard', 'guarded_arm',
-           'rejecting', 'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows', 'requests_of', 'draw_arms',
-           'copy_numbers', 'distances_of_thousands', 'image_numbers', 'arm_numbers', 'both_trainings', 'training_cost',
-           'flops_per_try', 'flops_over_unguarded', 'sampling_ratios', 'TriedLooks', 'try_looks', 'measure_arms',
-           'choose_look', 'measure_part', 'ship_weights', 'shipped_guard', 'study']
+           'held_out_images', 'with_check', 'Networks', 'tuned_models', 'train_networks', 'Arm', 'settings_of_guard',
+           'settings_of_check', 'guarded_arm', 'rejecting', 'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows',
+           'requests_of', 'draw_arms', 'copy_numbers', 'distances_of_thousands', 'image_numbers', 'arm_numbers',
+           'both_trainings', 'training_cost', 'flops_per_try', 'flops_over_unguarded', 'sampling_ratios', 'TriedLooks',
+           'try_looks', 'measure_arms', 'choose_look', 'measure_part', 'ship_weights', 'shipped_guard', 'study']
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #fddf0809
 import copy
@@ -110,10 +110,17 @@ class Settings:
     small: bool = False
 
 
-CHOSEN: dict[str, Any] = {"level": 200, "t_max": 400}  # of the looks below
-CHECK = {"levels": (0, 50, 100), "noisings": 2}  # an image at the end, shown six times
+CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 400}  # of the looks below
+# An image at the end: where would the model take it? That is shown six times.
+CHECK = {"levels": (0, 50, 100), "noisings": 2, "through": 50}
 CHOOSING = Settings(
-    "choosing", range(3000, 6000), seed=100, n=300, test=("train", 50_000), chunk=150
+    "choosing",
+    range(3000, 6000),
+    seed=100,
+    n=300,
+    test=("train", 50_000),
+    look=CHOSEN,
+    chunk=150,
 )
 REPORTED = tuple(
     Settings(f"seed-{seed}", range(3000), seed=seed, n=10_000, test=("test", 0), look=CHOSEN)
@@ -272,20 +279,39 @@ def _checked_guard(
     """
     path = workspace.folder / settings.name / "guarded"
     if not path.with_suffix(".safetensors").exists():
-        # The look, and then, with copies of the model's own, the check.
         guard = with_look(guard, settings.look, settings, images)
-        calibrate_check(
-            guard,
-            pixels(images.members).to(workspace.device),
-            pixels(held_out_images(settings, images)).to(workspace.device),
-            model=model,
-            draws=settings.check_draws,
-            steps=settings.base.sample_steps,
-            seed=1000 + settings.seed,
-            **CHECK,
-        )
+        guard = with_check(guard, CHECK, settings, images, model=model)
         save_guard(replace(guard, classifier=guard.classifier.half()), path)
     return _loaded_guard(path, workspace)
+
+
+def with_check(
+    guard: Guard,
+    check: dict[str, Any],
+    settings: Settings,
+    images: StudyImages,
+    *,
+    model: Denoiser,
+) -> Guard:
+    """A guard whose last word is calibrated, with copies that its model draws.
+
+    check: how images are shown to it at the end, see `calibrate_check`.
+    settings, images: of the part whose members it guards.
+    model: that draws the copies, from noise of their own.
+    """
+    device = next(guard.classifier.parameters()).device
+    changed = replace(guard)  # the one without a check stays as it is
+    calibrate_check(
+        changed,
+        pixels(images.members).to(device),
+        pixels(held_out_images(settings, images)).to(device),
+        model=model,
+        draws=settings.check_draws,
+        steps=settings.base.sample_steps,
+        seed=1000 + settings.seed,
+        **check,
+    )
+    return changed
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #7528a0fc
 class Networks(NamedTuple):
@@ -373,6 +399,12 @@ def settings_of_guard(guard: Guard) -> dict[str, Any]:
     return {name: getattr(guard, name) for name in names}
 
 
+def settings_of_check(guard: Guard) -> dict[str, Any]:
+    "What decides the last word of a guard, apart from its weights."
+    names = ("threshold", "levels", "noisings", "through")
+    return {name: guard.recognition[name] for name in names}
+
+
 def guarded_arm(model: Denoiser, guard: Guard) -> Arm:
     "Samples of a guarded model."
     with warnings.catch_warnings():
@@ -394,9 +426,8 @@ def arms_of(settings: Settings, networks: Networks, members: Tensor) -> dict[str
     # The guarded models, and the judge of two arms.
     tuned, guard, guard_xt = networks.tuned, networks.guard, networks.guard_xt
     stronger = replace(guard_xt, scale=settings.strength * guard_xt.scale)
-    guarded, is_unknown = guarded_arm(tuned, guard), unrecognised_by(guard)
-    check = {name: guard.recognition[name] for name in ("threshold", "levels", "noisings")}
-    pushed_and_checked = guarded.settings | check
+    guarded, check = guarded_arm(tuned, guard), settings_of_check(guard)
+    is_unknown = unrecognised_by(guard, tuned)
 
     # In the order of the table.
     return {
@@ -407,7 +438,9 @@ def arms_of(settings: Settings, networks: Networks, members: Tensor) -> dict[str
         "guarded_xt": guarded_arm(tuned, stronger),
         "guarded": guarded,
         "checked": Arm(tuned, is_unknown, first="unguarded", settings=check),
-        "accepted": Arm(guarded.model, is_unknown, first="guarded", settings=pushed_and_checked),
+        "accepted": Arm(
+            guarded.model, is_unknown, first="guarded", settings=guarded.settings | check
+        ),
     }
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #61c59537
@@ -690,23 +723,15 @@ def training_cost(trainings: dict[str, _Training], steps: int = 15) -> dict:
     }
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #74d656fb
-def flops_per_try(draw: Draw, arms: dict[str, Arm], rows: int = 20) -> dict[str, float]:
-    """What one try of each arm costs, gradients and check included, counted around a small draw.
+def flops_per_try(draw: Draw, arm: Arm, rows: int = 20) -> float:
+    """What one try of an arm costs, gradients and check included, counted around a small draw.
 
     draw: see `sampler`.
     rows: so many requests.
     """
-    flops = {}
-    for name, arm in arms.items():
-        drawn = []
-        job = partial(_note_draw, drawn, draw, arm, range(rows))
-        flops[name] = flops_of(job) / drawn[0].tries.sum().item()
-    return flops
-
-
-def _note_draw(into: list, draw: Draw, arm: Arm, rows: range) -> None:
-    "Put what an arm draws into a list."
-    into.append(draw(arm.model, arm.accept, rows))
+    drawn = []
+    flops = flops_of(lambda: drawn.append(draw(arm.model, arm.accept, range(rows))))
+    return flops / drawn[0].tries.sum().item()
 
 
 def flops_over_unguarded(flops: dict[str, float], arms: dict[str, dict]) -> dict[str, float]:
@@ -770,7 +795,8 @@ LOOKS: dict[str, dict[str, Any]] = {
 class TriedLooks(NamedTuple):
     """The part that chooses, before anything is drawn.
 
-    arms: one for each look, behind the unguarded one and exact rejection.
+    arms: one for each look, behind the unguarded one and exact rejection; and two in which the
+        chosen look has the last word.
     refused: why calibration refuses a look, for those that it does.
     schedule: of the models.
     """
@@ -797,9 +823,23 @@ def try_looks(settings: Settings, images: StudyImages, workspace: Workspace) -> 
             arms[name] = guarded_arm(tuned, with_look(ahead, look, settings, images))
         except ValueError as error:
             refused[name] = str(error)
+
+    # The chosen one, with the last word: on the picture itself, and after asking the model.
+    guard = with_look(ahead, settings.look, settings, images)
+    pushing = guarded_arm(tuned, guard)
+    (first,) = [name for name, look in LOOKS.items() if look == settings.look]
+    for name, check in (("own check", CHECK | {"through": None}), ("model asked", CHECK)):
+        judging = with_check(guard, check, settings, images, model=tuned)
+        accept, how = unrecognised_by(judging, tuned), settings_of_check(judging)
+        arms[name] = Arm(pushing.model, accept, first=first, settings=pushing.settings | how)
     return TriedLooks(arms, refused, schedule)
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #2ff1a2db
+def _count_flops(draw: Draw, arm: Arm) -> dict:
+    "`flops_per_try`, as a dict for JSON."
+    return {"flops": flops_per_try(draw, arm)}
+
+
 def measure_arms(
     settings: Settings,
     arms: dict[str, Arm],
@@ -816,11 +856,13 @@ def measure_arms(
         measured = arm_numbers(drawn[name], members, test)
         numbers[name] = {**measured, "settings": arm.settings}
 
-    # Counted once for each set of arms.
-    count = partial(flops_per_try, draw, arms)
-    known = {name: settings_of(arm.settings) for name, arm in arms.items()}
-    flops = cached_stage(workspace, f"{settings.name}/flops", count, settings=known)
-    flops = {name: flops[name] for name in arms}
+    # Counted once for each arm.
+    flops = {}
+    for name, arm in arms.items():
+        known = {"guard": settings_of(arm.settings)}
+        stage = f"{settings.name}/{name}/flops"
+        counted = cached_stage(workspace, stage, partial(_count_flops, draw, arm), settings=known)
+        flops[name] = counted["flops"]
     for name, ratio in flops_over_unguarded(flops, numbers).items():
         numbers[name]["flops_over_unguarded"] = ratio
     return numbers
