@@ -299,8 +299,9 @@ def with_check(
     settings, images: of the part whose members it guards.
     model: that draws the copies, from noise of their own.
     """
+    # The guard that is given stays without a check.
     device = next(guard.classifier.parameters()).device
-    changed = replace(guard)  # the one without a check stays as it is
+    changed = replace(guard)
     calibrate_check(
         changed,
         pixels(images.members).to(device),
