@@ -110,9 +110,8 @@ class Settings:
     small: bool = False
 
 
-CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 400}  # of the looks below
-# An image at the end: where would the model take it? That is shown six times.
-CHECK = {"levels": (0, 50, 100), "noisings": 2, "through": 50}
+CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 300}  # of the looks below
+CHECK = {"through": 50}  # the model is asked where it would take an image
 CHOOSING = Settings(
     "choosing",
     range(3000, 6000),
@@ -787,6 +786,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "twice as long": {"scale": 5.0, "t_max": 400},
     "gate 0.4": {"alpha": 0.4, "t_max": 400},
     "gate 0.45": {"alpha": 0.45, "t_max": 400},
+    "gate 0.45, below 300": {"alpha": 0.45, "t_max": 300},
     "level 150, gate 0.4": {"level": 150, "alpha": 0.4, "t_max": 400},
     "level 150, gate 0.45": {"level": 150, "alpha": 0.45, "t_max": 400},
     "level 200, gate 0.4": {"level": 200, "alpha": 0.4, "t_max": 400},
