@@ -111,7 +111,7 @@ class Settings:
 
 
 CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 300}  # of the looks below
-CHECK = {"through": 50}  # the model is asked where it would take an image
+CHECK = {"through": 50, "allowed": 0.05}  # the model is asked where it would take an image
 CHOOSING = Settings(
     "choosing",
     range(3000, 6000),
