@@ -98,6 +98,6 @@ def test_pairs_are_pooled_over_seeds_and_cost_what_they_cost(tmp_path, monkeypat
     monkeypatch.setattr(judges_study, "measure_seed", measure_seed)
     settings = JudgesSettings(seeds=(1, 2))
     record = measure_judges(Workspace(tmp_path, progress=False), settings)
-    assert record["seeds"] == [1, 2] and record["settings"]["n"] == 2000
+    assert record["seeds"] == [1, 2] and record["settings"]["n"] == 1000
     assert record["pairs"]["at x_t"]["nobody"]["copies"] == 3
     assert record["pairs"]["none"]["a second guard"]["cost"] == 1.5

@@ -39,7 +39,7 @@ class JudgesSettings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    n: int = 2000
+    n: int = 1000
     images: int = DEFAULTS["images"]
     train_steps: int = DEFAULTS["train_steps"]
     guard_steps: int = DEFAULTS["guard_steps"]
