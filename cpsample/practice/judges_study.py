@@ -23,7 +23,7 @@ from cpsample.core.demo import (
     split_digits,
 )
 from ..core.guard import Guard, fit_guard
-from ..core.recognition import calibrate_check, unrecognised_by
+from ..core.recognition import unrecognised_by
 from ..core.schedule import make_schedule
 from .digits_study import arm_numbers, pooled
 from ..workshop.studies import Study, Workspace, cached_stage, settings_of
@@ -65,7 +65,7 @@ class Judges(NamedTuple):
 
     own: the guard that pushes.
     second: one with other labels.
-    asking: like `own`, but its check was calibrated `through` the model.
+    asking: like `own`, but the model is asked first.
     """
 
     own: Guard
@@ -83,12 +83,9 @@ def judges_of(guards: Judges, model: Denoiser) -> dict[str, Accept | None]:
     }
 
 
-def asking_first(guard: Guard, model: Denoiser, digits: Digits, of_demo: dict, seed: int) -> Guard:
-    "The same guard with another check: the model is asked first."
-    asking = replace(guard)
-    how = dict(draws=1000, steps=of_demo["sample_steps"], seed=seed, through=50)
-    calibrate_check(asking, digits.members, digits.held_out[::2], model=model, **how)
-    return asking
+def asking_first(guard: Guard, level: int = 50) -> Guard:
+    "The same guard and threshold, but the model is asked first, up to a noise level."
+    return replace(guard, recognition=guard.recognition | {"through": level})
 
 # %% ../../nbs/2_practice/10_judges_study.ipynb #ffaffd32
 def measure_seed(seed: int, settings: JudgesSettings) -> dict:
@@ -108,8 +105,7 @@ def measure_seed(seed: int, settings: JudgesSettings) -> dict:
     measured = {}
     for push, guard in pushes.items():
         own = guard or guards["guarded"]
-        asking = asking_first(own, model, digits, of_demo, seed)
-        judges = judges_of(Judges(own, second, asking), model)
+        judges = judges_of(Judges(own, second, asking_first(own)), model)
         measured[push] = {}
         for judge, accept in judges.items():
             drawn = draw_arm(partial(sampler.serve, guard=guard, accept=accept), settings.n)
