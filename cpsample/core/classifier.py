@@ -244,12 +244,13 @@ def with_reference(
     return TrainingSet(images, torch.cat([labels, undecided]), weights)
 
 # %% ../../nbs/1_core/07_classifier.ipynb #f028d1ee
-def _teaching(reference: Tensor, members: Tensor) -> Tensor:
+def _teaching(reference: Tensor, members: Tensor, strangers: float) -> Tensor:
     """The reference images that are no near copies of members; they would unteach those.
 
+    strangers: the lowest d₁/d₂ that they may have.
     Raises ValueError when none is left.
     """
-    rows = rows_of_strangers(reference, members)
+    rows = rows_of_strangers(reference, members, strangers)
     if len(reference) > 0 and len(rows) == 0:
         raise ValueError(
             "every reference image is nearly a member by the ratio test: a guard that is undecided "
@@ -264,6 +265,7 @@ def training_set(
     K: int,
     *,
     one_sided: bool = False,
+    strangers: float = 1 / 2,
     seed: int = 0,
     dtype: torch.dtype | None = torch.float32,
 ) -> TrainingSet:
@@ -274,6 +276,9 @@ def training_set(
         left out.
     K: number of labels.
     one_sided: whether the label is membership itself.
+    strangers: reference images whose d₁/d₂ to the members lies below this are left out. A
+        classifier changes its mind halfway between a member and such an image; at twice the
+        threshold of a copy (⅔) that is no longer within reach of a copy.
     seed: of the labels.
     dtype: what the classifier computes in, see `check_images`.
     Raises ValueError when reference images are members too, or are missing where membership
@@ -293,7 +298,7 @@ def training_set(
     _check_fit(members, labels, reference)
     warn_of_difference(reference, members, "reference images", "members")
     warn_of_twins(reference, members)
-    reference = _teaching(reference, members)
+    reference = _teaching(reference, members, strangers)
     if one_sided:
         learned = with_reference(members, torch.ones_like(labels), reference, target=0)
     else:

@@ -473,7 +473,7 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     """
     preset_kind(preset)  # refuses unknown ones
     settings = {"at": "x_t", **GUARDS[preset]}
-    known = settings.keys() | GUARDS["x0"].keys()
+    known = settings.keys() | GUARDS["x0"].keys() | {"strangers"}
     unknown = changes.keys() - known
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(known)}")
@@ -486,6 +486,12 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     settings.update(changes)
     settings.setdefault("t_learn", settings["t_max"])
     return settings
+
+
+def _taken_for_training(settings: dict[str, Any]) -> tuple[int, int, float, float]:
+    "(K, t_learn, t_power, strangers) of a guard's settings, which are left with the others."
+    of_training = [settings.pop(name) for name in ("K", "t_learn", "t_power")]
+    return *of_training, settings.pop("strangers", 1 / 2)
 
 
 def _check_counts(K: int, steps: int) -> None:
@@ -551,7 +557,8 @@ def fit_guard(
     schedule: the diffusion model's own.
     reference [M, ...]: images of the same kind that are *not* members, to stay undecided about
         (default: none).
-    preset: a key of `GUARDS`; `settings` override its values, such as alpha, scale or t_max.
+    preset: a key of `GUARDS`; `settings` override its values, such as alpha, scale or t_max;
+        `strangers` is as for `training_set`.
     steps, batch_size, lr: of the training.
     width, depth: of the `MLPClassifier`.
     seed: of labels, weights and batches.
@@ -562,16 +569,20 @@ def fit_guard(
     Raises ValueError for settings that cannot work.
     """
     settings = preset_settings(preset, settings, T=schedule.T)
-    K, t_learn, t_power = (settings.pop(name) for name in ("K", "t_learn", "t_power"))
+    K, t_learn, t_power, strangers = _taken_for_training(settings)
     _check_counts(K, steps)
     seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
 
     # What to learn and at which noise levels, and a network to learn it.
-    one_sided = settings["form"] == "member"
-    dtype = precision_of(classifier)
     x, targets, weights = training_set(
-        members, reference, K, one_sided=one_sided, seed=seed, dtype=dtype
+        members,
+        reference,
+        K,
+        one_sided=settings["form"] == "member",
+        strangers=strangers,
+        seed=seed,
+        dtype=precision_of(classifier),
     )
     members = x[: len(members)]
     loss = partial(label_loss, schedule=schedule, t_max=t_learn, t_power=t_power)
