@@ -19,6 +19,7 @@ from cpsample.core.classifier import (
     random_labels,
     training_set,
 )
+from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded
 from cpsample.core.guard import (
     FORMS,
@@ -400,6 +401,29 @@ def test_what_nearly_is_a_member_does_not_unteach_it(schedule):
     assert len(alone.images) == 42
     with pytest.raises(ValueError, match="every reference image is nearly a member"):
         training_set(members, almost, K=3)
+
+    # Halfway between two members is 1; at 0.6 it depends on what is asked for.
+    between = members[:1] + 0.375 * (members[1:2] - members[:1])
+    pair = members[:2]
+    more = torch.cat([reference, between])
+    assert copy_test(between, pair).score.item() == pytest.approx(0.6, abs=1e-3)
+    for strangers, is_taught in ((1 / 2, True), (2 / 3, False)):
+        images = training_set(pair, more, K=3, strangers=strangers).images
+        assert any(torch.equal(image, between[0]) for image in images) == is_taught
+
+
+def test_a_guard_is_taught_by_the_strangers_that_are_asked_for(monkeypatch):
+    asked = []
+
+    def noted(members, reference, K, **how):
+        asked.append(how["strangers"])
+        return training_set(members, reference, K, **how)
+
+    monkeypatch.setattr("cpsample.core.guard.training_set", noted)
+    x, _ = load_digits()
+    for settings in ({}, {"strangers": 2 / 3}):
+        fit_guard(x[:4], make_schedule(), x[4:60], steps=1, width=8, depth=1, **settings)
+    assert asked == [1 / 2, 2 / 3]
 
 
 def test_a_training_set_says_what_is_what():
