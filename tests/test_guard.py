@@ -421,8 +421,8 @@ def test_a_guard_is_taught_by_the_strangers_that_are_asked_for(monkeypatch):
 
     monkeypatch.setattr("cpsample.core.guard.training_set", noted)
     x, _ = load_digits()
-    for settings in ({}, {"strangers": 2 / 3}):
-        fit_guard(x[:4], make_schedule(), x[4:60], steps=1, width=8, depth=1, **settings)
+    for asked_for in ({}, {"strangers": 2 / 3}):
+        fit_guard(x[:4], make_schedule(), x[4:60], steps=1, width=8, depth=1, **asked_for)
     assert asked == [1 / 2, 2 / 3]
 
 
