@@ -113,7 +113,5 @@ def test_the_two_readings_of_the_update_differ_by_the_odds():
     sign = logit.detach().sign()
     to_other = nn.functional.logsigmoid(-sign * logit).sum()
     to_certain = nn.functional.logsigmoid(sign * logit).sum()
-    torch.testing.assert_close(
-        toward, torch.autograd.grad(to_other, point, retain_graph=True)[0]
-    )
+    torch.testing.assert_close(toward, torch.autograd.grad(to_other, point, retain_graph=True)[0])
     torch.testing.assert_close(away, -torch.autograd.grad(to_certain, point)[0])
