@@ -96,7 +96,15 @@ PYTHON = {
         "logits [B, K]",
     ),
     "alpha 0": (lambda: Guard(None, S, alpha=0), "alpha must lie between 0 and 0.5"),
-    "alpha 1/2": (lambda: Guard(None, S, alpha=0.5), "alpha must lie between 0 and 0.5"),
+    "alpha above 1/2": (lambda: Guard(None, S, alpha=0.501), "alpha must lie between 0 and 0.5"),
+    "alpha 1/2 at predictions": (
+        lambda: Guard(None, S, alpha=0.5, at="x0"),
+        "take a smaller alpha, or at='x_t'",
+    ),
+    "calibration to alpha 1/2 at predictions": (
+        lambda: calibrate(Guard(wide_sure, S, at="x0"), X, OTHERS, alpha=0.5),
+        "take a smaller alpha, or at='x_t'",
+    ),
     "alpha NaN": (lambda: Guard(None, S, alpha=float("nan")), "alpha must lie between 0 and 0.5"),
     "negative scale": (lambda: Guard(None, S, scale=-1), "scale must be finite and at least 0"),
     "infinite scale": (
@@ -311,6 +319,7 @@ SHORT = [
 COMMAND = {
     "a guard that covers too little": (["--guard-steps", "5"], "train it longer"),
     "alpha too large": (["--alpha", "0.7"], "alpha must lie"),
+    "alpha one half": (["--alpha", "0.5"], "take a smaller alpha"),
     "alpha zero": (["--alpha", "0"], "alpha must lie"),
     "negative scale": (["--scale=-3"], "scale must be finite"),
     "scale NaN": (["-s", "nan"], "scale must be finite"),

@@ -275,7 +275,7 @@ def check_asked(guard: Guard, alpha: float | None, scale: float | None) -> None:
     "Raise ValueError for an alpha or a scale that no guard of this form has; None asks for none."
     alpha = guard.alpha if alpha is None else alpha
     scale = guard.scale if scale is None else scale
-    check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T)
+    check_settings(alpha, scale, guard.form, guard.t_max, T=guard.schedule.T, at=guard.at)
 
 
 def refuse_uncovered(
@@ -390,7 +390,7 @@ def chosen_alpha(
 def adopt(guard: Guard, report: dict[str, Any]) -> None:
     "Set a guard up as a report says. Raises ValueError, before anything changes, if it cannot be."
     alpha, scale, t_max = report["alpha"], report["scale"], report["t_max"]
-    check_settings(alpha, scale, guard.form, t_max, T=guard.schedule.T)
+    check_settings(alpha, scale, guard.form, t_max, T=guard.schedule.T, at=guard.at)
     guard.alpha = alpha
     guard.scale = scale
     guard.t_max = t_max

@@ -108,12 +108,16 @@ def member_labels(members: Tensor, K: int = 8, seed: int = 0) -> Tensor:
 def log_odds(alpha: float, below: float = 0.5) -> float:
     """The |logit| above which a classifier is certain at level α: log((1−α)/α).
 
-    alpha: level, in (0, below).
-    below: what it has to be below: ½, or 1 where only one side of a label counts.
+    alpha: level, in (0, ½]; at ½ it is certain of every image, with a gate of 0.
+    below: 1 where only one side of a label counts: then alpha lies in (0, 1).
     Raises ValueError outside that range.
     """
-    if not 0 < alpha < below:
-        raise ValueError(f"alpha must lie between 0 and {below:g} (both excluded), got {alpha}")
+    is_always = alpha == below == 0.5
+    if not (0 < alpha < below or is_always):
+        excluded = "0" if below == 0.5 else "both"
+        raise ValueError(
+            f"alpha must lie between 0 and {below:g} ({excluded} excluded), got {alpha}"
+        )
     return math.log((1 - alpha) / alpha)
 
 

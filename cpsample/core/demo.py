@@ -282,7 +282,7 @@ def check_demo(settings: dict) -> None:
     for name in ("alpha", "scale", "form", "t_max"):
         is_open = settings[name] is None
         given[name] = GUARDS["x0"][name] if is_open else settings[name]
-    check_settings(**given, T=T)
+    check_settings(**given, T=T, at=settings["at"])
 
     # The sizes: large enough, and not too large for the data.
     for name, least in _LEAST.items():

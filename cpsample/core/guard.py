@@ -38,9 +38,12 @@ from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/1_core/08_guard.ipynb #5d20c1b7
 FORMS = {
-    "toward": lambda z: F.logsigmoid(-z.abs()),  # log p(other label): keeps its strength
-    "away": lambda z: -F.logsigmoid(z.abs()),  # −log p(certain label): vanishes with certainty
-    "member": lambda z: F.logsigmoid(-z),  # log p(no member): only one side of the label counts
+    # Classifier guidance to the other label, log p(other): keeps its strength.
+    "toward": lambda z: F.logsigmoid(-z.abs()),
+    # Negative guidance from the certain label, −log p(certain): vanishes with certainty.
+    "away": lambda z: -F.logsigmoid(z.abs()),
+    # Classifier guidance to "no member": only one side of the label counts.
+    "member": lambda z: F.logsigmoid(-z),
 }
 
 
@@ -70,22 +73,32 @@ def push(classifier: Classifier, x_t: Tensor, t: Tensor, *, form: str = "toward"
     return direction
 
 # %% ../../nbs/1_core/08_guard.ipynb #45ce4fa0
-def _check_alpha(alpha: float, form: str) -> None:
-    "Raise ValueError unless alpha lies in (0, ½) or, for the form 'member', in (0, 1)."
-    log_odds(alpha, below=1 if form == "member" else 0.5)  # raises it
+def _check_alpha(alpha: float, form: str, at: str) -> None:
+    "Raise ValueError unless alpha lies in (0, ½] or, for the form 'member', in (0, 1)."
+    gate = log_odds(alpha, below=1 if form == "member" else 0.5)  # raises it
+
+    # Before predictions there would be no end to the moves: none of them leads below |z| = 0.
+    if at == "x0" and form != "member" and gate == 0:
+        raise ValueError(
+            "alpha=0.5 means always push, and a guard that looks at predictions (at='x0') moves "
+            "them until it is undecided, which it then never is: take a smaller alpha, or at='x_t'"
+        )
 
 
-def check_settings(alpha: float, scale: float, form: str, t_max: int, *, T: int = 1000) -> None:
+def check_settings(
+    alpha: float, scale: float, form: str, t_max: int, *, T: int = 1000, at: str = "x_t"
+) -> None:
     """Raise ValueError for settings with which no guard can work.
 
-    alpha: in (0, ½), or in (0, 1) for the form "member".
+    alpha: in (0, ½], or in (0, 1) for the form "member"; at "x0" below ½.
     scale: finite and at least 0.
     form: a key of `FORMS`.
     t_max: in 0 … T.
     T: number of noise levels of the schedule.
+    at: one of `LOOKS_AT`.
     """
     _check_form(form)
-    _check_alpha(alpha, form)
+    _check_alpha(alpha, form, at)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale must be finite and at least 0, got {scale}")
     if not 0 <= t_max <= T:
@@ -188,8 +201,8 @@ class Guard:
 
     classifier: `classifier(x_t, t) -> logits [B, K]`; of a module the guard keeps a frozen copy.
     schedule: the model's own.
-    alpha: the gate, in (0, ½): certain means max(p, 1−p) > 1−alpha. Of the form "member", where
-        only one side counts, in (0, 1): p > 1−alpha.
+    alpha: the gate, in (0, ½]: certain means max(p, 1−p) > 1−alpha, and ½ means always (at "x_t"
+        only). Of the form "member", where only one side counts, in (0, 1): p > 1−alpha.
     scale: strength s ≥ 0 of the push, comparable neither between forms nor between places.
     form: of the push, a key of `FORMS`.
     t_max: from this noise level on the guard is not asked.
@@ -232,7 +245,8 @@ class Guard:
 
     def check(self) -> None:
         "Raise ValueError for settings that cannot work: when it is made, and when it protects."
-        check_settings(self.alpha, self.scale, self.form, self.t_max, T=self.schedule.T)
+        settings = (self.alpha, self.scale, self.form, self.t_max)
+        check_settings(*settings, T=self.schedule.T, at=self.at)
         learned = self.made.get("t_max", self.schedule.T)
         look = (self.at, self.level, self.noisings, self.moves, self.longest, self.clip)
         check_look(*look, learned=learned)

@@ -49,6 +49,7 @@ studies = Registry(
         "audit": "cpsample.judgement.audit_study:STUDY",
         "comparison": "cpsample.judgement.comparison_study:STUDY",
         "guard_attacks": "cpsample.judgement.guard_attacks_study:STUDY",
+        "paper": "cpsample.judgement.paper_study:STUDY",
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
     },
 )
