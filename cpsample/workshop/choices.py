@@ -49,6 +49,7 @@ studies = Registry(
         "comparison": "cpsample.judgement.comparison_study:STUDY",
         "guard_attacks": "cpsample.judgement.guard_attacks_study:STUDY",
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
+        "caption_attacks": "cpsample.production.stable_diffusion_study:CAPTION_ATTACKS",
     },
 )
 
