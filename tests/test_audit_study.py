@@ -134,7 +134,7 @@ def test_samples_of_the_membership_study_are_not_drawn_again(tmp_path, monkeypat
 
     monkeypatch.setattr(membership_study, "generate", watched)
     record = measure_models(workspace, SMALL)
-    assert len(drawn) == 4  # the arms of the pictures
+    assert len(drawn) == 5  # the arms of the pictures
     assert record["digits"]["paper"]["sets"]["generated"]["n"] == len(kept["paper"])
 
 

@@ -349,6 +349,7 @@ def test_verdicts_on_record_stand():
     models = json.loads(data_path("results/audit.json").read_text())["models"]
     for pool, arm, passes in (
         ("digits", "guarded", True),
+        ("digits", "guarded_xt", True),
         ("digits", "unguarded", False),
         ("fashion", "guarded", True),
         ("fashion", "before", True),
