@@ -222,6 +222,11 @@ def test_an_embedding_is_found_that_says_what_is_wanted(attack):
     torch.testing.assert_close(searched.chosen.norm(dim=1), secret.norm(dim=1))
     assert torch.equal(start, kept) and len(searched.images) == len(searched.accepted)
 
+    # Its length is kept on the way, too, whatever is wanted.
+    far = distance_to(torch.full((2, 1, 2, 2), 0.9))
+    on_the_way = attack(painting(), start, blank, far, steps=4, asks=5).chosen
+    torch.testing.assert_close(on_the_way.norm(dim=1), secret.norm(dim=1))
+
 
 def test_an_embedding_that_is_never_served_is_not_taken():
     never, start = painting(lambda x: torch.zeros(len(x), dtype=torch.bool)), torch.ones(2, 4)
