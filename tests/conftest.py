@@ -41,6 +41,7 @@ def network():
 SLOW_FILES = {
     "test_audit_study",
     "test_bad_input",
+    "test_caption_attacks",
     "test_checkpoints",
     "test_comparison",
     "test_core_studies",

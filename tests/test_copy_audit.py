@@ -348,9 +348,9 @@ def test_verdicts_on_record_stand():
     assert contradiction(tests, "ratio", 0.2) is None
     models = json.loads(data_path("results/audit.json").read_text())["models"]
     for pool, arm, passes in (
-        ("digits", "guarded", True),
+        ("digits", "guarded_xt", True),
         ("digits", "unguarded", False),
-        ("fashion", "guarded", True),
+        ("fashion", "guarded_xt", True),
         ("fashion", "before", True),
         ("fashion", "paper", False),
     ):

@@ -10,13 +10,15 @@ from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded, timest
 from cpsample.core.guard import fit_guard
 from cpsample.core.images import load_digits
 from cpsample.core.protection import protect
-from cpsample.core.schedule import make_schedule
+from cpsample.core.schedule import make_schedule, x0_to_eps
 from cpsample.judgement.guard_attacks import (
     Observed,
     Service,
     count_copies,
     distance_to,
     distance_to_any,
+    embedding_by_gradient,
+    embedding_by_search,
     fresh_share,
     img2img,
     inpaint,
@@ -24,6 +26,7 @@ from cpsample.judgement.guard_attacks import (
     noise_by_gradient,
     noise_by_search,
     observe,
+    of_length,
     scores_of_observers,
     unfamiliar_copies,
     walk,
@@ -171,7 +174,7 @@ def test_a_gradient_finds_the_noise_of_a_picture(toy_model):
     searched = noise_by_gradient(service, noise(4), distance_to(target), steps=5, asks=40)
     losses = distance_to(target.repeat(41, 1, 1, 1))(searched.images).view(41, 4)
     assert (losses[-1] < losses[0]).all()
-    lengths = searched.noise.flatten(1).norm(dim=1)
+    lengths = searched.chosen.flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.full((4,), 8.0))
     assert len(searched.images) == 4 * 41 and searched.accepted.all()
 
@@ -184,13 +187,86 @@ def test_a_search_keeps_what_is_served_and_nearer(toy_model):
     )
     losses = distance_to(target.repeat(60, 1, 1, 1))(searched.images).view(60, 6)
     with torch.no_grad():
-        found = walk(toy_model, SCHEDULE, searched.noise, steps=5)
+        found = walk(toy_model, SCHEDULE, searched.chosen, steps=5)
     torch.testing.assert_close(distance_to(target)(found), losses.amin(0), atol=1e-3, rtol=1e-3)
     assert torch.equal(start, kept)
 
     nothing = Service(toy_model, SCHEDULE, lambda x: torch.zeros(len(x), dtype=torch.bool))
     searched = noise_by_search(nothing, start, distance_to(target), steps=5, asks=3)
-    assert torch.equal(searched.noise, start) and not searched.accepted.any()
+    assert torch.equal(searched.chosen, start) and not searched.accepted.any()
+
+
+def painting(accept=None):
+    "serve(embedding): a model that has the embedding in mind, and at high levels a half of it."
+
+    def serve(embedding):
+        mind = embedding.view(-1, 1, 2, 2)
+
+        def model(x_t, t):
+            share = torch.where(t > 500, 0.5, 1.0).view(-1, 1, 1, 1)
+            return x0_to_eps(x_t, t, share * mind, SCHEDULE)
+
+        return Service(model, SCHEDULE, accept)
+
+    return serve
+
+
+@pytest.mark.parametrize("attack", [embedding_by_gradient, embedding_by_search])
+def test_an_embedding_is_found_that_says_what_is_wanted(attack):
+    secret = torch.tensor([[0.6, 0.2, -0.3, 0.1], [-0.2, -0.5, 0.4, 0.3]])
+    start = of_length(torch.ones(2, 4), secret.norm(dim=1))
+    kept, blank = start.clone(), torch.zeros(2, 1, 2, 2)
+    loss = distance_to(secret.view(2, 1, 2, 2))
+    searched = attack(painting(), start, blank, loss, steps=4, asks=250)
+    torch.testing.assert_close(searched.chosen, secret, atol=0.05, rtol=0)
+    torch.testing.assert_close(searched.chosen.norm(dim=1), secret.norm(dim=1))
+    assert torch.equal(start, kept) and len(searched.images) == len(searched.accepted)
+
+    # Its length is kept on the way, too, whatever is wanted.
+    far = distance_to(torch.full((2, 1, 2, 2), 0.9))
+    on_the_way = attack(painting(), start, blank, far, steps=4, asks=5).chosen
+    torch.testing.assert_close(on_the_way.norm(dim=1), secret.norm(dim=1))
+
+
+def test_an_embedding_that_is_never_served_is_not_taken():
+    never, start = painting(lambda x: torch.zeros(len(x), dtype=torch.bool)), torch.ones(2, 4)
+    loss = distance_to(torch.zeros(2, 1, 2, 2))
+    searched = embedding_by_search(never, start, torch.zeros(2, 1, 2, 2), loss, steps=3, asks=4)
+    assert torch.equal(searched.chosen, start) and not searched.accepted.any()
+
+
+def test_gradients_pass_through_the_last_levels_alone():
+    "Two levels: the first has half of the embedding in mind, and noise passes on what it thought."
+    embedding, blank = torch.full((1, 4), 0.2), torch.zeros(1, 1, 2, 2)
+    calls = []
+
+    def model_of(embedding):
+        def model(x_t, t):
+            eps = embedding.view(1, 1, 2, 2) * (t[0].item() + 1) / 1000
+            calls.append(eps.requires_grad and torch.is_grad_enabled())
+            return eps
+
+        return model
+
+    gradients = {}
+    for through in (None, 1, 3):
+        wanted = embedding.clone().requires_grad_()
+        x = walk(model_of(wanted), SCHEDULE, blank, steps=3, clip=None, through=through)
+        (gradients[through],) = torch.autograd.grad(x.sum(), wanted)
+    assert calls == [True] * 3 + [False] * 2 + [True] + [True] * 3
+    assert torch.equal(gradients[None], gradients[3])
+
+    # Of the last level alone it is the derivative of −√(1−ᾱ)/√ᾱ · embedding / 1000.
+    abar = SCHEDULE.abar[0]
+    expected = -(((1 - abar) / abar).sqrt() / 1000).expand(1, 4)
+    torch.testing.assert_close(gradients[1], expected)
+
+
+def test_predictions_of_latents_are_not_clipped():
+    large = painting()(torch.full((1, 4), 3.0))
+    assert walk(large.model, SCHEDULE, torch.zeros(1, 1, 2, 2), steps=3).max() == 1
+    free = walk(large.model, SCHEDULE, torch.zeros(1, 1, 2, 2), steps=3, clip=None)
+    torch.testing.assert_close(free, torch.full((1, 1, 2, 2), 3.0))
 
 
 def test_any_member_is_the_nearest_one():

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['fresh_share', 'walk', 'levels_below', 'img2img', 'inpaint', 'Service', 'Observed', 'observe', 'scores_of_observers',
-           'Searched', 'distance_to', 'distance_to_any', 'noise_by_gradient', 'noise_by_search', 'count_copies',
-           'unfamiliar_copies']
+           'Searched', 'distance_to', 'distance_to_any', 'of_length', 'choose_by_gradient', 'choose_by_search',
+           'noise_by_gradient', 'noise_by_search', 'mixed_with_noise', 'count_copies', 'embedding_by_gradient',
+           'embedding_by_search', 'unfamiliar_copies']
 
 # %% ../../nbs/3_judgement/11_guard_attacks.ipynb #d90b2e15
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,27 +45,35 @@ def walk(
     *,
     steps: int | Iterable[int],
     eta: float = 0.0,
+    clip: float | None = 1.0,
+    through: int | None = None,
     paste: Callable[[Tensor, Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The finished images that a start leads to, clipped to [−1, 1]: [B, ...].
+    """The finished images that a start leads to: [B, ...].
 
     Gradients pass, through a protected model as if the guard's correction were a constant.
     x_t [B, ...]: noisy images at the first of the levels; standard normal noise at the top one.
     steps: the noise levels, or how many there are from the top, see `timesteps`.
     eta: 0 is DDIM, which is deterministic, 1 is DDPM.
+    clip: predictions are clipped to [−clip, clip] (None: they are not, as in a latent space).
+    through: gradients pass through so many levels, the last ones (default: all).
     paste: paste(x_t, t [B]) → x_t changes what the model is shown (default: nothing).
     generator: of the fresh noise.
     Raises ValueError for levels that do not fall to 0.
     """
     levels = timesteps(schedule.T, steps)
-    for level, below in zip(levels, [*levels[1:], None]):
+    first = 0 if through is None else len(levels) - through  # to carry a gradient
+    for number, (level, below) in enumerate(zip(levels, [*levels[1:], None])):
         t = levels_of(x_t, level, schedule)
         if paste is not None:
             x_t = paste(x_t, t)
 
         # What the model has in mind; at level 0 that is the image.
-        x0_pred = eps_to_x0(x_t, t, model(x_t, t), schedule).clamp(-1, 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and number >= first):
+            x0_pred = eps_to_x0(x_t, t, model(x_t, t), schedule)
+        if clip is not None:
+            x0_pred = x0_pred.clamp(-clip, clip)
         if below is None:
             return x0_pred
 
@@ -155,12 +165,14 @@ class Service:
     schedule: its own.
     accept: accept(images [B, ...]) → bool [B], what is served (default: everything).
     tries: how often an image is drawn, at most.
+    clip: of predictions, see `walk`.
     """
 
     model: Denoiser
     schedule: Schedule
     accept: Accept | None = None
     tries: int = 10
+    clip: float | None = 1.0
 
     def verdict(self, x: Tensor) -> Tensor:
         "Which of the images x [B, ...] are served: bool [B]."
@@ -240,14 +252,14 @@ def scores_of_observers(members: Observed, others: Observed) -> Scores:
 
 # %% ../../nbs/3_judgement/11_guard_attacks.ipynb #0ced07ad
 class Searched(NamedTuple):
-    """What a search for noise found, and all that it asked for.
+    """What a search found, and all that it asked for.
 
-    noise [B, ...]: the best noise.
+    chosen [B, ...]: the best noise, or whatever else could be chosen.
     images [asks·B, ...]: what came back, in the order of asking.
     accepted bool [asks·B]: whether the service would serve it.
     """
 
-    noise: Tensor
+    chosen: Tensor
     images: Tensor
     accepted: Tensor
 
@@ -267,12 +279,96 @@ def distance_to_any(members: Tensor) -> Callable[[Tensor], Tensor]:
     return loss
 
 
+def of_length(x: Tensor, length: float | Tensor) -> Tensor:
+    """Rows of x [B, ...], scaled to a length.
+
+    length: the same for all, or one per row [B].
+    """
+    factor = x.flatten(1).norm(dim=1) / length
+    return x / factor.view(-1, *[1] * (x.dim() - 1))
+
+
 def _of_normal_length(noise: Tensor) -> Tensor:
     "Rows of noise [B, ...], scaled to the length √D that normal noise has."
-    length = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
-    return noise / length.view(-1, *[1] * (noise.dim() - 1))
+    return of_length(noise, noise[0].numel() ** 0.5)
 
 # %% ../../nbs/3_judgement/11_guard_attacks.ipynb #dd4ec0ec
+def choose_by_gradient(
+    draw: Callable[[Tensor], Tensor],
+    choice: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    keep: Callable[[Tensor], Tensor],
+    asks: int,
+    lr: float,
+) -> tuple[Tensor, Tensor]:
+    """Go downhill on what is drawn: (the last choice [B, ...], images [(asks + 1)·B, ...]).
+
+    draw: draw(choice) → images [B, ...], through which gradients pass.
+    choice [B, ...]: to start from.
+    loss: loss(images [B, ...]) → [B], differentiable, each of its own row alone.
+    keep: takes a choice back to what may be chosen.
+    asks: steps of Adam, each of them a query; the last choice is asked about, too.
+    lr: of Adam.
+    """
+    choice = keep(choice).requires_grad_()
+    optimizer = torch.optim.Adam([choice], lr=lr)
+    images = []
+    for _ in range(asks):
+        x = draw(choice)
+        images.append(x.detach())
+
+        # Downhill, and back to what may be chosen.
+        optimizer.zero_grad()
+        loss(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            choice.copy_(keep(choice))
+
+    with torch.no_grad():
+        images.append(draw(choice))
+    return choice.detach(), torch.cat(images)
+
+
+@torch.no_grad()
+def choose_by_search(
+    draw: Callable[[Tensor], Tensor],
+    verdict: Callable[[Tensor], Tensor],
+    choice: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    mutate: Callable[[Tensor, float], Tensor],
+    asks: int,
+    spreads: tuple[float, float],
+) -> Searched:
+    """One parent, one child, which takes its place where its image is served and has less loss.
+
+    draw: draw(choice) → images [B, ...].
+    verdict: verdict(images) → bool [B], which of them are served.
+    choice [B, ...]: to start from.
+    loss: loss(images [B, ...]) → [B].
+    mutate: mutate(parent, spread) → child.
+    asks: queries per row.
+    spreads: the first and the last one; it falls from query to query.
+    """
+    choice, (spread, last) = choice.clone(), spreads
+    best = torch.full((len(choice),), torch.inf)
+    images, accepted = [], []
+    for number in range(asks):
+        falling = (last / spread) ** (number / max(1, asks - 1))
+        child = mutate(choice, spread * falling)
+
+        # What is withheld cannot be compared.
+        images.append(draw(child))
+        accepted.append(verdict(images[-1]))
+        value = loss(images[-1]).masked_fill(~accepted[-1], torch.inf)
+
+        better = value < best
+        best = torch.where(better, value, best)
+        choice[better] = child[better]
+    return Searched(choice, torch.cat(images), torch.cat(accepted))
+
+# %% ../../nbs/3_judgement/11_guard_attacks.ipynb #a607440e
 def noise_by_gradient(
     service: Service,
     noise: Tensor,
@@ -287,32 +383,15 @@ def noise_by_gradient(
     It is the attack of somebody who has the weights, on images that the service draws. A guard's
     correction counts as a constant: nobody outside can differentiate it.
     noise [B, ...]: to start from; it keeps the length of normal noise.
-    loss: loss(images [B, ...]) → [B], differentiable, each of its own row alone.
+    loss, asks, lr: see `choose_by_gradient`.
     steps: of DDIM.
-    asks: steps of Adam, each of them a query; the last noise is asked about, too.
-    lr: of Adam.
     """
-    noise = _of_normal_length(noise).requires_grad_()
-    optimizer = torch.optim.Adam([noise], lr=lr)
-    images = []
-    for _ in range(asks):
-        x = walk(service.model, service.schedule, noise, steps=steps)
-        images.append(x.detach())
+    draw = partial(walk, service.model, service.schedule, steps=steps, clip=service.clip)
+    options = {"keep": _of_normal_length, "asks": asks, "lr": lr}
+    noise, images = choose_by_gradient(draw, noise, loss, **options)
+    return Searched(noise, images, service.verdict(images))
 
-        # Downhill, and back to the length of noise.
-        optimizer.zero_grad()
-        loss(x).sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            noise.copy_(_of_normal_length(noise))
 
-    with torch.no_grad():
-        images.append(walk(service.model, service.schedule, noise, steps=steps))
-    images = torch.cat(images)
-    return Searched(noise.detach(), images, service.verdict(images))
-
-# %% ../../nbs/3_judgement/11_guard_attacks.ipynb #a607440e
-@torch.no_grad()
 def noise_by_search(
     service: Service,
     noise: Tensor,
@@ -323,34 +402,32 @@ def noise_by_search(
     last_spread: float = 0.1,
     seed: int = 0,
 ) -> Searched:
-    """Choose the first noise by trying, from the images alone.
+    """Choose the first noise by trying, from the images alone; see `choose_by_search`.
 
-    One parent, one child: √(1−s²)·parent + s·fresh noise replaces its parent where its image is
-    served and has a smaller loss.
+    A child is √(1−s²)·parent + s·fresh noise.
     noise [B, ...]: to start from.
-    loss: loss(images [B, ...]) → [B].
+    loss, asks: see `choose_by_search`.
     steps: of DDIM.
-    asks: queries per row.
     last_spread: of s, which falls to it from 1; at 1 this is the best of so many draws.
     seed: of the fresh noise.
     """
-    generator, noise = seeded_generator(seed), noise.clone()
-    best = torch.full((len(noise),), torch.inf)
-    images, accepted = [], []
-    for number in range(asks):
-        spread = last_spread ** (number / max(1, asks - 1))
-        fresh = randn(noise.shape, generator, noise.device)
-        child = math.sqrt(1 - spread**2) * noise + spread * fresh
+    draw = partial(walk, service.model, service.schedule, steps=steps, clip=service.clip)
+    mutate = partial(mixed_with_noise, generator=seeded_generator(seed))
+    options = {"mutate": mutate, "asks": asks, "spreads": (1.0, last_spread)}
+    return choose_by_search(draw, service.verdict, noise, loss, **options)
 
-        # What is withheld cannot be compared.
-        images.append(walk(service.model, service.schedule, child, steps=steps))
-        accepted.append(service.verdict(images[-1]))
-        value = loss(images[-1]).masked_fill(~accepted[-1], torch.inf)
 
-        better = value < best
-        best = torch.where(better, value, best)
-        noise[better] = child[better]
-    return Searched(noise, torch.cat(images), torch.cat(accepted))
+def mixed_with_noise(
+    x: Tensor, share: float, *, size: float = 1.0, generator: torch.Generator
+) -> Tensor:
+    """√(1−s²)·x + s·fresh noise: [B, ...].
+
+    share: s, from 0 to 1.
+    size: standard deviation of the noise.
+    generator: of the noise.
+    """
+    fresh = size * randn(x.shape, generator, x.device)
+    return math.sqrt(1 - share**2) * x + share * fresh
 
 # %% ../../nbs/3_judgement/11_guard_attacks.ipynb #cfa5d545
 def count_copies(images: Tensor, accepted: Tensor, members: Tensor) -> dict:
@@ -381,6 +458,69 @@ def count_copies(images: Tensor, accepted: Tensor, members: Tensor) -> dict:
         "worst": worst if copies > 0 else None,
         "smallest_ratio": served.min().item() if len(served) > 0 else None,
     }
+
+# %% ../../nbs/3_judgement/11_guard_attacks.ipynb #200948f1
+def embedding_by_gradient(
+    serve: Callable[[Tensor], Service],
+    embedding: Tensor,
+    noise: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 10,
+    through: int | None = None,
+    asks: int = 60,
+    lr: float = 0.05,
+) -> Searched:
+    """Choose what a model is conditioned on by gradient, through the weights of the model.
+
+    serve: serve(embedding [B, ...]) → the service as it answers these B requests.
+    embedding [B, ...]: to start from; each keeps its length.
+    noise [B, ...]: what each request is drawn from, always the same.
+    loss, asks, lr: see `choose_by_gradient`.
+    steps: of DDIM.
+    through: gradients pass through so many levels, the last ones (default: all).
+    """
+
+    def draw(embedding):
+        service = serve(embedding)
+        options = {"steps": steps, "clip": service.clip, "through": through}
+        return walk(service.model, service.schedule, noise, **options)
+
+    keep = partial(of_length, length=embedding.flatten(1).norm(dim=1))
+    chosen, images = choose_by_gradient(draw, embedding, loss, keep=keep, asks=asks, lr=lr)
+    return Searched(chosen, images, serve(chosen).verdict(images))
+
+
+def embedding_by_search(
+    serve: Callable[[Tensor], Service],
+    embedding: Tensor,
+    noise: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 10,
+    asks: int = 200,
+    spreads: tuple[float, float] = (0.5, 0.05),
+    seed: int = 0,
+) -> Searched:
+    """Choose what a model is conditioned on by trying, from the images alone.
+
+    serve, embedding, noise, steps: see `embedding_by_gradient`.
+    loss, asks, spreads: see `choose_by_search`.
+    seed: of the mutations.
+    """
+
+    def draw(embedding):
+        service = serve(embedding)
+        return walk(service.model, service.schedule, noise, steps=steps, clip=service.clip)
+
+    length, generator = embedding.flatten(1).norm(dim=1), seeded_generator(seed)
+    size = embedding.square().mean().sqrt().item()
+
+    def mutate(parent, spread):
+        return of_length(mixed_with_noise(parent, spread, size=size, generator=generator), length)
+
+    options = {"mutate": mutate, "asks": asks, "spreads": spreads}
+    return choose_by_search(draw, serve(embedding).verdict, embedding, loss, **options)
 
 # %% ../../nbs/3_judgement/11_guard_attacks.ipynb #a1724492
 def _least_certain_logit(guard: Guard, x: Tensor, level: int) -> Tensor:

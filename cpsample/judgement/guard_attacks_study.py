@@ -212,7 +212,7 @@ def chosen_with_weights(subject: Subject, service: Service) -> Brought:
     settings = subject.settings
     start, loss = _start_and_loss(subject, settings.starts, known=True)
     options = {"steps": settings.search_steps, "asks": settings.gradients}
-    noise = noise_by_gradient(subject.services["unguarded"], start, loss, **options).noise
+    noise = noise_by_gradient(subject.services["unguarded"], start, loss, **options).chosen
     with torch.no_grad():
         images = walk(service.model, service.schedule, noise, steps=settings.search_steps)
     return images, service.verdict(images)

@@ -51,6 +51,7 @@ studies = Registry(
         "guard_attacks": "cpsample.judgement.guard_attacks_study:STUDY",
         "paper": "cpsample.judgement.paper_study:STUDY",
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
+        "caption_attacks": "cpsample.production.stable_diffusion_study:CAPTION_ATTACKS",
     },
 )
 
