@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOOSING', 'REPORTED', 'SITUATIONS', 'world_of', 'PRESETS', 'SHAPES', 'SIZES', 'STUDY', 'Trials', 'tune', 'report',
-           'best_settings', 'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'training_flops',
+           'best_settings', 'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'presets_of', 'training_flops',
            'chosen_settings', 'sampling_seconds', 'situation_costs', 'costs', 'untrained', 'always_pushing_guard',
            'denoiser_maker', 'peak_memory', 'measure_growth', 'growth_point', 'growth']
 
@@ -30,13 +30,14 @@ from tqdm.auto import tqdm
 import cpsample
 from ..core.classifier import MLPClassifier
 from ..core.copying import copy_test
-from ..core.ddpm import Denoiser, MLPDenoiser, generate, seeded
+from ..core.ddpm import Accept, Denoiser, MLPDenoiser, generate, seeded
 from ..core.guard import Guard
 from ..core.protection import protect
 from .baselines import similarity_guidance, spell
 from cpsample.judgement.comparison import (
     BAGS,
     DIGITS,
+    LEARNED,
     METHODS,
     SCHEDULE,
     Method,
@@ -207,7 +208,13 @@ def flops_per_image(network: nn.Module) -> int:
     return network_cost(copy.deepcopy(network), network.config["shape"], "train")[0]
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #fd559687
-PRESETS = {"CPSample": "x_t", "member guard": "member", "CPSample as printed": "paper"}
+PRESETS = {"guarded_xt": "x_t", "member guard": "member", "paper": "paper"}
+
+
+def presets_of(name: str, setting: dict) -> set[str]:
+    "The presets of the guards that a method trains: to push with, and to judge."
+    asked = {LEARNED[setting[key]] for key in ("learned", "judge") if key in setting}
+    return asked | {PRESETS[name]} if name in PRESETS else asked
 
 
 def training_flops(name: str, setting: dict, world: World) -> tuple[float, float]:
@@ -225,13 +232,11 @@ def training_flops(name: str, setting: dict, world: World) -> tuple[float, float
     denoiser = rows * flops_per_image(world.start())
     if name == "early stopping":
         return setting["share"] * denoiser, 0
-    if name not in PRESETS:
-        return denoiser, 0
 
-    # A guard's classifier comes on top.
-    classifier = guard_of(PRESETS[name], world).classifier
+    # The classifiers of guards come on top.
     guard_rows = situation.guard_steps * situation.guard_batch
-    return denoiser, guard_rows * flops_per_image(classifier)
+    networks = [guard_of(preset, world).classifier for preset in presets_of(name, setting)]
+    return denoiser, guard_rows * sum(map(flops_per_image, networks))
 
 
 def _private_flops(name: str, setting: dict, world: World) -> tuple[float, float]:
@@ -256,10 +261,12 @@ def chosen_settings(data: str, workspace: Workspace) -> dict[str, dict]:
     return record[data]["chosen"]
 
 
-def sampling_seconds(method: Method, model: Denoiser, world: World) -> float:
-    "The time that a method takes to draw its images."
+def sampling_seconds(
+    method: Method, model: Denoiser, world: World, accept: Accept | None = None
+) -> float:
+    "The time that a method takes to serve its requests; see `Method` for `accept`."
     start = time.perf_counter()
-    method.draw(model, world)
+    method.draw(model, world, accept)
     return time.perf_counter() - start
 
 
@@ -286,9 +293,10 @@ def situation_costs(
     rows = {}
     for name in tqdm(timed, desc=world.situation.data, disable=not progress):
         # Seconds, in interleaved pairs.
-        model, ratios = methods[name].make(world, **settings[name]), []
+        method, ratios = methods[name], []
+        model, accept = method.make(world, **settings[name]), method.judge(world, settings[name])
         for _ in range(pairs):
-            ratios.append(sampling_seconds(methods[name], model, world) / plain_seconds())
+            ratios.append(sampling_seconds(method, model, world, accept) / plain_seconds())
 
         # Operations for training.
         denoiser_flops, extra_flops = training_flops(name, settings[name], world)
