@@ -44,6 +44,7 @@ from cpsample.judgement.comparison import (
     Situation,
     World,
     choose,
+    comparison_on_file,
     guard_of,
     make_world,
     new_denoiser,
@@ -52,7 +53,7 @@ from cpsample.judgement.comparison import (
 )
 from ..practice.unet import UNet, UNetClassifier
 from ..workshop.costs import network_cost
-from ..workshop.files import atomic, data_path, provenance, save_json, write_tensors
+from ..workshop.files import atomic, provenance, save_json, write_tensors
 from ..workshop.records import read_json
 from ..workshop.studies import Study, Workspace, cached_stage, kept_record, settings_of
 
@@ -257,8 +258,7 @@ def chosen_settings(data: str, workspace: Workspace) -> dict[str, dict]:
     path = workspace.folder / f"{data}-chosen.json"
     if path.exists():
         return read_json(path.read_text(), path)
-    record = read_json(data_path("results/comparison.json").read_text(), "comparison.json")
-    return record[data]["chosen"]
+    return comparison_on_file()[data]["chosen"]
 
 
 def sampling_seconds(
