@@ -107,8 +107,8 @@ def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_pa
     file = json.loads(data_path("results/comparison.json").read_text())["bags"]
     study = replace(STUDY, parts={"digits": two_seeds})
     record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
-    assert set(record["digits"]) == set(file)
-    assert BAGS.on_file() == file["size"]
+    assert set(record["digits"]) - {"threads"} == set(file) - {"threads"}
+    assert BAGS.on_file() == {"tries": BAGS.tries} | file["size"]
     assert list(STUDY.parts) == ["digits", "bags", "costs", "growth"]
     trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
     seconds = sum(row["seconds"] for rows in trials for row in rows)
