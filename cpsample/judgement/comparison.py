@@ -9,7 +9,7 @@ __all__ = ['DIGITS', 'BAGS', 'SCHEDULE', 'FACTOR', 'LEARNED', 'CHECK', 'AHEAD', 
            'dp_from_nothing', 'dp_from_public', 'outside_balls', 'guided_by_similarity', 'calibrated', 'behind_guard',
            'behind_printed_guard', 'Look', 'looking_ahead', 'PushedEarly', 'behind_look', 'last_word', 'model_itself',
            'Method', 'grid', 'looks_at', 'judge', 'attack_model', 'flops_served', 'trial', 'choose', 'present_name',
-           'comparison_on_file']
+           'in_order', 'comparison_on_file']
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #fa7fb127
 import copy
@@ -876,11 +876,27 @@ def present_name(method: str) -> str:
     return EARLIER.get(method, method)
 
 
+def in_order(rows: dict) -> dict:
+    "What there is of each method, by its present name and in the order of the table."
+    present = {present_name(method): value for method, value in rows.items()}
+    return {name: present[name] for name in METHODS["digits"] if name in present}
+
+
 def comparison_on_file() -> dict:
-    "The numbers of the full experiment on file, by the present names of the methods."
+    """The numbers of the full experiment on file, by the present names of the methods.
+
+    Where the guards of the bags were measured again, on a later day than all of them, those rows
+    stand in for the older ones; a part says in `earlier` which methods are of the earlier run.
+    """
     record = read_json(data_path("results/comparison.json").read_text(), "comparison.json")
-    parts = [record[data] for data in SPACE if data in record]
-    for part in [*parts, *(record.get("costs", {}).get(data, {}) for data in SPACE)]:
-        for key in {"tuning", "chosen", "reported", "rows"} & part.keys():
-            part[key] = {present_name(method): value for method, value in part[key].items()}
+    again = record.get("guards", {"date": ""})
+    for data in SPACE:
+        part, newer = record[data], {}
+        if data == "bags" and again["date"] > part["date"]:
+            newer = again
+        for key in ("tuning", "chosen", "reported"):
+            part[key] = in_order(part[key] | newer.get(key, {}))
+        again_too = newer.get("chosen", part["chosen"])
+        part["earlier"] = [name for name in part["chosen"] if name not in again_too]
+        record["costs"][data]["rows"] = in_order(record["costs"][data]["rows"])
     return record
