@@ -25,12 +25,12 @@ from cpsample.judgement.comparison import (
     draw_images,
     flops_served,
     grid,
-    guard_of,
     last_word,
     model_itself,
     new_denoiser,
     trial,
     unguarded,
+    word_of_one,
     world_images,
 )
 from cpsample.judgement.comparison_study import (
@@ -293,7 +293,7 @@ def test_a_push_that_stops_early_leaves_the_model_alone_below():
 def test_the_guard_of_predictions_takes_the_classifier_of_its_levels(tiny):
     for learned, preset in ((150, "x0"), (400, "x_t")):
         look = Look(learned=learned, level=120, factor=3.0, noisings=1, below=300, above=50)
-        model = behind_look(tiny, judge=150, allowed=0.3, **vars(look))
+        model = behind_look(tiny, judges=[150], allowed=0.3, **vars(look))
         guard = model.guard
         assert (guard.at, guard.level, guard.scale, guard.noisings) == ("x0", 120, 3.0, 1)
         assert (guard.alpha, guard.t_max, guard.made["t_max"], model.above) == (
@@ -323,27 +323,31 @@ def test_a_check_that_calibration_refuses_has_no_word(tiny, monkeypatch):
         raise UncoveredGuardError(0.5, 0.99, "this guard recognises half")
 
     monkeypatch.setattr(comparison, "calibrate_check", refusing)
-    method = Method(model_itself, [], accept=last_word)
+    method = Method(model_itself, [], accept=word_of_one)
     record, x = trial(method, {"judge": 150, "allowed": 0.1}, tiny)
     assert record["refused"] == "this guard recognises half" and record["withheld"] == 0
     assert torch.equal(x, draw_images(tiny.model, tiny))
 
 
-def test_the_judge_is_another_classifier_than_the_one_that_pushes(tiny, monkeypatch):
+def test_what_one_of_two_judges_recognises_is_refused(tiny, monkeypatch):
     calls = []
 
     def noting(guard, members, held_out, **options):
         calls.append((guard.made["t_max"], options["allowed"], options["model"], options["levels"]))
 
+    # One judge takes dark images for members, the other one those that are dark on top.
+    keeps = {150: brighter, 400: lambda x: x[..., 0, :].flatten(1).mean(1) > 0}
     monkeypatch.setattr(comparison, "calibrate_check", noting)
-    monkeypatch.setattr(comparison, "unrecognised_by", lambda guard: guard)
-    look = vars(Look(learned=400))
-    for allowed in (0.1, 0.3, 0.1):
-        judge = last_word(tiny, judge=150, allowed=allowed, **look)
-        assert judge.made["t_max"] == 150
+    monkeypatch.setattr(comparison, "unrecognised_by", lambda guard: keeps[guard.made["t_max"]])
+    look, x = vars(Look(learned=400)), torch.randn(50, 1, 8, 8)
+    for judges, expected in (([150], keeps[150](x)), ([150, 400], keeps[150](x) & keeps[400](x))):
+        assert torch.equal(last_word(tiny, judges=judges, allowed=0.1, **look)(x), expected)
+    last_word(tiny, judges=[150], allowed=0.3)
+
+    # Each is made once, and what pushes stays as it was.
     seen = (tiny.model, (0, 50, 100))
-    assert calls == [(150, 0.1, *seen), (150, 0.3, *seen)]
-    assert guard_of("x0", tiny).recognition is None  # what pushes stays as it was
+    assert calls == [(150, 0.1, *seen), (400, 0.1, *seen), (150, 0.3, *seen)]
+    assert tiny.checks[150, 0.1] is not tiny.guards["x0"]
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():
@@ -387,8 +391,11 @@ def test_training_is_counted_as_rows_times_flops():
     guard = DIGITS.guard_steps * DIGITS.guard_batch * one
     assert training_flops("guarded_xt", {"strength": 1}, world) == (plain, guard)
     assert training_flops("checked", {"judge": 150}, world) == (plain, guard)
-    assert training_flops("accepted", {"learned": 150, "judge": 150}, world) == (plain, guard)
-    assert training_flops("accepted", {"learned": 400, "judge": 150}, world) == (plain, 2 * guard)
+    assert training_flops("accepted", {"learned": 150, "judges": [150]}, world) == (plain, guard)
+    assert training_flops("accepted", {"learned": 400, "judges": [150, 400]}, world) == (
+        plain,
+        2 * guard,
+    )
 
     small = flops_per_image(new_denoiser(DIGITS, 0, small=True))
     denoiser, public = training_flops("DP-SGD", {"steps": 7, "lr": 1}, world)

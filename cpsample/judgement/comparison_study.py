@@ -214,8 +214,9 @@ PRESETS = {"guarded_xt": "x_t", "member guard": "member", "paper": "paper"}
 
 def presets_of(name: str, setting: dict) -> set[str]:
     "The presets of the guards that a method trains: to push with, and to judge."
-    asked = {LEARNED[setting[key]] for key in ("learned", "judge") if key in setting}
-    return asked | {PRESETS[name]} if name in PRESETS else asked
+    learned = {setting[key] for key in ("learned", "judge") if key in setting}
+    learned |= set(setting.get("judges", []))
+    return {LEARNED[one] for one in learned} | {PRESETS[key] for key in {name} & PRESETS.keys()}
 
 
 def training_flops(name: str, setting: dict, world: World) -> tuple[float, float]:
