@@ -138,7 +138,7 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     "name, first, tables",
     [
         ("index", "#| echo: false", 7),
-        ("3_judgement/09_comparison", "# results", 7),
+        ("3_judgement/09_comparison", "# results", 8),
         ("4_production/07_stable_diffusion_study", "# results", 3),
     ],
 )

@@ -8,17 +8,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpsample.judgement import comparison_study
+from cpsample.core.calibration import UncoveredGuardError
+from cpsample.judgement import comparison, comparison_study
 from cpsample.judgement.comparison import (
     BAGS,
     DIGITS,
+    EARLIER,
     METHODS,
+    Look,
     Method,
+    PushedEarly,
     World,
+    behind_look,
     choose,
+    comparison_on_file,
+    draw_images,
+    flops_served,
     grid,
+    last_word,
+    model_itself,
     new_denoiser,
     trial,
+    unguarded,
+    word_of_one,
     world_images,
 )
 from cpsample.judgement.comparison_study import (
@@ -92,26 +104,55 @@ def test_a_setting_is_chosen_on_one_seed_and_reported_on_others(calls, workspace
 
 
 def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_path):
-    file = json.loads(data_path("results/comparison.json").read_text())
+    file = json.loads(data_path("results/comparison.json").read_text())["bags"]
     study = replace(STUDY, parts={"digits": two_seeds})
     record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
-    assert [name for name in record["digits"] if name != "threads"] == list(file["digits"])
-    assert list(record["digits"]["size"]) == list(file["digits"]["size"])
-    assert BAGS.on_file() == file["bags"]["size"]
-    assert list(STUDY.parts) == ["digits", "bags", "costs", "growth"]
+    assert set(record["digits"]) - {"threads"} == set(file) - {"threads"}
+    assert BAGS.on_file() == {"tries": BAGS.tries} | file["size"]
+    assert list(STUDY.parts) == ["digits", "bags", "guards", "costs", "growth"]
     trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
     seconds = sum(row["seconds"] for rows in trials for row in rows)
     assert record["digits"]["seconds"] == pytest.approx(seconds)
 
 
 def test_the_methods_and_settings_are_those_of_the_results_on_file():
-    file = json.loads(data_path("results/comparison.json").read_text())
+    file = comparison_on_file()
     for data, methods in METHODS.items():
-        tried = {
-            method: [row["setting"] for row in rows]
-            for method, rows in file[data]["tuning"].items()
-        }
-        assert {name: method.settings for name, method in methods.items()} == tried
+        tried = {}
+        for method, rows in file[data]["tuning"].items():
+            tried[method] = [row["setting"] for row in rows]
+        since = set() if "accepted" in tried else {"guarded", "checked", "accepted"}
+        asked = {name: method.settings for name, method in methods.items() if name not in since}
+        assert asked == tried, data
+
+
+def test_guards_that_were_measured_again_stand_in_for_older_rows(monkeypatch, tmp_path):
+    file = json.loads(data_path("results/comparison.json").read_text())
+    file["bags"] |= {"date": "2026-11-25"}
+    again = {"SPELL": "new", "accepted": "new"}
+    file["guards"] = {name: again for name in ("tuning", "chosen", "reported")}
+    path = tmp_path / "comparison.json"
+    monkeypatch.setattr(comparison, "data_path", lambda name: path)
+    for date, is_newer in (("2026-11-26", True), ("2026-11-25", False)):
+        file["guards"]["date"] = date
+        path.write_text(json.dumps(file))
+        bags = comparison_on_file()["bags"]
+        for key in ("tuning", "chosen", "reported"):
+            assert (bags[key]["SPELL"] == "new") == is_newer
+            assert list(bags[key]) == [name for name in METHODS["digits"] if name in bags[key]]
+        assert ("SPELL" in bags["earlier"], "unguarded" in bags["earlier"]) == (False, is_newer)
+
+
+def test_older_results_are_read_by_the_present_names():
+    record = comparison_on_file()
+    for data, methods in METHODS.items():
+        for part in (
+            record[data]["reported"],
+            record[data]["chosen"],
+            record["costs"][data]["rows"],
+        ):
+            assert part.keys() <= methods.keys()
+    assert not EARLIER.keys() & record["digits"]["tuning"].keys()
 
 
 def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
@@ -163,6 +204,22 @@ def test_the_rule_takes_the_nearest_of_those_that_protect():
     assert choose(trials[:1] + [{"n": 1000, "copies": 12, "fd": 0.5}]) is trials[0]
 
 
+def test_a_request_that_gets_nothing_weighs_as_much_as_a_copy():
+    copying, withholding = (
+        {"n": 1000, "copies": copies, "withheld": withheld, "fd": fd}
+        for copies, withheld, fd in ((9, 0, 4.0), (5, 6, 1.0))
+    )
+    assert choose([copying, withholding]) is copying
+    assert choose([copying | {"copies": 12}, withholding])["fd"] == 1.0  # 12 against 11
+
+
+def test_what_calibration_refuses_is_chosen_only_if_it_refuses_all():
+    good = {"n": 1000, "copies": 0, "fd": 1.0, "refused": "it nudges"}
+    poor = {"n": 1000, "copies": 500, "fd": 9.0}
+    assert choose([good, poor]) is poor
+    assert choose([good, poor | {"refused": "too"}]) is good
+
+
 def test_a_grid_is_all_combinations():
     assert grid() == [{}]
     settings = grid(steps=(1, 2), lr=(0.1, 0.2, 0.3))
@@ -175,12 +232,122 @@ def test_a_method_is_a_function_from_a_world():
     world = World(small, 0, **world_images(small, 0))
     world.model = new_denoiser(small, 0)
     method = Method(
-        make=lambda world: world.model, settings=grid(), draw=lambda model, world: world.members
+        make=unguarded, settings=grid(), draw=lambda model, world, accept, rows=None: world.members
     )
-    record, x = trial(method, {}, world, attack=True)
+    record, x = trial(method, {}, replace(world, situation=replace(small, drawn=60)), attack=True)
     assert torch.equal(x, world.members)
     assert record["copies"] == record["ratio"] == record["neighbourhood"] == record["n"] == 60
     assert record["auc_samples"] == 1.0 and record["tpr_samples"] == 1.0
+    assert record["near"] == 0 and record["most_copied"]["copies"] == 1
+
+
+@pytest.fixture
+def tiny():
+    "A world of digits whose model has learned nothing."
+    situation = replace(DIGITS, images=60, drawn=40, sample_steps=5, tries=3, guard_steps=5)
+    world = World(situation, 0, **world_images(situation, 0))
+    world.model = new_denoiser(situation, 0).eval()
+    return world
+
+
+def brighter(x):
+    "A judge who refuses about half of what an untrained model draws."
+    return x.flatten(1).mean(1) > 0
+
+
+def test_rates_are_of_requests_and_what_is_withheld_is_counted(tiny):
+    method = Method(unguarded, grid(), accept=lambda world: brighter)
+    record, x = trial(method, {}, tiny)
+    assert record["n"] == 40 and 0 < record["withheld"] == 40 - len(x) and brighter(x).all()
+
+    # What is served at the first try is what it is without a judge.
+    plain = draw_images(tiny.model, tiny)
+    first = plain[brighter(plain)]
+    assert all((x == image).flatten(1).all(1).any() for image in first)
+
+
+def test_operations_of_a_served_image_include_what_is_refused(tiny):
+    method = Method(unguarded, grid())
+    one = flops_served(method, tiny.model, tiny, None)
+    served, drawn = 0, []
+
+    def noting(x):
+        kept = brighter(x) if x.abs().sum() else torch.ones(len(x), dtype=torch.bool)
+        drawn.append(len(x))
+        return kept
+
+    flops = flops_served(method, tiny.model, tiny, noting)
+    served = len(draw_images(tiny.model, tiny, brighter))
+    tries = sum(drawn) - 2  # it is shown two images of zeros before
+    assert tries > 40 and flops == pytest.approx(one * tries / served)
+
+
+def test_a_push_that_stops_early_leaves_the_model_alone_below():
+    pushed = PushedEarly(lambda x, t: x, lambda x, t: -x, above=100)
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([99, 100, 0, 999])
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(-1, 1, 1, 1)
+    assert torch.equal(pushed(x, t), signs * x)
+    assert torch.equal(pushed(x[:1], t[:1]), x[:1]) and torch.equal(pushed(x[1:2], t[1:2]), -x[1:2])
+
+
+def test_the_guard_of_predictions_takes_the_classifier_of_its_levels(tiny):
+    for learned, preset in ((150, "x0"), (400, "x_t")):
+        look = Look(learned=learned, level=120, factor=3.0, noisings=1, below=300, above=50)
+        model = behind_look(tiny, judges=[150], allowed=0.3, **vars(look))
+        guard = model.guard
+        assert (guard.at, guard.level, guard.scale, guard.noisings) == ("x0", 120, 3.0, 1)
+        assert (guard.alpha, guard.t_max, guard.made["t_max"], model.above) == (
+            0.3,
+            300,
+            learned,
+            50,
+        )
+        for a, b in zip(guard.classifier.parameters(), tiny.guards[preset].classifier.parameters()):
+            assert torch.equal(a, b)
+    assert set(tiny.guards) == {"x0", "x_t"}
+
+
+def test_a_guard_that_calibration_refuses_serves_and_says_so(tiny):
+    method = Method(behind_look, [])
+    record, x = trial(method, vars(Look()), tiny)
+    assert "this guard is certain of" in record["refused"] and len(x) == 40
+
+    # What is wrong with the images is no refusal: it is not passed over.
+    tiny.held_out = tiny.members
+    with pytest.raises(ValueError, match="are training images, too"):
+        trial(method, vars(Look()), tiny)
+
+
+def test_a_check_that_calibration_refuses_has_no_word(tiny, monkeypatch):
+    def refusing(guard, members, held_out, **options):
+        raise UncoveredGuardError(0.5, 0.99, "this guard recognises half")
+
+    monkeypatch.setattr(comparison, "calibrate_check", refusing)
+    method = Method(model_itself, [], accept=word_of_one)
+    record, x = trial(method, {"judge": 150, "allowed": 0.1}, tiny)
+    assert record["refused"] == "this guard recognises half" and record["withheld"] == 0
+    assert torch.equal(x, draw_images(tiny.model, tiny))
+
+
+def test_what_one_of_two_judges_recognises_is_refused(tiny, monkeypatch):
+    calls = []
+
+    def noting(guard, members, held_out, **options):
+        calls.append((guard.made["t_max"], options["allowed"], options["model"], options["levels"]))
+
+    # One judge takes dark images for members, the other one those that are dark on top.
+    keeps = {150: brighter, 400: lambda x: x[..., 0, :].flatten(1).mean(1) > 0}
+    monkeypatch.setattr(comparison, "calibrate_check", noting)
+    monkeypatch.setattr(comparison, "unrecognised_by", lambda guard: keeps[guard.made["t_max"]])
+    look, x = vars(Look(learned=400)), torch.randn(50, 1, 8, 8)
+    for judges, expected in (([150], keeps[150](x)), ([150, 400], keeps[150](x) & keeps[400](x))):
+        assert torch.equal(last_word(tiny, judges=judges, allowed=0.1, **look)(x), expected)
+    last_word(tiny, judges=[150], allowed=0.3)
+
+    # Each is made once, and what pushes stays as it was.
+    seen = (tiny.model, (0, 50, 100))
+    assert calls == [(150, 0.1, *seen), (400, 0.1, *seen), (150, 0.3, *seen)]
+    assert tiny.checks[150, 0.1] is not tiny.guards["x0"]
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():
@@ -213,14 +380,22 @@ def test_training_is_counted_as_rows_times_flops():
     world = SimpleNamespace(
         situation=DIGITS,
         start=lambda missing=None: new_denoiser(DIGITS, 0, channels=1 if missing is None else 2),
-        guards={"x_t": SimpleNamespace(classifier=new_denoiser(DIGITS, 1))},
+        guards={
+            preset: SimpleNamespace(classifier=new_denoiser(DIGITS, 1)) for preset in ("x_t", "x0")
+        },
     )
     one = flops_per_image(world.start())
     plain = DIGITS.train_steps * DIGITS.batch * one
     assert training_flops("unguarded", {}, world) == (plain, 0)
     assert training_flops("early stopping", {"share": 0.25}, world) == (plain / 4, 0)
     guard = DIGITS.guard_steps * DIGITS.guard_batch * one
-    assert training_flops("CPSample", {"strength": 1}, world) == (plain, guard)
+    assert training_flops("guarded_xt", {"strength": 1}, world) == (plain, guard)
+    assert training_flops("checked", {"judge": 150}, world) == (plain, guard)
+    assert training_flops("accepted", {"learned": 150, "judges": [150]}, world) == (plain, guard)
+    assert training_flops("accepted", {"learned": 400, "judges": [150, 400]}, world) == (
+        plain,
+        2 * guard,
+    )
 
     small = flops_per_image(new_denoiser(DIGITS, 0, small=True))
     denoiser, public = training_flops("DP-SGD", {"steps": 7, "lr": 1}, world)
