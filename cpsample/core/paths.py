@@ -213,6 +213,7 @@ _CHANGES = {"x0": _change_at_x0, "x_t": _change_at_x_t}
 
 # %% ../../nbs/1_core/19_paths.ipynb #c25b6d9c
 @torch.compiler.disable
+@torch.no_grad()
 def correction_on_path(
     corrector: Corrector,
     path: GaussianPath,
