@@ -225,6 +225,19 @@ def test_a_clock_that_runs_backwards_is_refused():
     assert "\n" not in str(told.value)
 
 
+def test_while_a_scheduler_steps_there_is_one_time():
+    "A clock that runs backwards may show another time of the table, and is refused all the same."
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[0.75, 0.5, 0.25])
+    there = torch.tensor([0.25])
+    assert sigmas_at(scheduler, there).item() == 0.25  # in a loop that has not begun to step
+    scheduler.set_begin_index(0)
+    for told in (750.0, 0.75):
+        assert sigmas_at(scheduler, torch.tensor([told])).item() == 0.75
+    with pytest.raises(ValueError, match=r"asked at 0.25, which is no time .* \(750\)"):
+        sigmas_at(scheduler, there)
+
+
 def test_a_scheduler_may_be_exchanged_for_one_on_another_path():
     "The guard must be of the levels of the DDPM family, and knows any other path."
     pipe = latent_pipeline()

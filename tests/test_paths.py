@@ -107,6 +107,27 @@ def test_the_new_answer_leads_to_the_moved_picture(name):
     assert torch.equal(answer[kept], plain[kept])
 
 
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.floats(0.05, 2), st.floats(0.05, 20))
+def test_every_answer_is_read_on_every_path(a, b):
+    "Whoever knows x0 and ε answers so, whatever signal and noise there are."
+    x0, eps = torch.randn((2, 5), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, size, sigma = a * x0 + b * eps, (a**2 + b**2) ** 0.5, b / a
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
+    answers = {
+        "eps": eps,
+        "x0": x0,
+        "v": (a * eps - b * x0) / size,
+        "flow": eps - x0,
+        "edm": (x0 - c_skip * x / a) / c_out,
+    }
+    assert set(answers) == set(PREDICTIONS)
+    a, b = torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)
+    for name, answer in answers.items():
+        of_x, of_answer = PREDICTIONS[name](a, b)
+        torch.testing.assert_close(of_x * x + of_answer * answer, x0)
+
+
 def test_at_x_t_a_velocity_changes_by_the_change_of_the_noise_over_the_signal():
     guard, x = looking(at="x_t", scale=3.0), pictures(60)
     tau = torch.linspace(0.02, 0.98, 60)

@@ -88,7 +88,7 @@ def by_sigma(model: Denoiser, schedule: Schedule) -> Callable:
 
 
 def karras_sigmas(
-    steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7
+    steps: int, low: float = 0.002, high: float = 80.0, *, rho: float = 7
 ) -> list[float]:
     """Falling noise sizes for so many steps, and 0 at the end.
 

@@ -205,6 +205,24 @@ def _unrepeated(x: Tensor, expected: int | None = None) -> tuple[Tensor, int]:
     return x, 1
 
 
+def _as_images(shown: Tensor, answer: Tensor, patches: Patches | None) -> tuple[Tensor, Tensor]:
+    "What a network was shown, and what it answered, as images."
+    if patches is None:
+        return shown, answer
+    drawn = shown[:, :, : answer.shape[2]]  # what more there is in a token is not drawn
+    return patches.images(drawn), patches.images(answer)
+
+
+def _corrected(answers: Tensor, correction: Correction, times: int, channels: int) -> Tensor:
+    "Answers, `times` of them to each image, whose first channels are changed alike for all."
+    n = len(answers) // times
+    rows = torch.cat([correction.rows + repetition * n for repetition in range(times)])
+    changes = torch.cat([correction.delta_eps] * times).to(answers.dtype)
+    answers = answers.clone()
+    answers[:, :channels].index_add_(0, rows, changes)
+    return answers
+
+
 def _rewrapped(output: Any, answer: Tensor) -> Any:
     "A network's output with another answer in it: a tensor, a tuple, or a record of diffusers."
     if isinstance(output, Tensor):
@@ -221,8 +239,6 @@ Says = Callable[[str], Any]  # a name → what the running pipeline says by it, 
 
 def _repetitions(says: Says) -> int | None:
     "How often a pipeline shows each image to its network at once, if it says."
-    if says("true_cfg_scale") is not None:
-        return 1  # it asks once for each caption
     is_guided = says("do_classifier_free_guidance")
     if is_guided is None:
         return None
@@ -438,7 +454,7 @@ class PipelineGuard:
         self.acceptance = acceptance
         self.network = _network_of(pipe)
         self.checked = None  # what of the scheduler was looked at
-        self.way = None  # the path that it walks
+        self.way = None  # and the path that it walks
         self.arguments = None  # of the pipeline's call that is running
         self.check_fits(guard)
         _refuse_twice(self.network, guard)
@@ -472,10 +488,7 @@ class PipelineGuard:
         # What the network was shown, and what it answered, as images.
         shown, t = _given(args, kwargs)
         patches = patches_of(shown, kwargs.get("img_ids"))
-        images, answers = shown, answer
-        if patches is not None:  # of its channels, others than those of the answer are not drawn
-            images = patches.images(shown[:, :, : answer.shape[2]])
-            answers = patches.images(answer)
+        images, answers = _as_images(shown, answer, patches)
 
         # Each image once, and of its channels those that are x_t.
         channels = _channels_of_x_t(self.pipe, images.shape[1], answers.shape[1])
@@ -489,11 +502,8 @@ class PipelineGuard:
         if correction is None:
             return output
 
-        # What becomes of the answers: all repetitions of an image change alike.
-        all_rows = [correction.rows + repetition * len(x_t) for repetition in range(times)]
-        all_changes = torch.cat([correction.delta_eps] * times).to(answer.dtype)
-        answers = answers.clone()
-        answers[:, :channels].index_add_(0, torch.cat(all_rows), all_changes)
+        # What becomes of the answers.
+        answers = _corrected(answers, correction, times, channels)
         return _rewrapped(output, answers if patches is None else patches.put(answers, answer))
 
     def correction(self, x_t: Tensor, t: Tensor, answer: Tensor) -> Correction | None:
@@ -553,10 +563,9 @@ class PipelineGuard:
         "Look at the pipeline's scheduler, which anybody may exchange or change. ValueError."
         scheduler = self.pipe.scheduler
         if self.checked is None or not self.checked.still_is(scheduler):
-            way = path_of(scheduler)
-            if way.schedule is not None:  # elsewhere there is a level for any schedule's guard
-                check_guard_fits(guard, schedule=way.schedule)
-            self.way, self.checked = way, _Checked.now(scheduler)
+            self.way = path_of(scheduler)
+            check_guard_fits(guard, schedule=self.way.schedule)  # None: any schedule's guard does
+            self.checked = _Checked.now(scheduler)
 
     def check_shape(self, x_t: Tensor) -> None:
         "Take the guard to the images' device. Raises ValueError if it learned other shapes."
