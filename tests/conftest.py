@@ -51,6 +51,8 @@ SLOW_FILES = {
     "test_guard_attacks_study",
     "test_latents",
     "test_membership_study",
+    "test_path_pipelines",
+    "test_paths_study",
     "test_rejection",
     "test_runs",
     "test_scheduler_matrix",

@@ -6,12 +6,21 @@ from typing import NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from PIL import Image
 from torch import Tensor
 
 from cpsample.core.guard import Guard
-from cpsample.production.pipelines import schedule_of
+from cpsample.core.schedule import make_schedule
+from cpsample.production.schedulers import path_of
 
 # name → (class, options)
 SCHEDULERS = {
@@ -167,6 +176,73 @@ def other_latent_pipeline(kind):
     return getattr(diffusers, kind)(unet=unet, scheduler=scheduler_of("DDIM"), **parts)
 
 
+def _sd3_transformer():
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+    )
+
+
+def _flux_transformer():
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def flow_pipeline(kind="StableDiffusion3Pipeline", scheduler=None):
+    "Stable Diffusion 3 or Flux: latents 4×8×8 of pictures 3×16×16, for Flux as 16 tokens of 16."
+    is_flux = kind == "FluxPipeline"
+    transformer = seeded(1, _flux_transformer if is_flux else _sd3_transformer)
+    numbers = ("", "_2") if is_flux else ("", "_2", "_3")
+    empty = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in numbers]
+    vae = copy.deepcopy(VAE)
+    vae.register_to_config(shift_factor=0.1)
+    scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    pipe = getattr(diffusers, kind)(**parts, **dict.fromkeys(empty))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_flow(pipe, n=1, cfg=1.0, steps=4, **more):
+    "Latents of a flow pipeline, from the same noise and words every time."
+    words = torch.randn(2, 1, 3, 8, generator=torch.Generator().manual_seed(1)).expand(2, n, 3, 8)
+    given = {
+        "prompt_embeds": words[0],
+        "pooled_prompt_embeds": words[0, :, 0],
+        "guidance_scale": cfg,
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+        "height": 16,
+        "width": 16,
+    }
+    if type(pipe).__name__ != "FluxPipeline":
+        given |= {
+            "negative_prompt_embeds": words[1],
+            "negative_pooled_prompt_embeds": words[1, :, 0],
+        }
+    return pipe(**given | more).images
+
+
 def draw_pixels(pipe, n=1, steps=4):
     "Images [n, 8, 8, C] of a pixel pipeline, from the same noise every time."
     generator = torch.Generator().manual_seed(0)
@@ -204,13 +280,18 @@ class LinearGuard(NamedTuple):
     w: Tensor
 
 
+def guards_schedule(scheduler):
+    "The noise levels of a scheduler or, where it has none, those that guards are trained at."
+    return path_of(scheduler).schedule or make_schedule()
+
+
 def linear_guard(scheduler, shape=(4, 8, 8), *, scale=50.0, bias=5.0, t_max=1000):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.02
 
     def classifier(x, t):
         return bias + (x.sin() * w).flatten(1).sum(1, keepdim=True)
 
-    guard = Guard(classifier, schedule_of(scheduler), alpha=0.05, scale=scale, t_max=t_max)
+    guard = Guard(classifier, guards_schedule(scheduler), alpha=0.05, scale=scale, t_max=t_max)
     return LinearGuard(guard, w)
 
 

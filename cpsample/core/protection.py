@@ -133,21 +133,28 @@ class Corrector:
     """Asks a guard about noisy images, and counts.
 
     guard: the guard that is asked. Warns when nobody has measured what it covers.
+    stacklevel: of the line to point at then; 5 is the caller of `protect`, which made the model
+        that made this.
     rows_seen: rows of all batches so far.
     rows_pushed: those of them at which the guard was certain.
     Whatever holds one is neither pickled nor copied, or the guard, a secret, would go along.
     """
 
-    def __init__(self, guard: Guard):
+    def __init__(self, guard: Guard, stacklevel: int = 5):
         self.guard = guard
         self.rows_seen = 0
         self.rows_pushed = 0
         self.settings = None  # those that were looked at
         self.said_that_pushes_vanish = False
-        self.look_at_settings(5)  # the call of `protect`, which made the model that made this
+        self.look_at_settings(stacklevel)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         refuse_copies()
+
+    @property
+    def schedule(self) -> Schedule | None:
+        "The noise levels by which it is asked."
+        return self.guard.schedule
 
     def look_at_settings(self, stacklevel: int) -> None:
         "Raise ValueError or warn of the guard's settings, once, and again when they have changed."
@@ -169,28 +176,51 @@ class Corrector:
         classifier says nothing usable.
         """
         guard = self.guard
-        self.look_at_settings(2)
-        self.rows_seen += len(x_t)
-        if guard.scale == 0:
-            return None
 
-        # From t_max on it is not asked: there it has learned nothing, or calibration found that it
-        # need not be.
-        _check_usable(guard, x_t)
-        t = level_per_row(t, x_t)
-        rows = rows_to_ask(guard, t)
-        if len(rows) == 0:
-            return None
+        def choose() -> Tensor:
+            return rows_to_ask(guard, level_per_row(t, x_t))
 
         # Where the classifier is certain of every label, a training image is near, one hopes.
-        correct = CORRECTIONS[guard.at]
-        correction = correct(guard, x_t[rows], t[rows], eps[rows].detach())
+        def correct(rows: Tensor) -> Correction | None:
+            levels = level_per_row(t, x_t)[rows]
+            return CORRECTIONS[guard.at](guard, x_t[rows], levels, eps[rows].detach())
+
+        return self.ask(x_t, eps, choose, correct)
+
+    def ask(
+        self,
+        x: Tensor,
+        answer: Tensor,
+        choose: Callable[[], Tensor],
+        correct: Callable[[Tensor], Correction | None],
+    ) -> Correction | None:
+        """The same for whatever a model was shown and has answered; counts and checks.
+
+        x [B, ...]: noisy images.
+        answer [B, ...]: of the model.
+        choose: called without arguments, gives the rows to ask about, int64 [R]. From t_max on it
+            should choose none: there the guard has learned nothing, or calibration found that it
+            need not be asked.
+        correct: given these, the correction of the answer, with their places among the R.
+        """
+        self.look_at_settings(3)
+        self.rows_seen += len(x)
+        if self.guard.scale == 0:
+            return None
+
+        # A gradient is paid for only where there is something to say.
+        _check_usable(self.guard, x)
+        rows = choose()
+        correction = correct(rows) if len(rows) > 0 else None
         if correction is None:
             return None
-        self.rows_pushed += len(correction.rows)
-        coarser = max(eps.dtype, x_t.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        self.check_push(correction.delta_eps, eps[rows[correction.rows]].to(coarser))
-        return Correction(rows[correction.rows], correction.delta_eps)
+        rows = rows[correction.rows]
+
+        # What is added must be a number, and large enough to change the answer.
+        self.rows_pushed += len(rows)
+        coarser = max(answer.dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        self.check_push(correction.delta_eps, answer[rows].to(coarser))
+        return Correction(rows, correction.delta_eps)
 
     def check_push(self, delta_eps: Tensor, eps: Tensor) -> None:
         "Raise ValueError for a push that is not finite; warn, once, of one that changes nothing."
@@ -246,6 +276,7 @@ class Protected(nn.Module):
 
     model: a denoiser, a module or any callable.
     guard: what corrects it.
+    corrector: makes what asks the guard, of the guard.
     To whoever moves it or saves its weights, it is the model: its parameters, its `state_dict`, its
     `config`. The guard moves along with it, but is never part of what is saved. It is neither
     pickled nor copied nor traced, and in training mode no gradient comes to its weights: all that
@@ -253,11 +284,13 @@ class Protected(nn.Module):
     already.
     """
 
-    def __init__(self, model: Denoiser, guard: Guard):
+    def __init__(
+        self, model: Denoiser, guard: Guard, corrector: Callable[[Guard], Corrector] = Corrector
+    ):
         super().__init__()
         _check_protectable(model, guard)
         self.model = model
-        self.corrector = Corrector(guard)  # no module, so its weights are not registered here
+        self.corrector = corrector(guard)  # no module, so its weights are not registered here
 
         # A new module is in training mode, whatever it contains. This one is in the model's, so
         # that whoever notes the mode and restores it later turns no dropout on.
@@ -303,9 +336,9 @@ class Protected(nn.Module):
         return self.corrector.rows_pushed
 
     @property
-    def schedule(self) -> Schedule:
-        "The guard's, with which alone it may be sampled."
-        return self.guard.schedule
+    def schedule(self) -> Schedule | None:
+        "With which alone it may be sampled: the guard's, or None on a path of its own clock."
+        return self.corrector.schedule
 
     @property
     def config(self) -> Any:

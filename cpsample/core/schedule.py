@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'MOST_TRIES', 'Schedule', 'linear_betas', 'cosine_betas', 'make_schedule', 'same_levels', 'check_levels',
            'abar_at', 'signal_noise', 'randn', 'row_seeds', 'row_generators', 'add_noise', 'eps_to_x0', 'x0_to_eps',
-           'eps_to_v', 'v_to_eps', 'eps_to_score', 'score_to_eps']
+           'eps_to_v', 'v_to_eps', 'eps_to_score', 'score_to_eps', 'level_of']
 
 # %% ../../nbs/1_core/01_schedule.ipynb #dbf52bbb
 import math
@@ -282,3 +282,30 @@ def score_to_eps(x_t: Tensor, t: Tensor, score: Tensor, schedule: Schedule) -> T
     "The noise that a score implies: −√(1−ᾱ_t)·score."
     _, sigma = signal_noise(schedule, t, x_t)
     return -sigma * score
+
+# %% ../../nbs/1_core/01_schedule.ipynb #d5386705
+def level_of(schedule: Schedule, abar: Tensor) -> Tensor:
+    """The noise levels at which so much signal is left, one per row: float64 [B].
+
+    It undoes `abar_at`, between whole levels, too. What lies beyond the first or the last level
+    becomes that level, and what is within a thousandth of a whole one becomes the whole one.
+    abar [B]: shares ᾱ of signal, within [0, 1]; float64, if small noise is to be told apart.
+    Raises ValueError for other shares.
+    """
+    abar = abar.double()
+    if not ((0 <= abar) & (abar <= 1)).all():
+        low, high = abar.aminmax()
+        raise ValueError(f"shares of signal must lie within 0 … 1, got {low:g} … {high:g}")
+    all_abar = schedule.abar.to(abar)
+
+    # Noise per unit of signal, in which levels are linear: of the rows, and of all levels.
+    sigma = ((1 - abar) / abar).sqrt()
+    sigmas = ((1 - all_abar) / all_abar).sqrt()  # [T], rising, perhaps to ∞
+
+    # The levels around each row, and how far it has gone from the one to the other.
+    high = torch.searchsorted(sigmas, sigma).clamp(max=schedule.T - 1)
+    low = (high - 1).clamp(min=0)
+    fraction = (sigma - sigmas[low]) / (sigmas[high] - sigmas[low])
+    fraction = torch.where(sigma >= sigmas[high], 1, fraction.clamp(0, 1).nan_to_num())
+    level = low + fraction * (high - low)
+    return torch.where((level - level.round()).abs() < 1e-3, level.round(), level)

@@ -45,6 +45,7 @@ studies = Registry(
         "fashion": "cpsample.practice.fashion_study:STUDY",
         "digits": "cpsample.practice.digits_study:STUDY",
         "judges": "cpsample.practice.judges_study:STUDY",
+        "paths": "cpsample.practice.paths_study:STUDY",
         "membership": "cpsample.judgement.membership_study:STUDY",
         "audit": "cpsample.judgement.audit_study:STUDY",
         "comparison": "cpsample.judgement.comparison_study:STUDY",
