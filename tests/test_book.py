@@ -1,6 +1,7 @@
 "The book: solutions pass their checks, links lead somewhere, the owner stands once."
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -146,6 +147,9 @@ def test_numbers_on_the_page_are_those_of_the_files(name, first, tables):
     "Every table that a page makes from data/results is made again: nothing in it was typed."
     page, space, compared = ROOT / "nbs" / f"{name}.ipynb", {}, 0
     exec(imports_of(cells(page, "code")), space)
+    exported = re.search(r"#\| default_exp ([\w.]+)", "\n".join(cells(page, "code")))
+    if exported:
+        space |= vars(importlib.import_module(f"cpsample.{exported[1]}"))
     for cell in json.loads(page.read_text())["cells"]:
         source = "".join(cell["source"])
         if not source.startswith(first):
