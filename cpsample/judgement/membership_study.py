@@ -150,11 +150,14 @@ def _shipped_model(name: str) -> tuple[Denoiser, Schedule]:
 
 def _shipped_guard(arm: str) -> Guard:
     "The guard of chapter 2.7 that an arm of `PRESETS` has."
-    names = {"paper": "guard_paper", "guarded_xt": "guard_xt", "guarded": "guard"}
-    guard = load_guard(_shipped(names[arm]))
-    guard.classifier.to(memory_format=torch.channels_last)
-    strength = REPORTED[0].strength if arm == "guarded_xt" else 1
-    return replace(guard, scale=strength * guard.scale)
+    if arm == "paper":
+        guard = load_guard(_shipped("guard_paper"))
+        guard.classifier.to(memory_format=torch.channels_last)
+        return guard
+    if arm == "guarded":
+        return shipped_guard()
+    guard = shipped_guard("x_t")
+    return replace(guard, scale=REPORTED[0].strength * guard.scale)
 
 # %% ../../nbs/3_judgement/07_membership_study.ipynb #2497dc4c
 def _pictures(seed: int, settings: MembershipSettings) -> tuple[Tensor, Tensor, dict]:
