@@ -34,7 +34,7 @@ from cpsample.judgement.attacks import (
 )
 from .inference import Scores, infer, loss_test, verdicts
 from ..practice.datasets import load_fashion
-from ..practice.fashion_study import REPORTED
+from ..practice.fashion_study import REPORTED, shipped_guard
 from ..practice.runs import load_model
 from ..workshop.files import data_path, writable
 from ..workshop.studies import Study, Workspace, cached_stage, load_or_create, settings_of
