@@ -87,11 +87,11 @@ def single_file(folder):
     (folder / "v1-5.safetensors").write_bytes(b"weights")
 
 
-def flow_matching(folder):
+def backwards(folder):
     "And the network does not say its size: first of all a pipeline is what it is."
     shutil.rmtree(folder)
     pipe = latent_pipeline()
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     pipe.save_pretrained(folder)
     network = folder / "unet/config.json"
     config = json.loads(network.read_text())
@@ -123,7 +123,7 @@ WRONG = {
         damaged("scheduler/scheduler_config.json"),
         "scheduler_config.json is damaged",
     ),
-    "flow matching": (flow_matching, "^FlowMatchEulerDiscreteScheduler .* has no noise levels"),
+    "a flow backwards": (backwards, "^FlowMatchEuler.* with invert_sigmas runs backwards"),
 }
 
 
