@@ -84,6 +84,7 @@ class Settings:
     look: how the guard is shown predictions: changes of the preset "x0".
     strength: multiple of the proposed scale of the arm `guarded_xt`.
     tries: how often a request is drawn, at most, where something is drawn anew.
+    check: how images are shown to it at the end, see `calibrate_check`.
     check_draws: samples that the check of the guard is calibrated on.
     beside: requests, at most, of the arms that only stand beside the others.
     members: how many images the model is fine-tuned on.
@@ -101,6 +102,7 @@ class Settings:
     look: dict[str, Any] = field(default_factory=dict)
     strength: int = 4
     tries: int = 20
+    check: dict[str, Any] = field(default_factory=dict)
     check_draws: int = 500
     beside: int = 1000
     members: int = 100
@@ -120,10 +122,19 @@ CHOOSING = Settings(
     n=300,
     test=("train", 50_000),
     look=CHOSEN,
+    check=CHECK,
     chunk=150,
 )
 REPORTED = tuple(
-    Settings(f"seed-{seed}", range(3000), seed=seed, n=10_000, test=("test", 0), look=CHOSEN)
+    Settings(
+        f"seed-{seed}",
+        range(3000),
+        seed=seed,
+        n=10_000,
+        test=("test", 0),
+        look=CHOSEN,
+        check=CHECK,
+    )
     for seed in range(3)
 )
 
@@ -281,7 +292,7 @@ def _checked_guard(
     path = workspace.folder / settings.name / "guarded"
     if not path.with_suffix(".safetensors").exists():
         guard = with_look(guard, settings.look, settings, images)
-        guard = with_check(guard, CHECK, settings, images, model=model)
+        guard = with_check(guard, settings.check, settings, images, model=model)
         save_guard(replace(guard, classifier=guard.classifier.half()), path)
     return _loaded_guard(path, workspace)
 
@@ -558,7 +569,7 @@ def _keep_portion(
     make = partial(draw_rows, draw, arm, rows, first=tried)
 
     # What a row depends on; not how many there are.
-    of_guards = ("look", "strength", "check_draws")
+    of_guards = ("look", "strength", "check", "check_draws")
     known = settings_of(settings, "n", "test", "beside", *of_guards)
     made_with = known | {"guard": settings_of(arm.settings)}
     path = workspace.folder / settings.name / name / f"{number:03}.safetensors"
@@ -827,7 +838,8 @@ def try_looks(settings: Settings, images: StudyImages, workspace: Workspace) -> 
     guard = with_look(ahead, settings.look, settings, images)
     pushing = guarded_arm(tuned, guard)
     (first,) = [name for name, look in LOOKS.items() if look == settings.look]
-    for name, check in (("own check", CHECK | {"through": None}), ("model asked", CHECK)):
+    own_check = settings.check | {"through": None}
+    for name, check in (("own check", own_check), ("model asked", settings.check)):
         judging = with_check(guard, check, settings, images, model=tuned)
         accept, how = unrecognised_by(judging, tuned), settings_of_check(judging)
         arms[name] = Arm(pushing.model, accept, first=first, settings=pushing.settings | how)
