@@ -50,6 +50,7 @@ SLOW_FILES = {
     "test_guard_attacks_study",
     "test_latents",
     "test_membership_study",
+    "test_paper_study",
     "test_rejection",
     "test_runs",
     "test_scheduler_matrix",
