@@ -451,7 +451,13 @@ CHANGES = (
         ("guards", PAPERS_RECIPE, "preset"),
         ("guards", PAPERS_RECIPE, _TUNED),
     ),
-    Change("update: form", "away", "toward", ("paper", "paper"), ("paper", "toward")),
+    Change(
+        "update: form, as strong at the gate",
+        "away",
+        "toward",
+        ("paper", "paper"),
+        ("paper", "toward"),
+    ),
     Change("update: gate", "α = 0.001", "α = ½", ("paper", "paper"), ("paper", "away, α=½")),
     Change(
         "update: gate, toward",
