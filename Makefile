@@ -67,7 +67,7 @@ bench: .venv/installed-bench  ## timings as ratios beside other libraries, into 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py
 
-STUDIES = rejection guards predicted digits fashion membership audit guard_attacks stable_diffusion
+STUDIES = rejection guards predicted digits fashion membership audit guard_attacks paper stable_diffusion
 
 results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --rivals --json data/results/demo.json --out data/results

@@ -53,6 +53,7 @@ SLOW_FILES = {
     "test_membership_study",
     "test_path_pipelines",
     "test_paths_study",
+    "test_paper_study",
     "test_rejection",
     "test_runs",
     "test_scheduler_matrix",

@@ -5,16 +5,37 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import norm
 from torch import nn
 
 from cpsample.core.calibration import calibrate
 from cpsample.core.classifier import MLPClassifier, is_certain, log_odds
+from cpsample.core.copying import proportion_ci
 from cpsample.core.ddpm import seeded
 from cpsample.core.guard import Guard, correct_at_x_t, fit_guard, push
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits
 from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
+from cpsample.judgement.paper_claims import (
+    CHANGES,
+    CLAIMS,
+    PENDING,
+    TABLE_3,
+    VERDICTS,
+    are_apart,
+    arm_of,
+    attacked_at_gate,
+    changes_table,
+    claims_table,
+    falls_clearly,
+    is_as_good,
+    judged,
+    records_on_file,
+    sees_nothing,
+)
+from cpsample.judgement.paper_study import USES
+from cpsample.workshop import choices
 
 SCHEDULE = make_schedule()
 
@@ -115,3 +136,130 @@ def test_the_two_readings_of_the_update_differ_by_the_odds():
     to_certain = nn.functional.logsigmoid(sign * logit).sum()
     torch.testing.assert_close(toward, torch.autograd.grad(to_other, point, retain_graph=True)[0])
     torch.testing.assert_close(away, -torch.autograd.grad(to_certain, point)[0])
+
+
+# the claims
+
+
+def arm(copies, n=1000, fd=30.0, statistics=(5.0,), ps=(1e-6,), **more):
+    "An arm of paper.json with made-up numbers."
+    runs = [
+        {"statistic": s, "p": p, "auc": 0.6, "turned": 0.6, "turned_ci": [0.5, 0.7]}
+        for s, p in zip(statistics, ps)
+    ]
+    numbers = {"n": n, "copies": copies, "copy_ci": list(proportion_ci(copies, n)), "cost": 1.0}
+    distance = {"mean": fd, "ci": [fd - 1, fd + 1]}
+    return numbers | {"fd": distance, "membership": runs} | more
+
+
+@pytest.fixture
+def records():
+    "What is on file of others, and a study of the paper whose outcome is known."
+    on_file = records_on_file()
+    uses = {name: use._asdict() for name, use in USES.items()}
+    arms = {name: arm(600) for name in ("unguarded", *USES, "accepted")}
+    return on_file | {"paper": {"uses": uses, "arms": arms}}
+
+
+def verdict_of(records, words):
+    (claim,) = [claim for claim in CLAIMS if words in claim.words]
+    return claim.judge(records)
+
+
+def test_every_claim_has_a_verdict_a_number_and_a_command(records):
+    for claim, verdict in judged(records):
+        assert verdict.word in VERDICTS and verdict.evidence and verdict.command
+        if verdict.word != VERDICTS[2]:
+            assert verdict.command.startswith("cpsample reproduce ")
+            assert verdict.command.split()[-1] in choices.studies
+    table = claims_table(judged(records))
+    assert len(table.splitlines()) == 2 + len(CLAIMS)
+    assert all(line.count(" | ") == 5 for line in table.splitlines() if " | " in line)
+
+
+def test_what_is_not_on_file_is_said_to_be_missing(records):
+    del records["paper"]
+    words = [verdict.word for _, verdict in judged(records)]
+    assert words.count(PENDING) == 2 and set(words) == {*VERDICTS, PENDING}
+    assert changes_table(records).count(PENDING) == sum("paper" in c.before for c in CHANGES)
+
+
+def test_rules_look_at_the_far_ends_of_intervals():
+    assert falls_clearly((0, 0.0059), (0.06, 0.07)) and not falls_clearly((0, 0.0061), (0.06, 1))
+    assert not falls_clearly((0, 0.0061), (0.06, 0.9))
+    assert sees_nothing([0.051, 0.9]) and not sees_nothing([0.9, 0.05])
+    assert is_as_good((10, 20), (5, 10)) and not is_as_good((10.1, 20), (5, 10))
+    assert are_apart((0, 1), (1.1, 2)) and not are_apart((0, 1), (1, 2))
+
+
+def test_copies_decide_the_first_claim(records):
+    words, arms = "no exact replicas", records["digits"]["arms"]
+    arms["unguarded"], arms["paper"] = arm(600), arm(600)
+    assert verdict_of(records, words).word == "not reproduced"
+    arms["paper"] = arm(1)
+    verdict = verdict_of(records, words)
+    assert verdict.word == "reproduced" and "1 of 1000" in verdict.evidence
+    arms["paper"] = arm(50)  # a fall, but not by enough
+    assert verdict_of(records, words).word == "not reproduced"
+
+
+def test_a_row_of_table_3_passes_by_any_reading_and_names_it(records):
+    words = "α = 0.25"
+    assert verdict_of(records, words).word == "not reproduced"
+    arms = records["paper"]["arms"]
+    arms["toward, α=¼"] = arm(600, statistics=(0.2, -0.3), ps=(0.42, 0.6))
+    verdict = verdict_of(records, words)
+    assert verdict.word == "reproduced" and verdict.evidence.startswith("passed by toward, α=¼.")
+    assert verdict_of(records, "α = 0.5").word == "not reproduced"  # another gate
+
+    # On every seed, and not with a strength that nobody printed.
+    arms["toward, α=¼"] = arm(6, statistics=(0.2, 3), ps=(0.42, 0.001))
+    assert verdict_of(records, words).word == "not reproduced"
+    assert set(attacked_at_gate(records, 0.001)) == {"paper", "toward", "toward, s=1000"}
+
+
+def test_an_unprotected_model_must_be_seen_through(records):
+    words = "unprotected: statistic 138"
+    assert verdict_of(records, words).word == "reproduced"
+    records["membership"]["digits"]["runs"][1]["arms"]["unguarded"]["loss_test"]["p"] = 0.2
+    assert verdict_of(records, words).word == "not reproduced"
+
+
+def test_settings_that_change_nothing_are_no_adjustment(records):
+    words = "adjusted without training"
+    assert verdict_of(records, words).word == "reproduced"
+    for row in records["guards"]["reported"]["rows"]:
+        row.update({"copies": 300, "n": 3000, "copy_ci": [0.09, 0.11]})
+    assert verdict_of(records, words).word == "not reproduced"
+
+
+def test_quality_is_judged_beside_exact_rejection(records):
+    words, arms = "image quality is kept", records["digits"]["arms"]
+    arms["rejection"], arms["paper"] = arm(0, fd=30.0), arm(0, fd=31.9)
+    assert verdict_of(records, words).word == "reproduced"
+    arms["paper"] = arm(0, fd=32.1)
+    assert verdict_of(records, words).word == "not reproduced"
+
+
+def test_refused_and_missing_arms_leave_gaps_and_no_errors(records):
+    arms = records["paper"]["arms"]
+    arms["toward, calibrated"] = {"refused": [None, "it covers too little"]}
+    del arms["labels"], arms["away, α=¼"]
+    table = changes_table(records)
+    assert len(table.splitlines()) == 2 + len(CHANGES)
+    gaps = {"toward, calibrated", "labels", "paper, checked"}
+    assert table.count(PENDING) == sum(change.after[-1] in gaps for change in CHANGES) == 3
+    assert "away, α=¼" not in attacked_at_gate(records, 0.25)
+    assert all(verdict.word in VERDICTS for _, verdict in judged(records))
+
+
+def test_changes_name_arms_that_the_studies_draw(records):
+    drawn = {"unguarded", "rejection", "checked", "paper, checked", "accepted", *USES}
+    for change in CHANGES:
+        for source in (change.before, change.after):
+            assert source[1] in drawn if source[0] == "paper" else arm_of(records, *source)
+
+
+def test_table_3_is_of_a_one_sided_test():
+    for statistic, p in TABLE_3.values():
+        assert norm.sf(statistic) == pytest.approx(p, abs=0.006)
