@@ -101,7 +101,7 @@ def check_asks(model: Denoiser | Tensor | None, through: int | None) -> None:
 
 
 @torch.no_grad()
-def redrawn(model: Denoiser, schedule: Schedule, x: Tensor, level: int = 50) -> Tensor:
+def redrawn(model: Denoiser, schedule: Schedule, x: Tensor, *, level: int = 50) -> Tensor:
     """Where a model would take finished images: its predictions of them, slightly noised.
 
     model, schedule: without a guard in front of it.
@@ -125,11 +125,11 @@ def seen_through(guard: Guard, x: Tensor, through: int | None, model: Denoiser |
     if through is None:
         return x
     check_asks(model, through)
-    return within(guard, redrawn(model, guard.schedule, x, through))
+    return within(guard, redrawn(model, guard.schedule, x, level=through))
 
 
 def familiarity_by(
-    guard: Guard, look: dict[str, Any], x: Tensor, model: Denoiser | None = None
+    guard: Guard, look: dict[str, Any], x: Tensor, *, model: Denoiser | None = None
 ) -> Tensor:
     """The familiarity of images as a check looks at them: [B].
 
@@ -207,7 +207,7 @@ def recognise(guard: Guard, x: Tensor, model: Denoiser | None = None) -> Tensor:
         check_guard_fits(guard, shape=x.shape[1:])
     x = guard.cast(x)
     check_recognition(guard)
-    return familiarity_by(guard, guard.recognition, x, model) > guard.recognition["threshold"]
+    return familiarity_by(guard, guard.recognition, x, model=model) > guard.recognition["threshold"]
 
 
 def unrecognised_by(guard: Guard, model: Denoiser | None = None) -> Callable[[Tensor], Tensor]:

@@ -373,7 +373,7 @@ def copied(x: Tensor, members: Tensor, factor: float) -> tuple[Tensor, Tensor]:
 
 
 def draw_images(
-    model: Denoiser, world: World, accept: Accept | None = None, rows: range | None = None
+    model: Denoiser, world: World, accept: Accept | None = None, *, rows: range | None = None
 ) -> Tensor:
     """What is served of as many requests as the situation asks for.
 
@@ -403,7 +403,7 @@ def no_copies(world: World) -> Accept:
 
 
 def real_images(
-    model: Denoiser, world: World, accept: Accept | None = None, rows: range | None = None
+    model: Denoiser, world: World, accept: Accept | None = None, *, rows: range | None = None
 ) -> Tensor:
     "No samples at all, but real images that nobody learned."
     return world.held_out

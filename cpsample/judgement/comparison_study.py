@@ -263,7 +263,7 @@ def chosen_settings(data: str, workspace: Workspace) -> dict[str, dict]:
 
 
 def sampling_seconds(
-    method: Method, model: Denoiser, world: World, accept: Accept | None = None
+    method: Method, model: Denoiser, world: World, *, accept: Accept | None = None
 ) -> float:
     "The time that a method takes to serve its requests; see `Method` for `accept`."
     start = time.perf_counter()
@@ -297,7 +297,7 @@ def situation_costs(
         method, ratios = methods[name], []
         model, accept = method.make(world, **settings[name]), method.judge(world, settings[name])
         for _ in range(pairs):
-            ratios.append(sampling_seconds(method, model, world, accept) / plain_seconds())
+            ratios.append(sampling_seconds(method, model, world, accept=accept) / plain_seconds())
 
         # Operations for training.
         denoiser_flops, extra_flops = training_flops(name, settings[name], world)

@@ -215,7 +215,7 @@ def _unprotected(records: Records) -> Verdict:
 def _table_3(records: Records, *, alpha: float) -> Verdict:
     "A row of the paper's third table, on digits: every reading and strength at this gate."
     found, command = attacked_at_gate(records, alpha), "cpsample reproduce paper"
-    ours = attack_words(attacked_before(records, "guarded"))
+    ours = attack_words(attacked_before(records, "guarded_xt"))
     if not found:
         return Verdict(PENDING, "not on file", f"at x_t: {ours}", command)
 
@@ -231,11 +231,12 @@ def _robust_to_attacks(records: Records) -> Verdict:
     words, ours, falls = [], [], []
     for data in ("digits", "fashion"):
         for run in records["membership"][data]["runs"]:
-            best = {arm: run["arms"][arm]["best"] for arm in ("unguarded", "guarded", "paper")}
+            arms = run["arms"]
+            best = {arm: arms[arm]["best"] for arm in ("unguarded", "guarded_xt", "paper")}
             falls.append(best["paper"]["auc_ci"][1] < best["unguarded"]["auc_ci"][0])
             low, high = best["paper"]["auc_ci"]
             words.append(f"{best['paper']['auc']:.3f} [{low:.3f}, {high:.3f}]")
-            ours.append(f"{best['guarded']['auc']:.3f}")
+            ours.append(f"{best['guarded_xt']['auc']:.3f}")
     evidence = f"AUC of the best of nine attacks, by model: {', '.join(words)}"
     command = "cpsample reproduce membership"
     return Verdict(_word(all(falls)), evidence, f"AUC {', '.join(ours)} (at x_t)", command)
