@@ -326,4 +326,6 @@ def test_the_guards_that_ship_are_what_their_names_say():
     assert guard_xt.at == "x_t" and guard_xt.calibrated and guard_xt.recognition is None
     assert guard_xt.scale == ON_RECORD["seed-0"]["calibration_xt"]["scale"]
     assert shipped_guard().at == "x0" and shipped_guard().report == guard.report
+    with pytest.raises(ValueError, match="choose one of"):
+        shipped_guard("x_0")
     assert load_model(data_path("weights/fashion_tuned.safetensors")).made["n"] == 100

@@ -39,7 +39,7 @@ from cpsample.core.copying import (
 )
 from ..core.ddpm import Accept, Accepted, Denoiser, ddpm_loss, draw_accepted, train
 from ..core.digit_encoder import frechet_distance
-from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning
+from ..core.guard import GUARDS, LOOKS_AT, Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
 from ..core.images import pixels, split
 from ..core.protection import Protected, protect
@@ -57,6 +57,7 @@ from cpsample.practice.runs import (
     save_model,
     train_denoiser,
 )
+from ..workshop.choices import check_choice
 from ..workshop.costs import flops_of, network_cost, seconds_of
 from ..workshop.files import atomic_together, data_path, provenance, write_json
 from cpsample.workshop.studies import (
@@ -997,7 +998,9 @@ def shipped_guard(at: str = "x0") -> Guard:
 
     at: where it is asked: "x0" (default), or "x_t" with the settings that the file of results has
         for that; the classifier is the same.
+    Raises ValueError for any other place.
     """
+    check_choice(at, LOOKS_AT, "place to ask")
     guard = load_guard(data_path("weights/fashion_guard.safetensors"))
     guard.classifier.to(memory_format=torch.channels_last)
     if at == "x0":

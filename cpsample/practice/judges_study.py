@@ -13,7 +13,6 @@ from typing import NamedTuple
 from ..core.calibration import calibrate
 from ..core.ddpm import Accept, Denoiser
 from cpsample.core.demo import (
-    DEFAULTS,
     Digits,
     Sampler,
     draw_arm,
@@ -25,31 +24,15 @@ from cpsample.core.demo import (
 from ..core.guard import Guard, fit_guard
 from ..core.recognition import unrecognised_by
 from ..core.schedule import make_schedule
-from .digits_study import arm_numbers, pooled
+from .digits_study import DigitsSettings, arm_numbers, pooled
 from ..workshop.studies import Study, Workspace, cached_stage, settings_of
 
 # %% ../../nbs/2_practice/11_judges_study.ipynb #4d958646
 @dataclass(frozen=True)
-class JudgesSettings:
-    """How large the study is; the defaults are those of the file on record.
+class JudgesSettings(DigitsSettings):
+    "How large the study is; n requests go to each pair of a push and a judge."
 
-    seeds: of splits, trainings and noise.
-    n: requests to each pair of a push and a judge.
-    images, train_steps, guard_steps, sample_steps, tries: see `DEFAULTS` of the demo.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2)
     n: int = 1000
-    images: int = DEFAULTS["images"]
-    train_steps: int = DEFAULTS["train_steps"]
-    guard_steps: int = DEFAULTS["guard_steps"]
-    sample_steps: int = DEFAULTS["sample_steps"]
-    tries: int = DEFAULTS["tries"]
-
-    @property
-    def of_demo(self) -> dict:
-        "The settings of the demo."
-        return DEFAULTS | settings_of(self, "seeds", "n") | {"rivals": True, "samples": self.n}
 
 # %% ../../nbs/2_practice/11_judges_study.ipynb #56b951af
 def second_guard(digits: Digits, of_demo: dict, seed: int) -> Guard:
