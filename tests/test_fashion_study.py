@@ -19,6 +19,7 @@ from cpsample.core.schedule import make_schedule
 from cpsample.practice import fashion_study
 from cpsample.practice.fashion_study import (
     ARMS,
+    CHECKS,
     CHOOSING,
     LOOKS,
     REPORTED,
@@ -36,6 +37,7 @@ from cpsample.practice.fashion_study import (
     held_out_images,
     looking_ahead,
     measure_part,
+    requests_of,
     sampler,
     ship_weights,
     shipped_guard,
@@ -50,7 +52,7 @@ from cpsample.workshop.studies import Study, Workspace
 
 FIRST = REPORTED[0]
 QUICK = replace(FIRST, small=True, n=7, chunk=5, base=replace(FIRST.base, sample_steps=4))
-UNLIKE_LOOKS = ("unguarded", "rejection", "own check", "model asked")
+UNLIKE_LOOKS = ("unguarded", "rejection", *CHECKS)
 ON_RECORD = json.loads(data_path("results/fashion.json").read_text())
 
 
@@ -75,6 +77,8 @@ def test_the_parts_share_no_images_and_are_those_of_the_file_on_record():
     assert (ON_RECORD["choosing"]["seed"], ON_RECORD["seed-0"]["seed"]) == (100, 0)
     tried = ON_RECORD["choosing"]
     assert tried["arms"].keys() | tried["refused"].keys() == {*UNLIKE_LOOKS, *LOOKS}
+    assert FIRST.look in LOOKS.values() and FIRST.check in CHECKS.values()
+    assert tried["arms"]["model asked"]["n"] == tried["n"] >= 10 * tried["arms"]["preset"]["n"]
     assert ON_RECORD["seed-0"]["settings"]["look"] == FIRST.look
 
 
@@ -154,6 +158,10 @@ def test_arms_that_stand_beside_answer_fewer_requests(tmp_path):
     drawn = draw_arms(settings, arms, draw, workspace=workspace)
     assert (len(drawn["paper"].images), len(drawn["guarded"].images)) == (3, 6)
     assert len(list((tmp_path / "seed-0" / "paper").iterdir())) == 2
+
+    # Of the looks that were tried, all but the chosen one.
+    looks = {name for name in LOOKS if requests_of(settings, name) == 6}
+    assert looks == {name for name, look in LOOKS.items() if look == FIRST.look} != set()
 
 
 def test_exact_rejection_starts_from_the_unguarded_samples_and_serves_no_copy():

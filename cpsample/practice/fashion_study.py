@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'CHOSEN', 'STRANGERS', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSINE', 'SPACE', 'ARMS', 'BESIDE',
-           'Draw', 'LOOKS', 'SHIPPED', 'STUDY', 'Settings', 'StudyImages', 'study_images', 'looking_ahead', 'with_look',
-           'held_out_images', 'with_check', 'Networks', 'tuned_models', 'train_networks', 'Arm', 'settings_of_guard',
-           'settings_of_check', 'guarded_arm', 'rejecting', 'arms_of', 'sampler', 'draw_rows', 'Drawn', 'keep_rows',
-           'requests_of', 'draw_arms', 'copy_numbers', 'distances_of_thousands', 'image_numbers', 'arm_numbers',
-           'both_trainings', 'training_cost', 'flops_per_try', 'flops_over_unguarded', 'sampling_ratios', 'TriedLooks',
-           'try_looks', 'measure_arms', 'choose_look', 'measure_part', 'ship_weights', 'shipped_guard', 'study']
+           'Draw', 'LOOKS', 'CHECKS', 'SHIPPED', 'STUDY', 'Settings', 'StudyImages', 'study_images', 'looking_ahead',
+           'with_look', 'held_out_images', 'with_check', 'Networks', 'tuned_models', 'train_networks', 'Arm',
+           'settings_of_guard', 'settings_of_check', 'guarded_arm', 'rejecting', 'arms_of', 'sampler', 'draw_rows',
+           'Drawn', 'keep_rows', 'requests_of', 'draw_arms', 'copy_numbers', 'distances_of_thousands', 'image_numbers',
+           'arm_numbers', 'both_trainings', 'training_cost', 'flops_per_try', 'flops_over_unguarded', 'sampling_ratios',
+           'TriedLooks', 'try_looks', 'measure_arms', 'choose_look', 'measure_part', 'ship_weights', 'shipped_guard',
+           'study']
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #fddf0809
 import copy
@@ -87,7 +88,8 @@ class Settings:
     tries: how often a request is drawn, at most, where something is drawn anew.
     check: how images are shown to it at the end, see `calibrate_check`.
     check_draws: samples that the check of the guard is calibrated on.
-    beside: requests, at most, of the arms that only stand beside the others.
+    beside: requests, at most, of the arms that only stand beside the others, and of the looks
+        that were not chosen.
     members: how many images the model is fine-tuned on.
     base: how base and guards are trained.
     tuning: how the base is fine-tuned.
@@ -104,7 +106,7 @@ class Settings:
     strength: int = 4
     tries: int = 20
     check: dict[str, Any] = field(default_factory=dict)
-    check_draws: int = 500
+    check_draws: int = 2000
     beside: int = 1000
     members: int = 100
     base: Config = CONFIG
@@ -113,14 +115,15 @@ class Settings:
     small: bool = False
 
 
-CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 300}  # of the looks below
+CHOSEN: dict[str, Any] = {"alpha": 0.45, "t_max": 300, "scale": 5.0}  # of the looks below
 STRANGERS = 2 / 3  # nearer images than that, by d₁/d₂, do not teach a guard to be undecided
 CHECK = {"through": 50, "allowed": 0.05}  # the model is asked where it would take an image
 CHOOSING = Settings(
     "choosing",
     range(3000, 6000),
     seed=100,
-    n=300,
+    n=3000,
+    beside=300,
     test=("train", 50_000),
     look=CHOSEN,
     check=CHECK,
@@ -547,7 +550,9 @@ def keep_rows(path: Path, make: Callable[[], Accepted], model: Denoiser, setting
 
 def requests_of(settings: Settings, arm: str) -> int:
     "How many requests the arm of this name answers in a part."
-    return min(settings.n, settings.beside) if arm in BESIDE else settings.n
+    is_other_look = arm in LOOKS and LOOKS[arm] != settings.look
+    is_beside = arm in BESIDE or is_other_look
+    return min(settings.n, settings.beside) if is_beside else settings.n
 
 
 def _keep_portion(
@@ -799,15 +804,20 @@ LOOKS: dict[str, dict[str, Any]] = {
     "two noisings": {"level": 150, "noisings": 2, "scale": 6.0, "t_max": 400},
     "gate 0.45": {"alpha": 0.45, "t_max": 400},
     "gate 0.45, below 300": {"alpha": 0.45, "t_max": 300},
+    "same with factor 5": {"alpha": 0.45, "t_max": 300, "scale": 5.0},
     "level 150, gate 0.45": {"level": 150, "alpha": 0.45, "t_max": 400},
+}
+CHECKS: dict[str, dict[str, Any]] = {
+    "own check": CHECK | {"through": None},
+    "model asked": CHECK,
 }
 
 
 class TriedLooks(NamedTuple):
     """The part that chooses, before anything is drawn.
 
-    arms: one for each look, behind the unguarded one and exact rejection; and two in which the
-        chosen look has the last word.
+    arms: one for each look, behind the unguarded one and exact rejection; and one for each check
+        behind the chosen look.
     refused: why calibration refuses a look, for those that it does.
     schedule: of the models.
     """
@@ -835,13 +845,12 @@ def try_looks(settings: Settings, images: StudyImages, workspace: Workspace) -> 
         except ValueError as error:
             refused[name] = str(error)
 
-    # The chosen one, with the last word: on the picture itself, and after asking the model.
+    # The chosen one, with the last word.
     guard = with_look(ahead, settings.look, settings, images)
     pushing = guarded_arm(tuned, guard)
     (first,) = [name for name, look in LOOKS.items() if look == settings.look]
-    own_check = settings.check | {"through": None}
-    for name, check in (("own check", own_check), ("model asked", settings.check)):
-        judging = with_check(guard, check, settings, images, model=tuned)
+    for name, check in CHECKS.items():
+        judging = with_check(guard, settings.check | check, settings, images, model=tuned)
         accept, how = unrecognised_by(judging, tuned), settings_of_check(judging)
         arms[name] = Arm(pushing.model, accept, first=first, settings=pushing.settings | how)
     return TriedLooks(arms, refused, schedule)
@@ -1022,7 +1031,7 @@ def _first_seed(settings: Settings, workspace: Workspace) -> dict:
 
 
 def study(n: int | None = None) -> Study:
-    "The study with n requests per arm (default: 10,000; 300 where a look is chosen)."
+    "The study with n requests per arm (default: 10,000; 3,000 where a look is chosen)."
     first, *others = (replace(part, n=n or part.n) for part in REPORTED)
     parts = {
         "choosing": partial(choose_look, replace(CHOOSING, n=min(n or CHOOSING.n, CHOOSING.n))),
