@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'CHOSEN', 'STRANGERS', 'CHECK', 'CHOOSING', 'REPORTED', 'CARLINI', 'COSINE', 'SPACE', 'ARMS', 'BESIDE',
-           'Draw', 'LOOKS', 'CHECKS', 'SHIPPED', 'STUDY', 'Settings', 'StudyImages', 'study_images', 'looking_ahead',
-           'with_look', 'held_out_images', 'with_check', 'Networks', 'tuned_models', 'train_networks', 'Arm',
-           'settings_of_guard', 'settings_of_check', 'guarded_arm', 'rejecting', 'arms_of', 'sampler', 'draw_rows',
-           'Drawn', 'keep_rows', 'requests_of', 'draw_arms', 'copy_numbers', 'distances_of_thousands', 'image_numbers',
-           'arm_numbers', 'both_trainings', 'training_cost', 'flops_per_try', 'flops_over_unguarded', 'sampling_ratios',
-           'TriedLooks', 'try_looks', 'measure_arms', 'choose_look', 'measure_part', 'ship_weights', 'shipped_guard',
-           'study']
+           'Draw', 'LOOKS', 'FINALISTS', 'CHECKS', 'SHIPPED', 'STUDY', 'Settings', 'StudyImages', 'study_images',
+           'looking_ahead', 'with_look', 'held_out_images', 'with_check', 'Networks', 'tuned_models', 'train_networks',
+           'Arm', 'settings_of_guard', 'settings_of_check', 'guarded_arm', 'rejecting', 'arms_of', 'sampler',
+           'draw_rows', 'Drawn', 'keep_rows', 'requests_of', 'draw_arms', 'copy_numbers', 'distances_of_thousands',
+           'image_numbers', 'arm_numbers', 'both_trainings', 'training_cost', 'flops_per_try', 'flops_over_unguarded',
+           'sampling_ratios', 'TriedLooks', 'try_looks', 'measure_arms', 'choose_look', 'measure_part', 'ship_weights',
+           'shipped_guard', 'study']
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #fddf0809
 import copy
@@ -88,8 +88,7 @@ class Settings:
     tries: how often a request is drawn, at most, where something is drawn anew.
     check: how images are shown to it at the end, see `calibrate_check`.
     check_draws: samples that the check of the guard is calibrated on.
-    beside: requests, at most, of the arms that only stand beside the others, and of the looks
-        that were not chosen.
+    beside: requests, at most, of the arms that only stand beside the others, and of most looks.
     members: how many images the model is fine-tuned on.
     base: how base and guards are trained.
     tuning: how the base is fine-tuned.
@@ -550,8 +549,7 @@ def keep_rows(path: Path, make: Callable[[], Accepted], model: Denoiser, setting
 
 def requests_of(settings: Settings, arm: str) -> int:
     "How many requests the arm of this name answers in a part."
-    is_other_look = arm in LOOKS and LOOKS[arm] != settings.look
-    is_beside = arm in BESIDE or is_other_look
+    is_beside = arm in BESIDE or arm in LOOKS and arm not in FINALISTS
     return min(settings.n, settings.beside) if is_beside else settings.n
 
 
@@ -807,6 +805,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "same with factor 5": {"alpha": 0.45, "t_max": 300, "scale": 5.0},
     "level 150, gate 0.45": {"level": 150, "alpha": 0.45, "t_max": 400},
 }
+FINALISTS = ("gate 0.45, below 300", "same with factor 5")  # these took more requests to tell apart
 CHECKS: dict[str, dict[str, Any]] = {
     "own check": CHECK | {"through": None},
     "model asked": CHECK,
