@@ -280,10 +280,10 @@ def test_the_study_has_any_size(tmp_path, monkeypatch):
 
     for name in ("choose_look", "measure_part", "_first_seed"):
         monkeypatch.setattr(fashion_study, name, note)
-    small = study(500)
+    small = study(5000)
     for measure in small.parts.values():
         measure(None)
-    assert sizes == {"choosing": 300, "seed-0": 500, "seed-1": 500, "seed-2": 500}
+    assert sizes == {"choosing": 3000, "seed-0": 5000, "seed-1": 5000, "seed-2": 5000}
 
     # On the command line, for those studies that have it.
     monkeypatch.setattr(cli.choices, "studies", {"fashion": study(), "fixed": Study("fixed", {})})

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_guards import SCHEDULE, looking, pictures
 from torch import nn
 
-from cpsample.core.classifier import MLPClassifier
 from cpsample.core.ddpm import MLPDenoiser, sample, seeded
-from cpsample.core.guard import Guard, IdleGuardWarning, UncalibratedGuardWarning, correct_at_x_t
+from cpsample.core.guard import IdleGuardWarning, UncalibratedGuardWarning, correct_at_x_t
 from cpsample.core.paths import (
     PREDICTIONS,
     ddpm_path,
@@ -26,7 +26,6 @@ from cpsample.core.predicted import undecided
 from cpsample.core.protection import protect
 from cpsample.core.schedule import Schedule, abar_at, level_of, make_schedule
 
-SCHEDULE = make_schedule()
 pytestmark = pytest.mark.filterwarnings(
     f"ignore::{UncalibratedGuardWarning.__module__}.UncalibratedGuardWarning"
 )
@@ -39,23 +38,6 @@ WAYS = {
     "x0": (edm_path(), torch.tensor([0.02, 0.3, 1.0, 3.0, 10.0, 70.0])),
     "edm": (edm_network_path(), torch.tensor([0.02, 0.3, 1.0, 3.0, 10.0, 70.0]).log() / 4),
 }
-
-
-def pictures(n, seed=0, shape=(1, 4, 4)):
-    return torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
-
-
-def probe(K=3, scale=3.0):
-    "A classifier that is certain of many pictures."
-    network = seeded(0, lambda: MLPClassifier((1, 4, 4), K=K, width=32))
-    generator = torch.Generator().manual_seed(1)
-    nn.init.normal_(network.out.weight, std=scale, generator=generator)
-    return network
-
-
-def looking(classifier=None, **changes):
-    options = dict(alpha=0.3, scale=2.5, at="x0", t_max=1000, longest=10.0) | changes
-    return Guard(classifier or probe(), SCHEDULE, **options)
 
 
 def wave(x, time):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_guards import SCHEDULE, looking, pictures, probe
 from torch import nn
 
 from cpsample.core.calibration import calibrate
-from cpsample.core.classifier import MLPClassifier, log_odds
+from cpsample.core.classifier import log_odds
 from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, final_sample, sample, seeded
 from cpsample.core.guard import Guard, IdleGuardWarning, UncalibratedGuardWarning
@@ -28,29 +29,11 @@ from cpsample.core.predicted import (
     within,
 )
 from cpsample.core.protection import Corrector, protect
-from cpsample.core.schedule import Schedule, eps_to_x0, make_schedule
+from cpsample.core.schedule import Schedule, eps_to_x0
 
-SCHEDULE = make_schedule()
 pytestmark = pytest.mark.filterwarnings(
     f"ignore::{UncalibratedGuardWarning.__module__}.UncalibratedGuardWarning"
 )
-
-
-def probe(K=3, shape=(1, 4, 4), scale=3.0):
-    "A classifier that is certain of many pictures."
-    network = seeded(0, lambda: MLPClassifier(shape, K=K, width=32))
-    generator = torch.Generator().manual_seed(1)
-    nn.init.normal_(network.out.weight, std=scale, generator=generator)
-    return network
-
-
-def looking(classifier=None, **changes):
-    options = dict(alpha=0.3, scale=2.5, at="x0", t_max=1000, longest=10.0) | changes
-    return Guard(classifier or probe(), SCHEDULE, **options)
-
-
-def pictures(n, seed=0, shape=(1, 4, 4)):
-    return torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
 
 
 def linear(x, t):
