@@ -78,7 +78,7 @@ def test_the_parts_share_no_images_and_are_those_of_the_file_on_record():
     assert (ON_RECORD["choosing"]["seed"], ON_RECORD["seed-0"]["seed"]) == (100, 0)
     tried = ON_RECORD["choosing"]
     assert tried["arms"].keys() | tried["refused"].keys() == {*UNLIKE_LOOKS, *LOOKS}
-    assert FIRST.look in LOOKS.values() and FIRST.check in CHECKS.values()
+    assert FIRST.look in LOOKS.values()
     assert tried["arms"]["model asked"]["n"] == tried["n"] >= 10 * tried["arms"]["preset"]["n"]
     assert ON_RECORD["seed-0"]["settings"]["look"] == FIRST.look
 
@@ -148,6 +148,9 @@ def test_portions_are_kept_and_go_on_to_more(tmp_path):
     judge = {"accept": arms["judged"].accept, "tries": settings.tries, "leftover": "return"}
     alone = generate(noisy(0.1), schedule, (1, 28, 28), 6, steps=4, seed=0, **judge)
     torch.testing.assert_close(more["judged"].images, alone)
+
+    # And its cost includes these tries.
+    assert torch.equal(more["judged"].effort[2:], more["plain"].effort)
     assert more["judged"].tries.max() > 1 and more["judged"].accepted.all()
 
 

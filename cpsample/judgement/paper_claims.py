@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..core.copying import describe_rate
+from ..core.copying import describe_rate, proportion_ci
 from ..workshop.files import data_path
 
 # %% ../../nbs/3_judgement/13_paper_claims.ipynb #791a0667
@@ -135,6 +135,12 @@ def _rate(arm: dict[str, Any]) -> str:
     return describe_rate(arm["copies"], arm["n"])
 
 
+def _counts_of(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    "Copies of several arms, or of one over its seeds, taken together: copies, n, copy_ci."
+    copies, n = (sum(arm[name] for arm in arms) for name in ("copies", "n"))
+    return {"copies": copies, "n": n, "copy_ci": proportion_ci(copies, n)}
+
+
 def _distance(arm: dict[str, Any]) -> str:
     "The distance of an arm with its interval, or those of its seeds."
     fd = arm["fd"]
@@ -156,14 +162,12 @@ def _copies_of_digits(records: Records) -> Verdict:
 
 def _copies_of_pictures(records: Records) -> Verdict:
     "Copies of a U-Net that was fine-tuned on a hundred pictures."
-    arms = records["fashion"]["seed-0"]["arms"]
-    falls = falls_clearly(arms["paper"]["copy_ci"], arms["unguarded"]["copy_ci"])
-    return Verdict(
-        _word(falls),
-        f"Fashion-MNIST: {_rate(arms['paper'])}; unguarded {_rate(arms['unguarded'])}",
-        _rate(arms["accepted"]),
-        "cpsample reproduce fashion",
-    )
+    parts = [part for name, part in records["fashion"].items() if name.startswith("seed-")]
+    names = ("paper", "unguarded", "accepted")
+    paper, unguarded, ours = (_counts_of([part["arms"][name] for part in parts]) for name in names)
+    falls = falls_clearly(paper["copy_ci"], unguarded["copy_ci"])
+    evidence = f"Fashion-MNIST: {_rate(paper)}; unguarded {_rate(unguarded)}"
+    return Verdict(_word(falls), evidence, _rate(ours), "cpsample reproduce fashion")
 
 
 def _elsewhere(records: Records, *, why: str, command: str) -> Verdict:
@@ -318,16 +322,11 @@ def _others_lose(records: Records) -> Verdict:
 COLLAPSED = "a photo of a bag"
 
 
-def _caption_counts(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    "Copies and answers to a caption, over seeds."
-    return {name: sum(answer[name] for answer in answers) for name in ("copies", "n")}
-
-
 def _small_pipeline(records: Records) -> Verdict:
     "A caption that always returned one picture."
     arms = records["stable_diffusion"]["arms"]
-    before, after = (_caption_counts(arms[arm][COLLAPSED]) for arm in ("unguarded", "guarded"))
-    falls = 10 * after["copies"] / after["n"] < before["copies"] / before["n"]
+    before, after = (_counts_of(arms[arm][COLLAPSED]) for arm in ("unguarded", "guarded"))
+    falls = falls_clearly(after["copy_ci"], before["copy_ci"])
     evidence = f"the collapsed caption of a small pipeline: unguarded {_rate(before)}"
     command = "cpsample reproduce stable_diffusion"
     return Verdict(_word(falls), evidence, _rate(after), command)

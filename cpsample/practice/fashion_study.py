@@ -509,7 +509,7 @@ class Drawn(NamedTuple):
     accepted bool [n]: the others are withheld.
     tries int64 [n]: how often each was drawn.
     effort float64 [C, 3]: for each portion the rows that were denoised, those of them that were
-        pushed, and the seconds it took.
+        pushed, and the seconds it took; of all tries.
     """
 
     images: Tensor
@@ -549,7 +549,7 @@ def keep_rows(path: Path, make: Callable[[], Accepted], model: Denoiser, setting
 
 def requests_of(settings: Settings, arm: str) -> int:
     "How many requests the arm of this name answers in a part."
-    is_beside = arm in BESIDE or arm in LOOKS and arm not in FINALISTS
+    is_beside = arm in BESIDE or (arm in LOOKS and arm not in FINALISTS)
     return min(settings.n, settings.beside) if is_beside else settings.n
 
 
@@ -602,6 +602,12 @@ def draw_arms(
             portions[name].append(keep(number, name, arm, first))
 
     joined = {name: Drawn(*map(torch.cat, zip(*parts))) for name, parts in portions.items()}
+
+    # The first tries of another arm are this one's, and so is what they cost.
+    for name, arm in arms.items():
+        if arm.first is not None:
+            effort = torch.cat([joined[name].effort, joined[arm.first].effort])
+            joined[name] = joined[name]._replace(effort=effort)
     return {name: drawn.first(requests[name]) for name, drawn in joined.items()}
 
 # %% ../../nbs/2_practice/08_fashion_study.ipynb #fb55743f
@@ -807,8 +813,8 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 FINALISTS = ("gate 0.45, below 300", "same with factor 5")  # these took more requests to tell apart
 CHECKS: dict[str, dict[str, Any]] = {
-    "own check": CHECK | {"through": None},
-    "model asked": CHECK,
+    "own check": {"through": None},
+    "model asked": {},
 }
 
 
@@ -848,8 +854,8 @@ def try_looks(settings: Settings, images: StudyImages, workspace: Workspace) -> 
     guard = with_look(ahead, settings.look, settings, images)
     pushing = guarded_arm(tuned, guard)
     (first,) = [name for name, look in LOOKS.items() if look == settings.look]
-    for name, check in CHECKS.items():
-        judging = with_check(guard, settings.check | check, settings, images, model=tuned)
+    for name, change in CHECKS.items():
+        judging = with_check(guard, settings.check | change, settings, images, model=tuned)
         accept, how = unrecognised_by(judging, tuned), settings_of_check(judging)
         arms[name] = Arm(pushing.model, accept, first=first, settings=pushing.settings | how)
     return TriedLooks(arms, refused, schedule)
