@@ -203,6 +203,16 @@ def test_copies_decide_the_first_claim(records):
     assert verdict_of(records, words).word == "not reproduced"
 
 
+def test_copies_of_pictures_are_those_of_all_seeds(records):
+    seeds = {f"seed-{seed}": {"arms": {}} for seed in range(2)}
+    for copies, part in zip((0, 3), seeds.values()):
+        part["arms"] = {"unguarded": arm(200), "paper": arm(190), "accepted": arm(copies)}
+    records["fashion"] = {"name": "fashion", "choosing": {"arms": {}}} | seeds
+    verdict = verdict_of(records, "a fine-tuned model copies")
+    assert "380 of 2000" in verdict.evidence and "400 of 2000" in verdict.evidence
+    assert verdict.ours.startswith("3 of 2000") and verdict.word == "not reproduced"
+
+
 def test_a_row_of_table_3_passes_by_any_reading_and_names_it(records):
     words = "α = 0.25"
     assert verdict_of(records, words).word == "not reproduced"
