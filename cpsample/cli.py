@@ -815,6 +815,11 @@ def print_recognition(guard: Any) -> None:
         f"Recognises {copies['share']:.1%} of {copies['n']} copies ({report['copies']}) and "
         f"{others['share']:.1%} of {others['n']} unseen images"
     )
+    least, of_members = report["least_known"], report.get("members")
+    print(f"Least known: number {least['member']}, {least['share']:.0%} of {least['n']} copies")
+    if of_members is not None:
+        known = round(of_members["share"] * of_members["n"])
+        print(f"Of the training images themselves: {known} of {of_members['n']} recognised")
 
 
 def check_guard_of_run(

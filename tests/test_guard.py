@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,10 +381,54 @@ def test_a_preset_takes_changes_and_fits_the_schedule():
     at_x_t = {**GUARDS["x_t"], "at": "x_t", "t_learn": 400}
     assert preset_settings("x_t", {"K": 3}, T=1000) == {**at_x_t, "K": 3}
     few_levels = preset_settings("x0", {}, T=100)
-    assert (few_levels["t_learn"], few_levels["level"], few_levels["t_max"]) == (15, 10, 100)
+    assert (few_levels["t_learn"], few_levels["level"], few_levels["t_max"]) == (15, 10, 20)
     assert GUARDS["x_t"]["K"] == 8
     with pytest.raises(ValueError, match="choose one of x0, x_t, member, paper"):
         preset_settings("best", {}, T=1000)
+
+
+@pytest.mark.parametrize("T", [2, 3, 10, 13, 100, 999])
+@pytest.mark.parametrize("preset", GUARDS)
+def test_every_preset_fits_every_schedule(preset, T):
+    settings = preset_settings(preset, {}, T=T)
+    assert 1 <= settings["t_learn"] <= T and 1 <= settings["t_max"] <= T
+    assert 0 <= settings.get("level", 0) < settings["t_learn"]
+
+
+@pytest.mark.parametrize("name", ["level", "noisings", "moves"])
+@pytest.mark.parametrize("number", [1.5, True, "1"])
+def test_counts_are_whole_numbers(schedule, name, number):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        Guard(first_coordinate, schedule, alpha=0.3, at="x0", **{name: number})
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_one_image_is_refused_before_a_guard_of_predictions_is_trained(schedule, n):
+    alone = load_digits()[0][:1].expand(n, -1, -1, -1)
+    with pytest.raises(ValueError, match="at least 2 different training images"):
+        fit_guard(alone, schedule, steps=10**9)
+    fit_guard(alone, schedule, preset="x_t", steps=2)
+
+
+@pytest.mark.parametrize("change", [{"clip": 0.05}, {"form": "member"}, {"moves": 1}], ids=str)
+def test_a_guard_that_pushes_in_another_manner_is_not_calibrated(schedule, change):
+    guard = Guard(first_coordinate, schedule, alpha=0.3, at="x0", clip=1.0)
+    measured = dict(alpha=0.3, look=guard.look, manner=guard.manner)
+    assert replace(guard, report=measured).calibrated
+    assert not replace(guard, report=measured, **change).calibrated
+
+
+@pytest.mark.parametrize("change", [("longest", 0.01), ("moves", 1), ("clip", 0.05)], ids=str)
+def test_a_guard_that_is_weakened_while_it_protects_is_looked_at_again(schedule, change):
+    guard = Guard(first_coordinate, schedule, alpha=0.3, at="x0", clip=1.0)
+    guard.report = dict(alpha=0.3, look=guard.look, manner=guard.manner, longest=guard.longest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        protected = protect(zero_eps, guard)
+        protected(torch.zeros(2, 3), torch.tensor([5, 5]))
+    setattr(protected.guard, *change)
+    with pytest.warns(UncalibratedGuardWarning):
+        protected(torch.zeros(2, 3), torch.tensor([5, 5]))
 
 
 def test_what_nearly_is_a_member_does_not_unteach_it(schedule):

@@ -1,5 +1,8 @@
 "The last word: verdicts row by row, a fair threshold, refusals, and a check that goes stale."
 
+import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -16,9 +19,11 @@ from cpsample.core.ddpm import MLPDenoiser, seeded
 from cpsample.core.guard import Guard
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits, to_bytes
+from cpsample.core.predicted import _fixed_noise
 from cpsample.core.protection import protect
 from cpsample.core.recognition import (
     LEAST_COPIES,
+    _noise_of_check,
     calibrate_check,
     check_recognition,
     choose_threshold,
@@ -209,19 +214,42 @@ def changed_levels(guard):
     guard.recognition = guard.recognition | {"levels": [0, 300]}
 
 
+def two_sided(guard):
+    guard.form = "toward"
+
+
+def probe_of_nan(guard):
+    guard.recognition = guard.recognition | {"probe": [math.nan]}
+
+
+def boundless(guard):
+    guard.recognition = guard.recognition | {"threshold": math.inf}
+
+
 def more_labels(guard):
     guard.classifier = lambda x_t, t: Memory(MEMBERS)(x_t, t).expand(-1, 2)
 
 
 @pytest.mark.parametrize(
     "change",
-    [changed_weights, changed_classifier, changed_schedule, changed_levels, more_labels],
+    [
+        changed_weights,
+        changed_classifier,
+        changed_schedule,
+        changed_levels,
+        two_sided,
+        probe_of_nan,
+        boundless,
+        more_labels,
+    ],
 )
 def test_a_check_is_stale_when_its_guard_has_changed(change, guard):
     check_recognition(guard)
     change(guard)
     for ask in (check_recognition, lambda guard: recognise(guard, MEMBERS)):
-        with pytest.raises(ValueError, match="measured with another classifier, or at other"):
+        with pytest.raises(
+            ValueError, match="measured with another classifier or form, or at other"
+        ):
             ask(guard)
 
 
@@ -240,6 +268,70 @@ def test_a_file_keeps_the_check(tmp_path, network_guard):
     save_guard(network_guard, tmp_path / "g")
     with pytest.raises(ValueError, match="cannot be read as a guard"):
         load_guard(tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"threshold": math.nan},
+        {"threshold": math.inf},
+        {"threshold": "3"},
+        {"probe": [math.nan] * 3},
+        {"levels": []},
+        {"levels": "0"},
+        {"noisings": 1.5},
+        {"mirrored": "no"},
+        *({name: None} for name in ("threshold", "probe", "levels", "noisings", "shape")),
+    ],
+    ids=str,
+)
+def test_a_damaged_check_is_no_check(tmp_path, network_guard, damage):
+    kept = network_guard.recognition | damage
+    network_guard.recognition = {name: value for name, value in kept.items() if value is not None}
+    save_guard(network_guard, tmp_path / "g")
+    with pytest.raises(ValueError, match="cannot be read as a guard: its check") as error:
+        load_guard(tmp_path / "g")
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_of_another_scale_are_refused_by_guards_of_pictures(guard):
+    assert guard.clip is None
+    with pytest.raises(ValueError, match="images lie in"):
+        recognise(guard, (MEMBERS + 1) * 127.5)
+
+
+def test_a_default_precision_does_not_change_the_noise_of_a_check():
+    program = """
+import torch
+torch.set_default_dtype(torch.float64)
+from cpsample.core.predicted import _fixed_noise
+from cpsample.core.recognition import _noise_of_check
+for noise in (_fixed_noise, _noise_of_check):
+    x = noise(1, (2, 2))
+    print(x.dtype, [round(v, 4) for v in x.flatten().tolist()])
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    expected = []
+    for noise in (_fixed_noise, _noise_of_check):
+        x = noise(1, (2, 2))
+        expected.append(f"torch.float32 {[round(v, 4) for v in x.flatten().tolist()]}")
+    assert printed.splitlines() == expected
+
+
+def test_members_that_no_copy_speaks_for_are_named_when_the_guard_does_not_know_them():
+    "A model that draws one member alone says nothing about the others."
+    guard = knowing(MEMBERS[:15])
+    one_member = MEMBERS[:1].expand(50, -1, -1, -1)
+    with pytest.warns(
+        UncoveredMemberWarning, match="5 of 20 training images are not, number 1[5-9]"
+    ):
+        report = calibrate_check(guard, MEMBERS, OTHERS, model=one_member)
+    assert report["coverage"]["share"] == 1 and report["members_with_copies"] == 1
+    assert report["members"]["share"] == 0.75 and report["members"]["n"] == 20
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate_check(knowing(), MEMBERS, OTHERS, model=one_member)
 
 
 def test_a_guard_file_without_a_check_is_read(tmp_path, network_guard):

@@ -463,6 +463,7 @@ def calibrate(
         allowed=allowed,
         level=level,
         look=guard.look,
+        manner=guard.manner,
         alpha=alpha,
         t_max=t_max,
         **strength,

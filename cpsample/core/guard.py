@@ -133,6 +133,9 @@ def check_look(
         return
 
     # What it is shown, and how far it may move that.
+    for number, name in ((level, "level"), (noisings, "noisings"), (moves, "moves")):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"{name} must be a whole number, got {number!r}")
     if not 0 <= level < learned:
         raise ValueError(
             f"level={level} must lie in [0, {learned}), the levels that this guard has learned"
@@ -269,16 +272,25 @@ class Guard:
         return {"at": self.at, "level": self.level, "noisings": self.noisings}
 
     @property
+    def manner(self) -> dict[str, Any]:
+        "In which manner it pushes: the form and, of predictions, how many moves within what bound."
+        if self.at == "x_t":
+            return {"form": self.form}
+        return {"form": self.form, "moves": self.moves, "clip": self.clip}
+
+    @property
     def calibrated(self) -> bool:
-        "Whether it was measured at its present gate, and asks and pushes no less than it did then."
+        "Whether it was measured as it looks and pushes now, and asks no less than it did then."
         if self.report is None or self.refusal is not None:
             return False
         is_same_look = self.report.get("look", {"at": "x_t"}) == self.look
+        is_same_manner = self.report.get("manner", self.manner) == self.manner
         is_same_gate = self.report.get("alpha") == self.alpha
         asks_enough = self.t_max >= self.report.get("t_max", self.t_max)
         pushes_enough = self.scale >= self.report.get("scale", self.scale)
         has_room = self.longest >= self.report.get("longest", self.longest)
-        return is_same_look and is_same_gate and asks_enough and pushes_enough and has_room
+        is_same = is_same_look and is_same_manner and is_same_gate
+        return is_same and asks_enough and pushes_enough and has_room
 
     def cast(self, x_t: Tensor) -> Tensor:
         """x_t in the precision of the classifier's weights, which come to its device.
@@ -493,10 +505,12 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
         raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(known)}")
 
     # A schedule of fewer levels has fewer of each kind.
-    settings["t_max"] = min(settings["t_max"], T)
-    for name in ("t_learn", "level"):
-        if name in settings and T < 1000:
-            settings[name] = max(1, settings[name] * T // 1000)
+    if T < 1000:
+        for name in ("t_max", "t_learn"):
+            if name in settings:
+                settings[name] = max(1, settings[name] * T // 1000)
+        if "level" in settings:
+            settings["level"] = min(settings["level"] * T // 1000, settings["t_learn"] - 1)
     settings.update(changes)
     settings.setdefault("t_learn", settings["t_max"])
     return settings
@@ -512,6 +526,15 @@ def _check_counts(K: int, steps: int) -> None:
     "Raise ValueError unless there is a label, and a step to learn it in."
     whole_number(K, "K", 1)
     whole_number(steps, "steps", 1)
+
+
+def _check_can_be_led_away(members: Tensor, at: str) -> None:
+    "Raise ValueError for a single image, from which no move can lead to another."
+    if at == "x0" and len(members) > 0 and bool((members == members[:1]).all()):
+        raise ValueError(
+            "a guard that looks at predictions needs at least 2 different training images, got 1: "
+            'add images, or take the one that looks at x_t (preset="x_t")'
+        )
 
 
 def _check_before_training(settings: dict[str, Any], schedule: Schedule, t_learn: int) -> None:
@@ -587,6 +610,7 @@ def fit_guard(
     _check_counts(K, steps)
     seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
+    _check_can_be_led_away(members, settings["at"])
 
     # What to learn and at which noise levels, and a network to learn it.
     x, targets, weights = training_set(

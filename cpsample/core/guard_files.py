@@ -6,6 +6,7 @@
 __all__ = ['SETTINGS', 'guard_record', 'guard_file', 'check_guard_files', 'save_guard', 'load_guard']
 
 # %% ../../nbs/1_core/12_guard_files.ipynb #4694f46b
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +151,32 @@ def _refuse_whole_numbers(classifier: nn.Module, weights: dict[str, Tensor]) -> 
             raise ValueError(f"its {name} are whole numbers ({weights[name].dtype})")
 
 
+@dataclass
+class _Check:
+    "What a check needs in order to be asked; its other entries are for people."
+
+    threshold: float
+    levels: list[int]
+    noisings: int
+    mirrored: bool
+    shape: list[int]
+    probe: list[float]
+    through: int | None = None
+
+
 def _check_reports(record: dict[str, Any]) -> None:
-    "Raise ValueError unless a report says at which gate, and a check what it rings at."
+    "Raise ValueError unless a report says at which gate, and a check how it asks and rings."
     report, recognition = record["report"], record.get("recognition")
     if report is not None and not isinstance(report.get("alpha"), float):
         raise ValueError("its report does not say at which alpha it was measured")
-    if recognition is not None and not isinstance(recognition.get("threshold"), float):
-        raise ValueError("its check does not say from which familiarity on it recognises")
+    if recognition is None:
+        return
+
+    # A threshold of NaN or infinity would let everything pass.
+    known = {name: recognition[name] for name in _Check.__dataclass_fields__ if name in recognition}
+    check = read_record(_Check, known, "its check")
+    if not check.levels or not all(map(math.isfinite, (check.threshold, *check.probe))):
+        raise ValueError("its check holds no levels, or numbers that are not finite")
 
 
 def _rebuilt(

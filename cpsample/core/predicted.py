@@ -25,7 +25,7 @@ from ..workshop.neighbours import at_least_float32, nearest
 def _fixed_noise(number: int, shape: tuple[int, ...]) -> Tensor:
     "Standard normal noise [number, 1, *shape], always the same, so that a row decides alone."
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((number, 1, *shape), generator=generator)
+    return torch.randn((number, 1, *shape), generator=generator, dtype=torch.float32)
 
 
 def shown(guard: Guard, x0: Tensor) -> Tensor:
@@ -241,6 +241,6 @@ def changing_moves(guard: Guard, members: Tensor, scale: float | None = None) ->
             return Moves(number, longest, test)
     raise ValueError(
         f"{test.still_copies:.0%} of the training images that this guard moves are copies all the "
-        f"same, {NUDGED:.0%} may be: it nudges them; train it longer, give it noisings, or a "
-        "higher level"
+        f"same, {NUDGED:.0%} may be: it nudges them; give it a wider gate (a larger alpha) or "
+        "longer steps (a larger scale)"
     )

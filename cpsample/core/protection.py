@@ -159,7 +159,8 @@ class Corrector:
     def look_at_settings(self, stacklevel: int) -> None:
         "Raise ValueError or warn of the guard's settings, once, and again when they have changed."
         guard = self.guard
-        settings = (guard.alpha, guard.scale, guard.form, guard.t_max, *guard.look.values())
+        numbers = (guard.alpha, guard.scale, guard.t_max, guard.longest)
+        settings = (*numbers, *guard.manner.values(), *guard.look.values())
         if settings != self.settings:
             guard.check()
             warn_of_guard(guard, stacklevel)

@@ -6,7 +6,8 @@
 __all__ = ['LEAST_COPIES', 'mean_logits', 'familiarity', 'check_asks', 'redrawn', 'seen_through', 'familiarity_by',
            'answer_to_probe', 'weight_of', 'probed', 'check_recognition', 'recognise', 'unrecognised_by', 'Copies',
            'are_pictures', 'noised_members', 'drawn_by', 'copies_among', 'drawn_copies', 'choose_threshold',
-           'cross_judged', 'share_with_interval', 'least_known', 'measured', 'refuse_unknown', 'calibrate_check']
+           'cross_judged', 'share_with_interval', 'least_known', 'measured', 'refuse_unknown', 'warn_of_strangers',
+           'calibrate_check']
 
 # %% ../../nbs/1_core/13_recognition.ipynb #799d360b
 import math
@@ -40,7 +41,7 @@ from ..workshop.neighbours import nearest
 def _noise_of_check(number: int, shape: tuple[int, ...]) -> Tensor:
     "Standard normal noise [number, 1, *shape], always the same, and not that of the push."
     generator = torch.Generator().manual_seed(1)
-    return torch.randn((number, 1, *shape), generator=generator)
+    return torch.randn((number, 1, *shape), generator=generator, dtype=torch.float32)
 
 
 def mean_logits(guard: Guard, x0: Tensor, levels: Sequence[int], noisings: int) -> Tensor:
@@ -158,7 +159,8 @@ def weight_of(guard: Guard) -> Tensor | None:
 
 def probed(guard: Guard, shape: Sequence[int], levels: Sequence[int]) -> dict[str, Any]:
     "What tells later whether a guard is still the one that was measured."
-    return {"shape": list(shape), "probe": answer_to_probe(guard, shape, levels).tolist()}
+    answer = answer_to_probe(guard, shape, levels)
+    return {"shape": list(shape), "probe": answer.tolist(), "one_sided": guard.one_sided}
 
 
 def _tolerance(guard: Guard, answer: Tensor) -> float:
@@ -176,8 +178,8 @@ _REMEDY = "calibrate_check(guard, members, held_out), or cpsample guard RUN --ch
 def check_recognition(guard: Guard) -> None:
     """Raise ValueError, in one line, unless a guard can be asked what it recognises.
 
-    It can if `calibrate_check` has measured that with the classifier, the levels and the schedule
-    that it has now.
+    It can if `calibrate_check` has measured that with the classifier, the form and the levels that
+    it has now.
     """
     if guard.recognition is None:
         raise ValueError(f"nobody has measured what this guard recognises: {_REMEDY}")
@@ -185,10 +187,14 @@ def check_recognition(guard: Guard) -> None:
     expected = torch.tensor(expected)  # [K]
     answer = answer_to_probe(guard, shape, levels)
     same_labels = answer.shape == expected.shape
-    if not same_labels or (answer - expected).abs().max() > _tolerance(guard, expected):
+    same_sides = guard.recognition.get("one_sided", guard.one_sided) == guard.one_sided
+
+    # Not "further apart": what is compared to NaN is never further apart.
+    near = same_labels and (answer - expected).abs().max() <= _tolerance(guard, expected)
+    if not (near and same_sides and math.isfinite(guard.recognition["threshold"])):
         raise ValueError(
-            "what this guard recognises was measured with another classifier, or at other levels: "
-            f"{_REMEDY} again"
+            "what this guard recognises was measured with another classifier or form, or at other "
+            f"levels: {_REMEDY} again"
         )
 
 
@@ -203,7 +209,8 @@ def recognise(guard: Guard, x: Tensor, model: Denoiser | None = None) -> Tensor:
     one is asked.
     """
     if len(x) > 0:
-        x = check_images(x, dtype=None, any_range=guard.clip is None)
+        are_known_pictures = bool((guard.recognition or {}).get("pictures"))
+        x = check_images(x, dtype=None, any_range=guard.clip is None and not are_known_pictures)
         check_guard_fits(guard, shape=x.shape[1:])
     x = guard.cast(x)
     check_recognition(guard)
@@ -483,6 +490,27 @@ def refuse_unknown(known: dict[str, Any], wanted: float) -> None:
         )
 
 
+def warn_of_strangers(is_known: Tensor, scores: Tensor, rows: Tensor, wanted: float) -> None:
+    """Warn when a check does not recognise the training images themselves.
+
+    Where a model draws copies of few of them, its copies say nothing about the others.
+    is_known bool [N]: which members are recognised as they are.
+    scores [N]: their familiarity.
+    rows [N]: their numbers among the training images.
+    wanted: share of them that should be.
+    """
+    unknown, n = int((~is_known).sum()), len(is_known)
+    if n - unknown >= wanted * n:
+        return
+    warnings.warn(
+        f"the copies that the model draws are recognised, but {unknown} of {n} training images are "
+        f"not, number {rows[scores.argmin()]} the least: the check would serve copies of them; "
+        "train the guard longer, or calibrate the check without model=",
+        UncoveredMemberWarning,
+        stacklevel=3,
+    )
+
+
 def calibrate_check(
     guard: Guard,
     members: Tensor,
@@ -538,12 +566,16 @@ def calibrate_check(
 
     # The data sheet. Nothing has changed the guard so far.
     recognised = int((score(drawn) > threshold).sum())
+    of_members = score(members).cpu()
+    warn_of_strangers(of_members > threshold, of_members, rows, wanted)
     guard.recognition = dict(
         threshold=threshold,
         **look,
         **probed(guard, members.shape[1:], look["levels"]),
         **demands,
         **known,
+        members=share_with_interval(of_members > threshold),
+        pictures=are_pictures(members),
         false_alarms=share_with_interval(rings),
         drawn={"n": len(drawn), "copies": copies.drawn, "recognised": recognised},
         seed=seed,
