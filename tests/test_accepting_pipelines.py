@@ -32,6 +32,7 @@ from cpsample.core.guard import fit_guard
 from cpsample.core.images import load_digits
 from cpsample.core.recognition import calibrate_check, recognise
 from cpsample.production.pipelines import (
+    _as_seen,
     _call_for,
     encode,
     protect_pipeline,
@@ -305,6 +306,21 @@ def test_the_judge_of_a_latent_pipeline_sees_latents(output_type):
     torch.testing.assert_close(seen[0], again)
 
 
+def test_pipelines_of_pixels_are_judged_whatever_they_are_asked_for():
+    "They have no latents, and return arrays where somebody asks for some."
+    pipe = pixel_pipeline()
+    guard = linear_guard(pipe.scheduler, (1, 8, 8), bias=0.0).guard
+    with protect_pipeline(pipe, guard, accept=lambda x: x.flatten(1)[:, 0] > -9) as protection:
+        images = pipe(batch_size=2, num_inference_steps=2, output_type="latent").images
+    assert len(images) == 2 and protection is not None
+
+
+def test_packed_latents_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="packed latents: leave out") as told:
+        _as_seen(latent_pipeline(), torch.zeros(2, 16, 16), "latent")
+    assert "\n" not in str(told.value)
+
+
 def test_a_guard_has_the_last_word():
     "End to end: a pipeline that hands out members; the guard alone knows which."
     digits, _ = load_digits()
@@ -337,7 +353,9 @@ class Replaying:
 def test_a_guard_that_was_not_calibrated_for_it_is_refused():
     pipe = pixel_pipeline()
     guard = linear_guard(pipe.scheduler, (1, 8, 8)).guard
-    with pytest.raises(ValueError, match="cpsample guard RUN --check") as told:
+    with pytest.raises(
+        ValueError, match=r"calibrate_check\(guard, encode\(pipe, members\)"
+    ) as told:
         protect_pipeline(pipe, guard, accept=True)
     assert "\n" not in str(told.value) and not pipe.unet._forward_hooks
     assert "_protections" not in vars(pipe)
@@ -351,6 +369,8 @@ def bundle():
 IMPOSSIBLE = {
     "no function": (Marked, {"accept": "yes"}, "accept must be True, or a function"),
     "no tries": (Marked, {"accept": always, "tries": 0}, "tries must be between 1 and"),
+    "half a try": (Marked, {"accept": always, "tries": 2.5}, "tries must be between 1 and"),
+    "tries in words": (Marked, {"accept": always, "tries": "3"}, "tries must be between 1 and"),
     "leftover": (Marked, {"accept": always, "leftover": "keep"}, "one of withhold, return"),
     "parts": (bundle, {"accept": always}, "parts of a pipeline cannot draw anew"),
 }

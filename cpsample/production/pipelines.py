@@ -1184,7 +1184,12 @@ def _images_of(result: Any) -> Any:
 
 def _as_seen(pipe: "DiffusionPipeline", images: Any, output_type: str | None) -> Tensor:
     "Images that a pipeline returned, as its network sees them: float, [B, C', H', W']."
-    if output_type == "latent":
+    if output_type == "latent" and isinstance(images, Tensor):  # pipelines of pixels have none
+        if images.dim() != 4:
+            raise ValueError(
+                'accept= cannot look at packed latents: leave out output_type="latent", and encode '
+                "the pictures afterwards"
+            )
         return images.float()
     if isinstance(images, list):
         arrays = [np.array(image) for image in images]
@@ -1205,6 +1210,11 @@ _LEFTOVER = {"withhold": "are left out", "return": "are returned all the same"}
 
 def _judge_of(guard: Guard, accept: bool | Accept) -> Accept:
     "What decides which images to keep: the guard itself, or the caller's. Raises ValueError."
+    if accept is True and guard.recognition is None:
+        raise ValueError(
+            "nobody has measured what this guard recognises: calibrate_check(guard, encode(pipe, "
+            "members), encode(pipe, held_out)) measures it, with the encode of this module"
+        )
     if accept is True:
         return unrecognised_by(guard)
     if not callable(accept):
@@ -1225,8 +1235,9 @@ class Acceptance:
     def __init__(self, pipe: "DiffusionPipeline", judge: Accept, tries: int, leftover: str):
         if not callable(pipe):
             raise ValueError("parts of a pipeline cannot draw anew: protect the pipeline itself")
-        if not 1 <= tries <= MOST_TRIES:
-            raise ValueError(f"tries must be between 1 and {MOST_TRIES}, got {tries}")
+        is_whole = isinstance(tries, int) and not isinstance(tries, bool)
+        if not is_whole or not 1 <= tries <= MOST_TRIES:
+            raise ValueError(f"tries must be between 1 and {MOST_TRIES}, got {tries!r}")
         if leftover not in _LEFTOVER:
             raise ValueError(f"leftover must be one of {', '.join(_LEFTOVER)}, got {leftover!r}")
         if any(other.acceptance is not None for other in vars(pipe).get("_protections", [])):
