@@ -9,7 +9,7 @@ __all__ = ['SETTINGS', 'WAYS', 'SCHEDULERS', 'MAKING', 'STUDY', 'Serve', 'CAPTIO
            'guided', 'Captioned', 'calibrated_guards', 'serve_captions', 'load_captioned', 'draw_from',
            'choose_embeddings', 'attack_caption', 'measure_caption_attacks', 'DetectorSettings', 'Price', 'prices',
            'Court', 'load_court', 'judge_requests', 'mixed_embeddings', 'moved_embeddings', 'in_groups',
-           'count_refused', 'measure_detectors']
+           'count_refused', 'measure_detectors', 'detectors_table', 'refusals_table']
 
 # %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #713970b4
 import functools
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core.calibration import calibrate
 from ..core.copying import copy_test, describe_rate, proportion_ci
-from ..core.ddpm import Denoiser, sample
+from ..core.ddpm import Denoiser, SampleStep, sample
 from ..core.digit_encoder import frechet_distance
 from ..core.guard import GUARDS, Guard, UncalibratedGuardWarning
 from ..core.guard_files import load_guard, save_guard
@@ -866,6 +866,29 @@ def load_court() -> Court:
     return Court(subject, load_guard(folder / "guard"), embeddings, blanks[:1])
 
 
+def _scores_of_judges(
+    guard: Guard, listener: Listener, drawn: list[SampleStep], settings: DetectorSettings
+) -> dict[str, Tensor]:
+    "{judge: scores [B]} of requests that were drawn, step by step."
+    # Before anything is drawn: two looks at the same noise.
+    look = {"low": settings.low, "weight": settings.weight}
+    scores = caption_scores(listener.look, drawn[0].x_t, guard.schedule, **look)
+
+    # While it is drawn: the lengths, and what the guard sees coming.
+    judged = {
+        "magnitude, first step": scores.magnitude,
+        "magnitude, all steps": torch.stack(listener.magnitudes).mean(0),
+        "alignment": scores.alignment,
+        "magnitude and alignment": scores.combined,
+    }
+    predictions = {
+        "guard, first prediction": drawn[0].x0_pred,
+        "guard, early prediction": drawn[settings.early - 1].x0_pred,
+        "guard, finished picture": drawn[-1].x0_pred,
+    }
+    return judged | {name: familiarity(guard, x0) for name, x0 in predictions.items()}
+
+
 @torch.no_grad()
 def judge_requests(
     court: Court,
@@ -893,25 +916,8 @@ def judge_requests(
     options = {"steps": settings.steps, "eta": 0.0, "generator": seeded_generator(seed)}
     drawn = list(sample(model, schedule, (len(embedding), 4, 8, 8), **options))
 
-    # Before anything is drawn: two looks at the same noise.
-    look = {"low": settings.low, "weight": settings.weight}
-    scores = caption_scores(listener.look, drawn[0].x_t, schedule, **look)
-
-    # While it is drawn: the lengths, and what the guard sees coming.
-    predictions = {
-        "guard, first prediction": drawn[0].x0_pred,
-        "guard, early prediction": drawn[settings.early - 1].x0_pred,
-        "guard, finished picture": drawn[-1].x0_pred,
-    }
-    judged = {
-        "magnitude, first step": scores.magnitude,
-        "magnitude, all steps": torch.stack(listener.magnitudes).mean(0),
-        "alignment": scores.alignment,
-        "magnitude and alignment": scores.combined,
-    }
-    judged |= {name: familiarity(court.guard, x0) for name, x0 in predictions.items()}
-
-    # And what came out.
+    # Everybody has listened; and what came out?
+    judged = _scores_of_judges(court.guard, listener, drawn, settings)
     report = copy_test(_decoded(pipe, drawn[-1].x0_pred), court.subject.members)
     copied = report.copied & (report.nearest == 0)
     magnitudes = torch.stack(listener.magnitudes, 1)
@@ -1027,6 +1033,8 @@ def count_refused(
     copied = judged["copied"].bool()
     copies, n = int(copied.sum()), len(copied)
     both_kinds = min(copies, n - copies) >= 2
+
+    # Whom does each judge refuse, and does it know the copies among them?
     judges = {}
     for judge, threshold in thresholds.items():
         refused = judged[judge] > threshold
@@ -1054,56 +1062,123 @@ def _told_apart(
     return told
 
 
+def _kept_scores(
+    workspace: Workspace,
+    settings: DetectorSettings,
+    name: str,
+    measure_one: Callable[[], dict],
+) -> dict[str, Tensor]:
+    "The scores of a stage, {judge: [n]}, judged now or before."
+    answer = cached_stage(workspace, name, measure_one, settings=settings_of(settings))
+    answer.pop("seconds")
+    return {judge: torch.tensor(values) for judge, values in answer.items()}
+
+
+def _lengths_by_step(
+    collapsed: dict[str, Tensor], innocent: dict[str, Tensor]
+) -> list[tuple[float, tuple[float, float]]]:
+    "The AUC of the magnitude at each step, with its interval."
+    steps = zip(collapsed["magnitudes"].T, innocent["magnitudes"].T)
+    return [auc(of_bags, of_others) for of_bags, of_others in steps]
+
+
+def _by_caption(
+    of_caption: dict[str, dict[str, Tensor]], judges: Iterable[str]
+) -> dict[str, dict[str, dict]]:
+    "{caption: {judge: mean and range of its scores}}."
+    spreads = {}
+    for caption, scores in of_caption.items():
+        spreads[caption] = {judge: _spread_of(scores[judge]) for judge in judges}
+    return spreads
+
+
 def measure_detectors(
     workspace: Workspace, settings: DetectorSettings = DetectorSettings()
 ) -> dict:
     "The numbers of prompt_detectors.json: a stage per caption and per situation."
-    court = load_court()
-    stage = functools.partial(cached_stage, workspace, settings=settings_of(settings))
-
-    def scores_of(name: str, measure_one: Callable[[], dict]) -> dict[str, Tensor]:
-        answer = stage(name, measure_one)
-        answer.pop("seconds")
-        return {judge: torch.tensor(values) for judge, values in answer.items()}
+    court, judges = load_court(), prices(settings)
+    keep = functools.partial(_kept_scores, workspace, settings)
 
     # Every caption, as it is asked for.
     of_caption = {}
     for kind, caption in enumerate(CAPTIONS):
         measure_one = functools.partial(_judge_caption, court, kind, settings)
-        of_caption[caption] = scores_of(f"judged-{kind}", measure_one)
+        of_caption[caption] = keep(f"judged-{kind}", measure_one)
     collapsed = of_caption[CAPTIONS[BAG]]
     innocent = _joined([scores for name, scores in of_caption.items() if name != CAPTIONS[BAG]])
 
-    # Who tells them apart, and at which step does the length?
-    told = _told_apart(collapsed, innocent, settings)
-    by_step = []
-    for of_bags, of_others in zip(collapsed["magnitudes"].T, innocent["magnitudes"].T):
-        by_step.append(auc(of_bags, of_others))
-
-    # Whom does each refuse elsewhere, at the same price in innocent requests?
-    judges, thresholds = prices(settings), {}
+    # Whom does each judge refuse elsewhere, at the same price in innocent requests?
+    thresholds = {}
     for judge in judges:
         thresholds[judge] = innocent[judge].quantile(1 - settings.fpr).item()
     situations = {"the caption": count_refused(collapsed, thresholds)}
     for number, (name, measure_one) in enumerate(_requests_elsewhere(court, settings).items()):
-        judged = scores_of(f"situation-{number}", measure_one)
-        situations[name] = count_refused(judged, thresholds)
+        situations[name] = count_refused(keep(f"situation-{number}", measure_one), thresholds)
 
-    # Scores by caption, to be drawn.
-    by_caption = {}
-    for caption, scores in of_caption.items():
-        by_caption[caption] = {judge: _spread_of(scores[judge]) for judge in judges}
     return {
         "settings": settings_of(settings),
         "n": {"collapsed": len(collapsed["copied"]), "innocent": len(innocent["copied"])},
         "copies": {name: int(scores["copied"].sum()) for name, scores in of_caption.items()},
         "prices": {judge: price._asdict() for judge, price in judges.items()},
-        "told": told,
-        "by_step": by_step,
+        "told": _told_apart(collapsed, innocent, settings),
+        "by_step": _lengths_by_step(collapsed, innocent),
         "thresholds": thresholds,
         "situations": situations,
-        "by_caption": by_caption,
+        "by_caption": _by_caption(of_caption, judges),
     }
 
 
 PROMPT_DETECTORS = Study("prompt_detectors", measure_detectors)
+
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #853ccd05
+def _told_cells(verdict: dict) -> list[str]:
+    "AUC as published and the rate at 1 % false alarms of one judge, with their intervals."
+    low, high = verdict["auc_ci"]
+    rate, interval = (verdict["turned"][name]["0.01"] for name in ("tpr", "tpr_ci"))
+    found = "–"
+    if rate is not None:
+        found = f"{rate:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return [f"{verdict['auc']:.3f} [{low:.3f}, {high:.3f}]", found]
+
+
+def detectors_table(record: dict) -> str:
+    "Who tells the collapsed caption from the others, and what it costs, as a table in Markdown."
+    n, settings = record["n"], record["settings"]
+    of_groups = [f"AUC, of {settings['group']} requests", "found at 1 % false alarms"]
+    columns = ["judge", "calls before it speaks", "AUC, of one request", of_groups[1], *of_groups]
+    lines = _markdown_head(columns)
+    for judge, price in record["prices"].items():
+        calls = f"{price['network']}" + (" + 1 of the guard" if price["guard"] else "")
+        cells = [judge, calls]
+        for verdicts_of in record["told"].values():
+            cells += _told_cells(verdicts_of[judge])
+        lines.append(_markdown_line(cells))
+
+    # Where the numbers come from.
+    seeds = ", ".join(map(str, settings["seeds"]))
+    asked = f"{n['collapsed']} requests for the collapsed caption, {n['innocent']} for nine others"
+    how = f"seeds {seeds}, w = {settings['scale']:g}, {settings['steps']} steps of DDIM"
+    origin = f"`{record['command']}` at `{record['commit']}`, {record['hardware']}"
+    return "\n".join(lines) + f"\n\n{asked}; {how}; {origin}."
+
+# %% ../../nbs/4_production/07_stable_diffusion_study.ipynb #4bc1c04c
+_REFUSING = (
+    "magnitude, first step",
+    "magnitude and alignment",
+    "guard, first prediction",
+    "guard, finished picture",
+)
+
+
+def refusals_table(record: dict) -> str:
+    "Whom judges refuse where the caption is not all that counts, as a table in Markdown."
+    lines = _markdown_head(["asked with", "copies of the one", *_REFUSING])
+    for name in ("the caption", "the caption, w = 1", "the caption, guarded", "no caption"):
+        situation = record["situations"][name]
+        copies = situation["copies"]
+        cells = [name, describe_rate(copies["k"], copies["n"])]
+        for judge in _REFUSING:
+            refused = situation["judges"][judge]["refused"]
+            cells.append(describe_rate(refused["k"], refused["n"]))
+        lines.append(_markdown_line(cells))
+    return "\n".join(lines)
