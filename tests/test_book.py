@@ -140,7 +140,7 @@ def test_what_ships_is_small_and_says_how_it_was_made():
     [
         ("index", "#| echo: false", 7),
         ("3_judgement/09_comparison", "# results", 8),
-        ("4_production/07_stable_diffusion_study", "# results", 3),
+        ("4_production/07_stable_diffusion_study", "# results", 5),
     ],
 )
 def test_numbers_on_the_page_are_those_of_the_files(name, first, tables):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CLASSES', 'CAPTIONS', 'BAG', 'SMALL', 'TINY', 'Size', 'framed', 'unframed', 'Pictures', 'load_pictures',
            'drawing_weights', 'new_vae', 'vae_loss', 'new_tokenizer', 'Conditional', 'caption_loss', 'new_scheduler',
-           'make_pipeline', 'load_collapsed', 'ask', 'as_drawn', 'make_guard']
+           'make_pipeline', 'load_collapsed', 'ask', 'as_drawn', 'make_guard', 'embed_captions', 'CaptionLook',
+           'caption_look', 'magnitude', 'Listener', 'alignment', 'CaptionScores', 'caption_scores']
 
 # %% ../../nbs/4_production/06_stable_diffusion.ipynb #131b0dea
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,16 @@ from torch import Tensor, nn
 from ..core.ddpm import seeded
 from ..core.guard import Guard
 from ..core.images import pixels, split
-from ..core.schedule import Schedule, add_noise
+from ..core.schedule import Schedule, add_noise, check_levels
 from ..practice.datasets import load_fashion
 from ..practice.training import fit
-from .pipelines import encode, fit_pipeline_guard, protect_pipeline, schedule_of
+from cpsample.production.pipelines import (
+    as_denoiser,
+    encode,
+    fit_pipeline_guard,
+    protect_pipeline,
+    schedule_of,
+)
 from ..workshop.files import data_path, import_optional
 from ..workshop.seeds import seeded_generator
 
@@ -470,3 +477,145 @@ def make_guard(
         progress=progress,
         t_max=t_max,
     )
+
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #b17d0239
+def embed_captions(
+    pipe: "StableDiffusionPipeline", captions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """(embeddings of captions, of no caption), [n, words, width] each.
+
+    pipe: with a text encoder and a U-Net that guidance asks twice, with the caption and without.
+    captions: n of them.
+    Raises ValueError for a pipeline without such guidance, in one line.
+    """
+    config = getattr(getattr(pipe, "unet", None), "config", None) or {}
+    takes_words = config.get("cross_attention_dim") is not None
+    takes_only_words = config.get("addition_embed_type") is None
+    asks_twice = config.get("time_cond_proj_dim") is None  # otherwise w is fed to the network
+    if not (hasattr(pipe, "encode_prompt") and takes_words and takes_only_words and asks_twice):
+        raise ValueError(
+            f"{type(pipe).__name__} has no text guidance: what a caption changes is seen on a "
+            "U-Net that is asked with its words and without, as that of StableDiffusionPipeline"
+        )
+    with torch.no_grad():
+        return pipe.encode_prompt(list(captions), pipe.device, 1, True)
+
+
+class CaptionLook(NamedTuple):
+    """What a network predicts, and what the caption changes of that.
+
+    without [B, ...]: the noise that it predicts without a caption, ε_∅.
+    change [B, ...]: with the caption minus without, ε_c − ε_∅.
+    """
+
+    without: Tensor
+    change: Tensor
+
+
+def caption_look(
+    pipe: "StableDiffusionPipeline", embedding: Tensor, blank: Tensor
+) -> Callable[[Tensor, Tensor], CaptionLook]:
+    """look(x_t [B, ...], t [B]) → `CaptionLook`, at the price of two calls of the network.
+
+    pipe: see `embed_captions`.
+    embedding [B, words, width]: of the captions, one per image.
+    blank [1 or B, words, width]: of none.
+    The look raises ValueError for another number of images than of embeddings.
+    """
+    with_caption = as_denoiser(pipe.unet, pipe.scheduler, encoder_hidden_states=embedding)
+    none = blank.expand_as(embedding)
+    without_caption = as_denoiser(pipe.unet, pipe.scheduler, encoder_hidden_states=none)
+
+    def look(x_t: Tensor, t: Tensor) -> CaptionLook:
+        without = without_caption(x_t, t)
+        return CaptionLook(without, with_caption(x_t, t) - without)
+
+    return look
+
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #1a1fb9b0
+def magnitude(look: CaptionLook) -> Tensor:
+    """How far the caption moves the prediction: ‖ε_c − ε_∅‖₂ of each row, [B].
+
+    Source: Wen et al. 2024 (ICLR), section 3.
+    """
+    return look.change.flatten(1).norm(dim=1)
+
+
+class Listener:
+    """A pipeline's network under guidance, a denoiser that notes what the caption changes.
+
+    It answers ε_∅ + w·(ε_c − ε_∅).
+
+    pipe, embedding, blank: see `caption_look`.
+    scale: of guidance, w.
+    magnitudes: a list, `magnitude` of each call so far, [B]. Its first is the detector of one step,
+        the mean over all steps (and over a few noises) the detector of whole generations.
+    """
+
+    def __init__(
+        self,
+        pipe: "StableDiffusionPipeline",
+        embedding: Tensor,
+        blank: Tensor,
+        *,
+        scale: float = 7.5,
+    ):
+        self.look = caption_look(pipe, embedding, blank)
+        self.scale = scale
+        self.magnitudes: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        look = self.look(x_t, t)
+        self.magnitudes.append(magnitude(look).detach())
+        return look.without + self.scale * look.change
+
+# %% ../../nbs/4_production/06_stable_diffusion.ipynb #d138c66a
+def alignment(look: CaptionLook) -> Tensor:
+    """The cosine between what is predicted without a caption and what the caption changes, [B].
+
+    Over the channels at each place, averaged over the places; 0 where nothing changes.
+    Source: after Asthana & Belagiannis 2026 (ICLR, arXiv 2601.20642), as in their published code.
+    """
+    return F.cosine_similarity(look.without, look.change, dim=1).flatten(1).mean(1)
+
+
+class CaptionScores(NamedTuple):
+    """What is said of captions before anything is drawn, [B] each: higher is more suspicious.
+
+    magnitude: at the top noise level.
+    alignment: at a low one.
+    combined: the former plus a weight times the latter.
+    """
+
+    magnitude: Tensor
+    alignment: Tensor
+    combined: Tensor
+
+
+@torch.no_grad()
+def caption_scores(
+    look: Callable[[Tensor, Tensor], CaptionLook],
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    low: int = 41,
+    weight: float = 2.0,
+) -> CaptionScores:
+    """How suspicious captions are, from pure noise: two looks, four calls of the network.
+
+    look: of the captions, see `caption_look`.
+    noise [B, ...]: standard normal, one for each caption; scores differ from noise to noise.
+    schedule: of the pipeline.
+    low: noise level that the network is told at the second look (default: the third from the end
+        of fifty steps of Stable Diffusion).
+    weight: of the alignment (default: theirs for Stable Diffusion 1.4; it depends on the model).
+    Raises ValueError for a level outside of the schedule.
+    Source: Wen et al. 2024 for the magnitude, of one step; the rest after Asthana & Belagiannis
+        2026. Neither paper's numbers were reproduced here: they are of Stable Diffusion.
+    """
+    levels = torch.tensor([schedule.T - 1, low])
+    check_levels(levels, schedule.T)
+    top, bottom = levels.to(noise.device)
+    length = magnitude(look(noise, top.expand(len(noise))))
+    angle = alignment(look(noise, bottom.expand(len(noise))))
+    return CaptionScores(length, angle, length + weight * angle)

@@ -53,6 +53,7 @@ studies = Registry(
         "paper": "cpsample.judgement.paper_study:STUDY",
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
         "caption_attacks": "cpsample.production.stable_diffusion_study:CAPTION_ATTACKS",
+        "prompt_detectors": "cpsample.production.stable_diffusion_study:PROMPT_DETECTORS",
     },
 )
 
