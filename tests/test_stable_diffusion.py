@@ -4,8 +4,10 @@ import functools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from cpsample.core.guard_files import load_guard
 from cpsample.practice.datasets import read_idx
@@ -154,6 +156,18 @@ def test_a_pipeline_is_trained_and_can_be_read(workspace):
     assert shape_of(answer["losses"]) == shape_of(MADE["train"]["losses"])
     on_record = MADE["train"]["size"].keys() | {"repeats"}  # which came later
     assert answer["size"].keys() == on_record and answer["seed"] == 0
+
+
+@pytest.mark.parametrize("where", ["shipped", "trained"])
+def test_the_pipeline_draws_when_it_is_loaded_plainly(workspace, where):
+    folder = SHIPPED
+    if where == "trained":
+        study.train_pipeline(workspace, FEW)
+        folder = workspace.folder / "collapse"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(CAPTIONS[0], num_inference_steps=2, output_type="np").images
+    assert len(pictures) == 1 and not np.isnan(pictures).any()
 
 
 def test_only_what_is_missing_is_made(with_collapse, monkeypatch):

@@ -189,7 +189,9 @@ def train_pipeline(workspace: Workspace, settings: Settings = SETTINGS) -> dict:
     size, folder = settings.size, _folder(workspace)
     claim_files(workspace, "pipeline", settings_of(size, "repeats", "guard_steps"))
     pipe, losses = make_pipeline(size, workspace.folder, progress=workspace.progress)
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    pipe.to(dtype=torch.float16)
+    pipe.text_encoder.float()  # each part is loaded in its own precision, and this one by another
+    pipe.save_pretrained(folder)
     members = unframed(load_pictures(size).bags["members"])
     write_idx(folder / "members-idx3-ubyte.xz", _as_bytes(members))
     last_losses = {name: sum(values[-100:]) / 100 for name, values in losses.items()}
