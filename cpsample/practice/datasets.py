@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'read_idx', 'write_idx', 'load_fashion', 'is_held_out', 'load_cifar10', 'load_celeba64', 'load_crops',
-           'picture_endings', 'read_image', 'ImageFileWarning', 'source_of', 'memory_of_machine', 'load_folder',
-           'LabelledImages', 'load_labelled', 'load_images', 'file_and_array', 'load_array', 'holds_pictures',
-           'read_data', 'resized', 'SameSize', 'read_together']
+           'picture_endings', 'read_image', 'ImageFileWarning', 'source_of', 'picture_paths', 'memory_of_machine',
+           'load_folder', 'LabelledImages', 'load_labelled', 'load_images', 'file_and_array', 'load_array',
+           'holds_pictures', 'read_data', 'resized', 'SameSize', 'read_together']
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #4edfa5f3
 import gzip
@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from ..core.images import load_digits
 from cpsample.workshop.archives import (
-    ENDINGS,
     AnyPath,
     Archive,
     ArchivePath,
@@ -42,7 +41,7 @@ from cpsample.workshop.archives import (
     holds_file,
     is_archive,
 )
-from ..workshop.choices import FITS, check_choice
+from ..workshop.choices import ARCHIVES, FITS, check_choice
 from ..workshop.files import CACHE, atomic, data_path, printable
 from ..workshop.registry import image_readers
 from ..workshop.seeds import whole_number
@@ -134,9 +133,9 @@ def load_fashion(part: str = "train", small: bool = False) -> tuple[Tensor, Tens
     return images[:, None], classes.long()
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #08afe62c
-def is_held_out(inner: PurePosixPath) -> bool:
+def is_held_out(inner: PurePosixPath | str) -> bool:
     "Whether a picture is of the test part: it is in a folder with that name."
-    return "test" in inner.parts[:-1]
+    return "test" in PurePosixPath(inner).parts[:-1]
 
 
 def _cifar10_of(sources: Sources, part: str) -> tuple[Tensor, Tensor]:
@@ -164,7 +163,8 @@ def load_cifar10(part: str = "train", *, sources: Sources | None = None) -> tupl
         lambda folder: CIFAR10(folder, train=is_train, download=True),
         "CIFAR-10",
         file="cifar-10-python.tar.gz",
-        instead=", or give its pictures as archives",
+        instead=", or give archives of its pictures: cpsample train ARCHIVE …, or cpsample "
+        "reproduce cifar10 --data ARCHIVE",
     )
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)  # channels first
     return images.contiguous(), torch.tensor(data.targets)
@@ -580,6 +580,11 @@ def _image_paths(findings: _Findings) -> list[AnyPath]:
     return paths
 
 
+def picture_paths(folder: Sources) -> list[AnyPath]:
+    "The pictures that `load_folder` would try to read, in its order. Raises ValueError as it does."
+    return _image_paths(_Findings(_opened_sources(folder)))
+
+
 def _shorter_side(path: AnyPath) -> int:
     "Of an image file, in pixels."
     with _opened(path) as image:
@@ -595,7 +600,7 @@ def _opened_sources(data: Sources) -> list[AnyPath]:
     for place in places:
         if not (place.is_dir() or is_archive(place)):
             raise ValueError(
-                f"{printable(place)} is not a folder, nor an archive ({', '.join(ENDINGS[:3])}): "
+                f"{printable(place)} is not a folder, nor an archive ({', '.join(ARCHIVES[:3])}): "
                 "give one that holds images"
             )
 
@@ -1026,20 +1031,20 @@ def load_array(path: Path | str) -> Tensor:
     return x.contiguous()
 
 # %% ../../nbs/2_practice/02_datasets.ipynb #e5d8a392
-def holds_pictures(data: str | Sequence[str]) -> bool:
-    "Whether data names folders and archives alone, and no image set of the same name."
+def _is_source(name: str) -> bool:
+    "Whether this names a folder or an archive, and no image set or file that is read otherwise."
+    if name in IMAGE_SETS:
+        return False
+    return Path(name).is_dir() or (is_archive(name) and Path(name).suffix not in image_readers)
 
-    def is_source(name):
-        named, ending = name in IMAGE_SETS, Path(name).suffix
-        return not named and (
-            Path(name).is_dir() or (ending not in image_readers and is_archive(name))
-        )
 
-    return all(map(is_source, as_list(data)))
+def holds_pictures(data: Sources) -> bool:
+    "Whether data names folders and archives of pictures alone."
+    return all(_is_source(str(name)) for name in as_list(data))
 
 
 def read_data(
-    data: str | Sequence[str],
+    data: Sources,
     size: int | None = None,
     channels: int = 3,
     *,
@@ -1061,11 +1066,11 @@ def read_data(
         return load_folder(data, size, channels, fit=fit, strict=strict, progress=True)[0]
 
     # What comes as it is has a size of its own, and stands alone.
-    first, *others = as_list(data)
+    first, *others = names = [str(name) for name in as_list(data)]
     if others:
-        alone = next(source for source in as_list(data) if not holds_pictures(source))
+        alone = next(name for name in names if not _is_source(name))
         raise ValueError(
-            f"{printable(alone)} is no folder and no archive ({', '.join(ENDINGS[:3])}): only "
+            f"{printable(alone)} is no folder and no archive ({', '.join(ARCHIVES[:3])}): only "
             "those are joined to one data set"
         )
     if first in IMAGE_SETS:
@@ -1074,7 +1079,7 @@ def read_data(
     if file.suffix in image_readers and file.is_file():
         return image_readers[file.suffix](first)
     raise ValueError(
-        f"{printable(first)} is neither a folder, nor an archive ({', '.join(ENDINGS[:3])}), "
+        f"{printable(first)} is neither a folder, nor an archive ({', '.join(ARCHIVES[:3])}), "
         f"nor a .npy or .npz file, nor a known data set ({', '.join(IMAGE_SETS)})"
     )
 
@@ -1128,7 +1133,7 @@ def _side_of(data: Sources) -> int:
 
 
 def _sides(
-    sources: Mapping[str, str | Sequence[str]], images: Mapping[str, Tensor], size: int | None
+    sources: Mapping[str, Sources], images: Mapping[str, Tensor], size: int | None
 ) -> dict[str, int]:
     """{name: shorter side in pixels} of all sources.
 
@@ -1162,7 +1167,7 @@ def _scaled_words(sides: dict[str, int], side: int) -> str:
 
 
 def read_together(
-    sources: Mapping[str, str | Sequence[str]],
+    sources: Mapping[str, Sources],
     size: int | None = None,
     *,
     like: Tensor | None = None,
