@@ -77,7 +77,7 @@ def _zip_entries(file: Path | IO[bytes]) -> Iterator[_Entry]:
     "The files of a zip file. Raises what zipfile raises."
     archive = zipfile.ZipFile(file)
     for info in archive.infolist():
-        if not info.is_dir():
+        if info.file_size or not info.is_dir():
             fault = "links" if stat.S_ISLNK(info.external_attr >> 16) else ""
             read = partial(_read_zipped, archive, info)
             yield _Entry(_zip_name(info), info.file_size, read, fault)
