@@ -155,19 +155,18 @@ def test_classes_are_those_of_a_list_or_of_folders(tmp_path, kind):
 
 
 def test_cifar10_from_archives(tmp_path):
-    classes = ["airplane", "bird", "cat"]
-    files = [
-        (f"{part}/{c}/{i}.jpg", picture(i, 32, "JPEG"))
-        for i in range(2)
-        for c in classes
-        for part in ("train", "test")
-    ]
-    test = tmp_path / "test"  # the folder above is none of the archive's
-    test.mkdir()
-    archive = pack(test / "cifar.zip", files)
-    (x, classes_of_x), (u, v) = (load_cifar10(part, sources=archive) for part in ("train", "test"))
-    assert x.shape == u.shape == (6, 3, 32, 32)
-    assert classes_of_x.tolist() == v.tolist() == [0, 0, 1, 1, 2, 2]
+    "One picture more of each class to train on; the folder above is none of the archive's."
+    (tmp_path / "test").mkdir()
+    files = []
+    for part, n in (("train", 3), ("test", 2)):
+        for name in ("cat", "airplane", "bird"):
+            files += [(f"x/{part}/{name}/{i}.png", picture(i + n, 32)) for i in range(n)]
+    archive = pack(tmp_path / "test" / "cifar.zip", files)
+    for part, n in (("train", 3), ("test", 2)):
+        x, classes = load_cifar10(part, sources=archive)
+        assert x.shape == (3 * n, 3, 32, 32)
+        assert classes.tolist() == sorted(n * [0, 1, 2])
+        assert torch.equal(x[0], in_silence(archive, 32)[0][0 if part == "test" else 6])
 
 
 JUNK = [
@@ -293,6 +292,15 @@ def test_half_an_archive_is_never_taken_for_a_whole_one(tmp_path, kind):
             load_folder(half, 8, strict=True)
 
 
+def test_a_file_that_is_cut_off_is_not_read(tmp_path):
+    archive = pack(tmp_path / "x.tar", [("a.txt", b"12345678")])
+    (entry,) = Archive(archive).files.values()
+    assert entry.read() == b"12345678"
+    archive.write_bytes(archive.read_bytes()[:515])
+    with pytest.raises(EOFError, match="it is cut off"):
+        entry.read()
+
+
 def test_a_header_that_is_broken_is_not_the_end(tmp_path):
     files = [(f"{i}.png", picture(i)) for i in range(3)]
     archive = pack(tmp_path / "x.tar", files)
@@ -383,6 +391,7 @@ def test_a_name_that_comes_twice_is_the_last_file(tmp_path, kind):
     _, paths, words = with_one_warning(pack(tmp_path / f"y{kind}", files))
     assert [path.inner for path in paths] == ["a.png/b.png"]
     assert "files with the name of a folder (1): a.png" in words
+    assert Archive(tmp_path / f"y{kind}").files.keys() == {"a.png/b.png"}
 
 
 @pytest.mark.parametrize("kind", [".tar", ".tgz"])

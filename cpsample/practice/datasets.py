@@ -135,7 +135,7 @@ def load_fashion(part: str = "train", small: bool = False) -> tuple[Tensor, Tens
 # %% ../../nbs/2_practice/02_datasets.ipynb #08afe62c
 def is_held_out(inner: PurePosixPath | str) -> bool:
     "Whether a picture is of the test part: it is in a folder with that name."
-    return "test" in PurePosixPath(inner).parts[:-1]
+    return "test" in PurePosixPath(inner).parts
 
 
 def _cifar10_of(sources: Sources, part: str) -> tuple[Tensor, Tensor]:
