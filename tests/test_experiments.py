@@ -1,6 +1,7 @@
 "A plan that is true and costs nothing, and runs that survive a disconnect and a full disk."
 
 import errno
+import io
 import json
 import os
 import re
@@ -13,13 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from small_archives import pack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from cpsample.cli import app
 from cpsample.core.ddpm import generate
 from cpsample.core.schedule import make_schedule
+from cpsample.practice import datasets
 from cpsample.practice.runs import Config, fit_run_guard, train_denoiser
 from cpsample.production import cifar10, experiments
 from cpsample.production.celeba64 import CELEBA64
@@ -33,6 +39,7 @@ from cpsample.production.experiments import (
     results,
     results_table,
     run_experiment,
+    with_archives,
 )
 from cpsample.workshop import files, studies
 from cpsample.workshop.costs import network_cost
@@ -653,3 +660,109 @@ def test_a_record_says_what_it_is(done):
     assert all(cost["seconds"] > 0 for cost in record["costs"].values())
     assert json.loads((folder / "results.json").read_text()) == record
     assert (folder / "guards" / "subset.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def crops_in_archives(folder, names=("b.zip", "a.tar")):
+    "The crops of `TINY` as two archives: those for training, and those held out."
+    archives = [folder / name for name in names]
+    for archive, part, images in zip(archives, ("train", "test"), DATA["crops-32"].load()):
+        files = []
+        for row, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, "PNG")
+            files.append((f"copy/{part}/x/{row:04}.png", content.getvalue()))
+        pack(archive, files[::-1])
+    return archives
+
+
+def test_archives_take_the_place_of_a_data_set(tmp_path, monkeypatch):
+    archives = crops_in_archives(tmp_path)
+    archived = with_archives(TINY, archives)
+    assert archived == with_archives(TINY, archives[::-1]) and archived.counts == TINY.counts
+    assert re.fullmatch(r"a.tar, b.zip \(sha256 of the pictures [0-9a-f]{64}\)", archived.data)
+    assert replace(archived, data=TINY.data, given=None) == TINY
+    assert plan(archived) == plan(TINY) and archived.data in plan_table(archived)
+
+    # The images are those of the set, in their order, and no record knows where they lay.
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = experiments.Run(folder, progress=False, experiment=archived, archives=archives)
+    experiments._claim_folder(run, "test")
+    images, originals = experiments._image_sets(run), DATA["crops-32"].load()
+    assert torch.equal(images["all"].members, originals[0][: TINY.images])
+    assert torch.equal(images["all"].held_out, originals[1])
+    kept = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert str(tmp_path).encode() not in kept and archived.data.encode() in kept
+
+    # Kept images need no archives any more; without them there is one line.
+    without = replace(run, archives=())
+    assert torch.equal(experiments._image_sets(without)["all"].held_out, originals[1])
+    (folder / "data.safetensors").unlink()
+    with pytest.raises(ValueError, match="is about a.tar, b.zip .*give these archives again"):
+        experiments._image_sets(without)
+    with pytest.raises(ValueError, match="belongs to another run .*a.tar, b.zip"):
+        go_on(folder)
+
+    # Another set under the same names is another set; a known one has a name.
+    digest = archived.data.split()[-1].rstrip(")")
+    monkeypatch.setitem(experiments._KNOWN_COPIES, digest, "CIFAR-10, JPEG copy")
+    assert with_archives(TINY, archives).data == "CIFAR-10, JPEG copy"
+    pack(archives[1], [(f"test/{i}.png", bytes([i])) for i in range(104)])
+    assert with_archives(TINY, archives).data.startswith("a.tar, b.zip (sha256")
+
+
+def test_archives_that_are_not_enough_are_refused(tmp_path):
+    archives = crops_in_archives(tmp_path)
+    for given, says in (
+        (
+            archives[:1],
+            "needs 70 pictures to train on and 2 in a folder called test, got 416 and 0",
+        ),
+        (archives[1:], "got 0 and 104: give all archives"),
+        ([*archives, tmp_path], "is no archive: --data takes"),
+        ([tmp_path / "missing.zip"], "missing.zip is no archive"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            with_archives(TINY, given)
+
+
+def test_the_command_takes_archives_for_what_can_be_given_so(tmp_path, monkeypatch):
+    def call(*words):
+        return CliRunner().invoke(app, ["reproduce", *map(str, words)])
+
+    archives = crops_in_archives(tmp_path)
+    data = [word for archive in archives for word in ("--data", archive)]
+    result = call("cifar10", "--size", "tiny", "--plan", *data)
+    assert result.exit_code == 0 and "training images of a.tar, b.zip (sha256" in result.output
+    for words, says in (
+        (("celeba64", *data), "--data is for cifar10: leave it out for celeba64"),
+        (("guards", *data), "guards is a study"),
+        (("cifar10", *data), "needs 50,000 pictures to train on"),
+        (("cifar10", "--data", tmp_path), "is no archive"),
+    ):
+        result = call(*words)
+        lines = result.stderr.splitlines()
+        assert result.exit_code == 2 and len(lines) == 1 and says in lines[0], result.output
+
+    # What is run is the same experiment, and its record names the archives alone.
+    asked = []
+    monkeypatch.setattr(
+        experiments, "run_experiment", lambda *args, **more: asked.append((args, more))
+    )
+    words = ["cpsample", "reproduce", "cifar10", *map(str, data)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert call("cifar10", "--size", "tiny", "--out", tmp_path / "run", *data).exit_code == 0
+    (((e, *_), more),) = asked
+    assert e == with_archives(CIFAR10["tiny"], archives) and more["archives"] == archives
+    assert more["command"] == "cpsample reproduce cifar10 --data b.zip --data a.tar"
+
+
+def test_without_the_exact_set_the_error_says_where_to_put_it(tmp_path, monkeypatch):
+    def refuse(root, **options):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
+    says = "put cifar-10-python.tar.gz there, .* or cpsample reproduce cifar10 --data ARCHIVE"
+    with pytest.raises(OSError, match=says):
+        DATA["cifar10"].load()

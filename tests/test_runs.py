@@ -205,7 +205,7 @@ def test_mistakes_in_training(tmp_path, run):
     out = "--out", tmp_path / "r"
     (tmp_path / "empty").mkdir()
     refused("no images in", "train", tmp_path / "empty", *out)
-    unknown = "neither a folder, nor a .npy or .npz file, nor a known data set"
+    unknown = "neither a folder, nor an archive (.zip, .tar, .tar.gz), nor a .npy or .npz file"
     refused(unknown, "train", "cats", *out)
     refused("cannot split", "train", "fashion-small", "--images", 9999, *out)
     refused("--steps must be between 1", "train", "fashion-small", "--steps", 0, *out)

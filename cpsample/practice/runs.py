@@ -55,6 +55,7 @@ from cpsample.practice.training import (
     parts_of,
     weights_fingerprint,
 )
+from ..workshop.archives import Sources, as_list
 from ..workshop.choices import FITS, check_choice
 from cpsample.workshop.files import (
     atomic,
@@ -278,7 +279,7 @@ def load_model(path: Path | str) -> SavedModel:
 class _RunRecord:
     "What run.json holds; `start` is called `from` there, the model that was fine-tuned."
 
-    data: str
+    data: str | list[str]
     size: int
     channels: int
     images: int | None
@@ -935,7 +936,7 @@ class RunImages(NamedTuple):
     non_members: Tensor
 
 
-def read_like(description: dict, data: str) -> Tensor:
+def read_like(description: dict, data: Sources) -> Tensor:
     "Images, read in the size, the channels and the squares of a run that is described."
     fit = description.get("fit", "cut")
     return read_data(data, description["size"], description["channels"], fit=fit)
@@ -966,8 +967,9 @@ def members_of(run: Path | str) -> RunImages:
     description = run_of(run)
     images = read_like(description, description["data"])
     if fingerprint(images) != description["fingerprint"]:
+        places = ", ".join(as_list(description["data"]))
         raise ValueError(
-            f"the images of {description['data']} are not those that {run} was trained on: "
+            f"the images of {places} are not those that {run} was trained on: "
             "put them back, or train again"
         )
 

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TUNE', 'INCEPTION', 'ATTACKS', 'EXPERIMENTS', 'ImageSource', 'Question', 'Experiment', 'colab_size',
-           'tiny_size', 'Counted', 'StageCost', 'plan', 'plan_table', 'Run', 'public_denoiser', 'reproduce',
-           'run_experiment', 'results_table', 'results']
+           'tiny_size', 'with_archives', 'Counted', 'StageCost', 'plan', 'plan_table', 'Run', 'public_denoiser',
+           'reproduce', 'run_experiment', 'results_table', 'results']
 
 # %% ../../nbs/4_production/03_experiments.ipynb #131b0dea
 import functools
+import hashlib
 import itertools
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,11 +35,19 @@ from ..core.protection import protect
 from ..core.schedule import Schedule, make_schedule
 from ..judgement.attacks import guard_attacks, published_attacks, scores_of
 from ..judgement.inference import loss_test, verdicts
-from ..practice.datasets import load_celeba64, load_cifar10, load_crops
+from cpsample.practice.datasets import (
+    is_held_out,
+    load_celeba64,
+    load_cifar10,
+    load_crops,
+    load_folder,
+    picture_paths,
+)
 from ..practice.encoders import features, inception
 from ..practice.runs import Config, fit_run_guard, load_model, save_model, train_denoiser
 from .hub import hub_errors
 from .pipelines import schedule_of
+from ..workshop.archives import ArchivePath, is_archive
 from ..workshop.costs import GPUS, NetworkCost, network_cost
 from cpsample.workshop.files import (
     data_path,
@@ -123,7 +132,7 @@ class Experiment:
     """Everything that decides a run.
 
     name, size: such as "cifar10" and "full".
-    data: a key of `DATA`.
+    data: a key of `DATA`, or what archives are called.
     config: of the base model, the guards and the sampler.
     tune: what differs in it for the subset.
     pretrained: where the base model comes from, a folder or on the Hub (None: it is trained).
@@ -137,6 +146,8 @@ class Experiment:
     attacked: members and others that attacks are tried on, at most.
     cosine: above it, two images are near-copies.
     space: of the features, a key of `feature_spaces`, which ends in its dimension.
+    given: where `data` is what archives are called, how many of their pictures are for training,
+        and how many are held out.
     """
 
     name: str
@@ -156,6 +167,13 @@ class Experiment:
     attacked: int = 1000
     cosine: float = 0.97
     space: str = "inception-2048"
+    given: tuple[int, int] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        "How many images there are for training, and how many that are held out."
+        source = DATA.get(self.data)
+        return self.given or (source.train, source.held_out)
 
     @property
     def tuned(self) -> Config:
@@ -166,7 +184,7 @@ class Experiment:
     def questions(self) -> dict[str, Question]:
         "Of all images, and of the subset."
         # The whole set leaves no others for its guard but those that no model sees.
-        held_out = DATA[self.data].held_out
+        _, held_out = self.counts
         all_images = Question(
             name="all",
             preset="paper",
@@ -262,6 +280,71 @@ def tiny_size(full: Experiment, data: str, options: dict) -> Experiment:
         space="thumbnail-48",
     )
 
+# %% ../../nbs/4_production/03_experiments.ipynb #eff4a33f
+_KNOWN_COPIES = {
+    "4d52050de9bd7204019c14b6b0fbd3cd0aa47b1106dc01e868a13af37c908269": "CIFAR-10, JPEG copy",
+}
+
+
+def _in_order(paths: Sequence[ArchivePath]) -> list[int]:
+    "The rows of pictures, sorted by their names, whatever archive each is in."
+    return sorted(range(len(paths)), key=lambda row: paths[row].inner)
+
+
+def _digest(paths: Sequence[ArchivePath]) -> str:
+    "The SHA-256 of the SHA-256 of all pictures; one that is damaged counts as empty."
+    together = hashlib.sha256()
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except Exception:  # it will be named when the pictures are read
+            content = b""
+        together.update(hashlib.sha256(content).digest())
+    return together.hexdigest()
+
+
+def with_archives(e: Experiment, archives: Sequence[Path | str]) -> Experiment:
+    """An experiment about the pictures in archives, in the place of its own data set.
+
+    archives: .zip or .tar files; what is in a folder `test` there is held out.
+    Raises ValueError for what is no archive, or holds too few pictures.
+    """
+    for archive in archives:
+        if not is_archive(archive):
+            raise ValueError(
+                f"{printable(archive)} is no archive: --data takes .zip or .tar files of pictures"
+            )
+    paths = picture_paths(archives)
+    paths = [paths[row] for row in _in_order(paths)]
+
+    # Enough to train on, and of both sides enough for the attacks.
+    held_out = sum(is_held_out(path.inner) for path in paths)
+    counts = len(paths) - held_out, held_out
+    if counts[0] < e.images or held_out < max(2, e.attacked):
+        raise ValueError(
+            f"{e.name}, {e.size}, needs {e.images:,} pictures to train on and "
+            f"{max(2, e.attacked):,} in a folder called test, got {counts[0]:,} and {held_out:,}: "
+            "give all archives, each after a --data"
+        )
+
+    # What is known by its pictures needs no names of files.
+    digest = _digest(paths)
+    names = ", ".join(sorted(printable(Path(archive).name) for archive in archives))
+    name = _KNOWN_COPIES.get(digest, f"{names} (sha256 of the pictures {digest})")
+    return replace(e, data=name, given=counts)
+
+
+def _archived(archives: Sequence[Path | str], e: Experiment) -> tuple[Tensor, Tensor]:
+    "Training images and held-out images of archives."
+    if not archives:
+        raise ValueError(f"the experiment is about {e.data}: give these archives again, --data")
+    channels, size, _ = e.config.shape
+    images, paths = load_folder(archives, size, channels, fit="cut", progress=True)
+    order = _in_order(paths)
+    is_test = torch.tensor([is_held_out(paths[row].inner) for row in order])
+    images = images[order]
+    return images[~is_test], images[is_test]
+
 # %% ../../nbs/4_production/03_experiments.ipynb #351115a2
 INCEPTION = 11.43e9  # FLOPs of Inception-v3 for one image
 ATTACKS = 122  # rows that all attacks together ask a model about, for one image
@@ -353,7 +436,7 @@ def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Sha
 
     # Features are computed of three arms, of held-out images and of the members.
     look = INCEPTION if e.space == "inception-2048" else 0
-    looking = look * (3 * n + min(n, DATA[e.data].held_out) + question.members)
+    looking = look * (3 * n + min(n, e.counts[1]) + question.members)
 
     # The images of both arms are kept, and the features of the members.
     dimension = int(e.space.split("-")[1])
@@ -447,8 +530,8 @@ def _total(costs: list[StageCost], data_bytes: int) -> StageCost:
 
 def plan_table(e: Experiment) -> str:
     "The `plan` of an experiment as lines of text, with hours derived for each of `GPUS`."
-    costs, source = plan(e), DATA[e.data]
-    data_bytes = (source.train + source.held_out) * math.prod(e.config.shape)
+    costs = plan(e)
+    data_bytes = sum(e.counts) * math.prod(e.config.shape)
     costs.append(_total(costs, data_bytes))
     unit, unit_name = (1e15, "PFLOP") if costs[-1].flops > 1e15 else (1e9, "GFLOP")
 
@@ -516,9 +599,13 @@ def _of_attacks(e: Experiment, question: Question) -> dict:
 # %% ../../nbs/4_production/03_experiments.ipynb #ae3cd829
 @dataclass(frozen=True)
 class Run(Workspace):
-    "A `Workspace` in which the stages of an `experiment` are kept."
+    """A `Workspace` in which the stages of an `experiment` are kept.
+
+    archives: that its images are read from, where it is about archives.
+    """
 
     experiment: Experiment = field(kw_only=True)
+    archives: Sequence[Path | str] = field(default=(), kw_only=True)
 
 
 def _counters(model: Denoiser) -> Tensor:
@@ -825,7 +912,7 @@ def _image_sets(run: Run) -> dict[str, _ImageSets]:
     e = run.experiment
 
     def load() -> dict[str, Tensor]:
-        train, held_out = DATA[e.data].load()
+        train, held_out = _archived(run.archives, e) if e.given else DATA[e.data].load()
         return {"train": train, "held_out": held_out}
 
     known, path = {"data": e.data}, run.folder / "data.safetensors"
@@ -955,6 +1042,7 @@ def run_experiment(
     *,
     progress: bool = True,
     command: str = "run_experiment",
+    archives: Sequence[Path | str] = (),
 ) -> dict:
     """Run an experiment in a folder, or go on with it: what is there is not made again.
 
@@ -962,10 +1050,11 @@ def run_experiment(
     device: of the computation, "cpu" or "cuda".
     progress: whether it says what it does.
     command: as it was given, for the record.
+    archives: those that `with_archives` made the experiment about.
     Returns the record. Raises OSError when data, weights or disk fail, ValueError when the folder
     is another run's or a guard covers too little, ImportError when an extra is missing.
     """
-    run = Run(writable(folder), device, progress, experiment=experiment)
+    run = Run(writable(folder), device, progress, experiment=experiment, archives=archives)
     with _full_disk_in_one_line(folder), warnings.catch_warnings():
         origin = _claim_folder(run, command)
 

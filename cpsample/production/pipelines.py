@@ -54,6 +54,7 @@ from cpsample.production.schedulers import (
     schedule_of,
     sigmas_at,
 )
+from ..workshop.archives import Sources, as_list
 from ..workshop.files import atomic, fingerprint, import_optional, writable, write_tensors
 from ..workshop.neighbours import at_least_float32
 
@@ -1071,8 +1072,8 @@ def _load_without_captions(name: str, device: str | torch.device) -> "DiffusionP
 # %% ../../nbs/4_production/02_pipelines.ipynb #a3231233
 def fit_named_pipeline_guard(
     name: str,
-    data: Path | str,
-    reference: Path | str,
+    data: Sources,
+    reference: Sources,
     path: Path | str,
     *,
     device: str | torch.device = "cpu",
@@ -1081,8 +1082,8 @@ def fit_named_pipeline_guard(
     """`fit_pipeline_guard` for a pipeline and images that are given by their names.
 
     name: of a pipeline, in a folder or on the Hub.
-    data: folder of the images that it was fine-tuned on (or what `read_data` takes), cut to the
-        size that the pipeline draws.
+    data: folder, archive or several of the images that it was fine-tuned on (or what `read_data`
+        takes), cut to the size that the pipeline draws.
     reference: the same of others of their kind.
     path: where the guard is kept.
     settings: as for `fit_pipeline_guard`.
@@ -1098,16 +1099,17 @@ def fit_named_pipeline_guard(
     path_of(pipe.scheduler)  # whether there is anything to train for
     channels, height, width = image_shape(pipe)
     folders = (data, reference)
-    members, others = [read_data(str(folder), height, channels) for folder in folders]
+    members, others = [read_data(folder, height, channels) for folder in folders]
 
     # Arrays of images come as they are; only folders of pictures are cut to size.
     for images, folder in zip((members, others), folders):
         if images.shape[1:] != (channels, height, width):
-            advice = "give a folder of images, which are cut to size"
+            advice = "give a folder or an archive of images, which are cut to size"
             if height != width:
                 advice = "folders are cut to squares, so give an array of that shape (.npy)"
+            places = ", ".join(map(str, as_list(folder)))
             raise ValueError(
-                f"{folder} holds images of shape {tuple(images.shape[1:])}, the pipeline draws "
+                f"{places} holds images of shape {tuple(images.shape[1:])}, the pipeline draws "
                 f"{(channels, height, width)}: {advice}"
             )
     return fit_pipeline_guard(pipe, members, others, path, device=device, **settings)
