@@ -236,12 +236,15 @@ def _finds(record: dict) -> Iterable[tuple[str, ...]]:
         yield (change, *(f"{shares[test]:.0%}" for test in TESTS))
 
 
-def _shown_pairs(audited: Audit, most: int = 12) -> Iterable[dict[str, str]]:
-    "The closest pairs as pictures, with what is to be said of them."
-    pictures = side_by_side(audited.pairs[:, :most])
+def _shown_pairs(audited: Audit, verdict: Verdict) -> Iterable[dict[str, str]]:
+    "The twelve closest pairs as pictures, with what is to be said of them."
+    tests = audited.record["tests"]
+    counted = [name for name in tests if is_evidence(tests[name], verdict.max_copy_rate)]
+    pictures = side_by_side(audited.pairs[:, :12])
     for picture, pair in zip(pictures, closest_pairs(audited)):
         numbers = f"generated {pair.generated}, training {pair.training}, ratio {pair.ratio:.2f}"
-        by = f"a copy by {pair.copy_by.replace(' ', ', ')}" if pair.copy_by else "no copy"
+        names = [name for name in pair.copy_by.split() if name in counted]
+        by = f"a copy by {', '.join(names)}" if names else "no copy"
         yield {
             "alt": f"pair {pair.rank}: generated image beside its nearest training image",
             "address": _address(_png(picture)),
@@ -265,7 +268,7 @@ def report_html(
     audited: what `audit` returned.
     title: of the page.
     verdict: what `Audit.verdict` returned (default: that with an allowed rate of 1 %).
-    about: what stands below the verdict, such as {"model": …, "date": …, "command": …}.
+    about: what stands below the verdict, such as {"model": …, "command": …, "date": …}.
     sources: {set: where its images are from}.
     """
     record, verdict = audited.record, verdict or audited.verdict()
@@ -289,7 +292,7 @@ def report_html(
             set_rows=[(*s.values(), fingerprint) for s, fingerprint in zip(sets, prints)],
             # How many are copies, and how do they look?
             tests=_tests(record, verdict),
-            pairs=_shown_pairs(audited),
+            pairs=_shown_pairs(audited, verdict),
             plot={"alt": _PLOT, "address": _plot(show_distances(audited))},
             # What would the tests not see?
             finds={"head": ("copies that are", *TESTS), "rows": list(_finds(record))},
@@ -384,7 +387,7 @@ def write_report(
     """
     files = check_report(out, thumbnails=thumbnails)
     verdict = verdict or audited.verdict()
-    about = {"date": provenance()["date"]} | about
+    about.setdefault("date", provenance()["date"])
     more = {"passed": verdict.passed, "verdict": verdict.numbers(), "sources": dict(sources or {})}
     record = audited.record | about | more
 
