@@ -389,7 +389,7 @@ def test_a_command_writes_both_of_its_files_or_none(command, run, tmp_path, monk
     assert call(*words).exit_code == STATUS[command] and names(tmp_path) == PAIRS[command][1]
 
     # A name that differs behind its dot is another name.
-    assert call(*words[:-1], tmp_path / "o-0.2").exit_code == 0
+    assert call(*words[:-1], tmp_path / "o-0.2").exit_code == STATUS[command]
     assert names(tmp_path) == PAIRS[command][1] + [
         n.replace("0.1", "0.2") for n in PAIRS[command][1]
     ]
@@ -415,7 +415,7 @@ def test_the_demo_writes_its_picture_and_its_numbers_or_none(tmp_path, monkeypat
 def test_names_that_a_terminal_would_obey_are_printed_escaped(command, run, tmp_path):
     out = tmp_path / "o\x1b[2J\n\u202e"
     said = call(*words_of(command, run, "OUT")[:-1], out)
-    assert said.exit_code == 0, said.stderr
+    assert said.exit_code == STATUS[command], said.stderr
     shown = [line for line in said.stdout.splitlines() if "OUT" in line or "x1b" in line]
     assert r"o\x1b[2J\n\u202e." in shown[0] and "\x1b" not in said.stdout
     told = call(*words_of(command, run, "OUT")[:-1], out / "..")
