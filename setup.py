@@ -37,6 +37,7 @@ setup(
     package_dir={"cpsample._files": "data"},
     package_data={
         "cpsample": ["py.typed"],
+        "cpsample.judgement": ["templates/*"],  # of the report, to be edited by people
         "cpsample._files": ["**/*.json", "**/*.safetensors", "**/*.xz", "**/README.md"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},

@@ -11,7 +11,7 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'check_sheets', 'check_run_folder', 'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard',
            'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_command', 'check_memory',
            'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'end_with',
-           'print_audit', 'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command',
+           'print_audit', 'origins', 'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command',
            'reproduce_experiment', 'sized_study', 'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
@@ -1024,19 +1024,31 @@ _AuditHeldOut = Annotated[
         "times for several folders and archives."
     ),
 ]
-_AuditOut = Annotated[Path, typer.Option(help="Where to: OUT.html and OUT.json.")]
+_AuditOut = Annotated[
+    Path,
+    typer.Option(help="Where to: OUT.html, OUT.json, and all pairs as a table in OUT.csv."),
+]
+_AuditThumbnails = Annotated[
+    bool,
+    typer.Option(
+        "--thumbnails",
+        help="Also OUT.png: the first thousand pairs of OUT.csv as pictures, ten in a row.",
+    ),
+]
 _AuditMaxCopyRate = Annotated[
-    float | None,
+    float,
     typer.Option(
         callback=between(0, 1),
-        help="Exit with status 1 when the upper bound of the copy rate is above this.",
+        help="The allowed rate of copies. Its 95 % interval must lie below; without a copy, "
+        "0.01 needs 368 samples and 0.001 needs 3,688.",
     ),
 ]
 _AuditTest = Annotated[
     str | None,
     typer.Option(
         callback=chosen_from(choices.COPY_TESTS, "test"),
-        help=f"Which test that is about: {one_of(choices.COPY_TESTS)} (default: ratio).",
+        help=f"The only test that may count: {one_of(choices.COPY_TESTS)} "
+        "(default: the first that calls held-out images copies no more often than is allowed).",
     ),
 ]
 _AuditSpace = Annotated[
@@ -1161,19 +1173,40 @@ def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> b
     return is_run
 
 
-def end_with(passed: bool, sentence: str) -> None:
-    "Say the verdict; a release can be stopped by the exit status 1."
-    print(sentence)
-    if not passed:
-        raise SystemExit(1)
+def end_with(verdict: Any) -> None:
+    "Say the verdict, last of all; a release can be stopped by its exit status, 1 or 3."
+    print(verdict.sentence)
+    if verdict.exit_status:
+        raise SystemExit(verdict.exit_status)
 
 
-def print_audit(audited: Any, with_held_out: bool, written: tuple[Path, ...]) -> None:
+def print_audit(audited: Any, verdict: Any, written: list[Path]) -> None:
     "The copies by each test; with held-out images, its false alarms; and which files say more."
     for name, counted in audited.record["tests"].items():
-        alarms = f"; held-out images {counted['words_held_out']}" if with_held_out else ""
-        print(f"{name:14} {counted['words']}{alarms}")
+        alarms = counted.get("words_held_out")
+        alarms = f"; held-out images {alarms}" if alarms else ""
+        role = " (this test counts)" if name == verdict.test else ""
+        print(f"{name:14} {counted['words']}{alarms}{role}")
     print("Report:", ", ".join(map(shown, written)))
+
+
+def origins(
+    generated: str, training: str | None, held_out: str | None, unguarded: bool
+) -> dict[str, Any]:
+    """Of which model a report is, and where its images are from.
+
+    training: None for a run, which knows its own.
+    """
+    if training is not None:
+        sources = {"generated": generated, "training": training, "held-out": held_out or ""}
+        return {"model": f"unknown, its images are in {generated}", "sources": sources}
+    guarded = "without its guard" if unguarded else "with its guard"
+    sources = {
+        "generated": f"drawn from {generated}, {guarded}",
+        "training": f"of {generated}",
+        "held-out": held_out or f"of the set of {generated}, not trained on",
+    }
+    return {"model": f"{generated}, {guarded}", "sources": sources}
 
 
 @app.command("audit")
@@ -1182,7 +1215,8 @@ def audit_command(
     training: _AuditTraining = None,
     held_out: _AuditHeldOut = None,
     out: _AuditOut = Path("audit"),
-    max_copy_rate: _AuditMaxCopyRate = None,
+    thumbnails: _AuditThumbnails = False,
+    max_copy_rate: _AuditMaxCopyRate = 0.01,
     test: _AuditTest = None,
     space: _AuditSpace = None,
     flips: _AuditFlips = True,
@@ -1196,38 +1230,40 @@ def audit_command(
     seed: _AuditSeed = 0,
     device: Device = None,
 ) -> None:
-    "Count copies of training images among generated ones, and write a report."
+    """Count copies of training images among generated ones, and write a report with a verdict.
+
+    Exit status: 0, no copies found (or no more than are allowed), and enough samples to say so;
+    1, copies found; 3, too few samples to say: more of them are needed, or such as look like the
+    data; 2, something is wrong, and nothing was counted.
+    """
     training, held_out = one_or_several(training), one_or_several(held_out)
     of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
     reading = dict(TRAINING=training, size=size, fit=fit, strict=strict and held_out is None)
     is_run = draws_from_run(generated, of_runs, **reading)
-    if max_copy_rate is None:
-        refuse_ignored("it says what --max-copy-rate is about", test=test)
 
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import check_report, write_report
 
     # Where to, and three sets of images: drawn from a run, or read.
-    check_report(out, "--out")
+    check_report(out, "--out", thumbnails=thumbnails)
     if is_run:
-        run = Path(generated)
         drawing = (n or 1000, unguarded, strength, seed, device)
-        x, known, unseen = images_of_run(run, *drawing, held_out, strict)
+        x, known, unseen = images_of_run(Path(generated), *drawing, held_out, strict)
     else:
         x, known, unseen = images_of_folders(
             generated, training, held_out, size=size, fit=fit, strict=strict
         )
 
     # Count, write the report, and say the numbers.
-    audited = audit(
-        x, known, unseen, space=space, flips=flips, seed=seed, progress=True, backend=backend
+    options = dict(space=space, flips=flips, seed=seed, progress=True, backend=backend)
+    audited = audit(x, known, unseen, pairs=1000 if thumbnails else 12, **options)
+    verdict = audited.verdict(max_copy_rate, test)
+    about = origins(generated, training, held_out, unguarded)
+    written = write_report(
+        audited, out, verdict, thumbnails=thumbnails, command=command_line(), **about
     )
-    verdict = None if max_copy_rate is None else audited.verdict(max_copy_rate, test or "ratio")
-    written = write_report(audited, out, verdict, command=command_line())
-    print_audit(audited, unseen is not None, written)
-
-    if verdict:
-        end_with(*verdict)
+    print_audit(audited, verdict, written)
+    end_with(verdict)
 
 # %% ../nbs/cli.ipynb #ffd529ed
 _AttackOthers = Annotated[

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import binom, mannwhitneyu, norm
+from torchvision.transforms.functional import gaussian_blur
 from typer.testing import CliRunner
 
 import cpsample.judgement.copy_audit
@@ -20,18 +23,26 @@ from cpsample.core.copying import (
     RENDERINGS,
     SharedImagesWarning,
     copy_test,
+    describe_rate,
     plant,
+    proportion_ci,
     renderings_of,
 )
 from cpsample.core.images import ContrastWarning, load_digits, pixels, plant_duplicates, to_bytes
 from cpsample.judgement.audit_study import smooth_images
 from cpsample.judgement.copy_audit import (
     TESTS,
+    Answer,
+    Audit,
+    answer_of,
     audit,
     auth_pct,
     c_t,
     contradiction,
+    counting_test,
     feature_space,
+    grain,
+    samples_needed,
 )
 from cpsample.judgement.repeats import Repeats, RepeatsWarning, duplicate_groups
 from cpsample.judgement.report import report_html
@@ -122,9 +133,151 @@ def test_verdict_asks_for_the_upper_bound():
     ratio = audited.record["tests"]["ratio"]
     low, high = ratio["ci"]
     assert low < ratio["rate"] < high
-    assert audited.verdict(high).passed
-    passed, sentence = audited.verdict(ratio["rate"])
-    assert not passed and "FAILED" in sentence
+    assert audited.verdict(high).answer is Answer.NO_COPIES
+    between = audited.verdict(ratio["rate"])
+    assert between.answer is Answer.TOO_FEW and between.exit_status == 3
+    assert between.needed == samples_needed(ratio["rate"], ratio["copies"])
+    assert f"draw at least {between.needed:,}" in between.sentence
+    assert audited.verdict(low * 0.99).answer is Answer.COPIES
+    assert audited.verdict(low).answer is Answer.TOO_FEW
+
+
+def counts(copies, n, alarms=None, strangers=1000):
+    "What a record holds of a test; with held-out images if there are alarms."
+    record = {"copies": copies, "n": n, "ci": proportion_ci(copies, n)}
+    record["words"] = describe_rate(copies, n)
+    if alarms is not None:
+        record["ci_held_out"] = proportion_ci(alarms, strangers)
+        record["words_held_out"] = describe_rate(alarms, strangers)
+    return record
+
+
+def on_record(ratio, neighbourhood=None, cosine=None, **more):
+    "An audit of which only the counts are there; the other two tests say what the first says."
+    tests = dict(zip(TESTS, (ratio, neighbourhood or ratio, cosine or ratio)))
+    return Audit({"tests": tests, **more}, torch.empty(0), {})
+
+
+@pytest.mark.parametrize(
+    "copies, n, rate, status, says",
+    [
+        (0, 367, 0.01, 3, "Too few samples: draw at least 368. So far, none of 367 images"),
+        (0, 368, 0.01, 0, "No copies found, and enough samples to say so: none of 368 images"),
+        (0, 3687, 0.001, 3, "draw at least 3,688"),
+        (0, 3688, 0.001, 0, "None of 3,688".lower()),
+        (1, 368, 0.01, 3, "draw at least 555, with no more than 1 copies among them"),
+        (1, 555, 0.01, 0, "No more copies than are allowed, and enough samples to say so: 1 of"),
+        (22, 200, 0.01, 1, "Copies found: 22 of 200 images are copies"),
+        (1, 5, 0, 1, "Copies found: 1 of 5 images is a copy"),
+        (0, 10**6, 0, 3, "no number of samples shows a rate of 0"),
+        (5, 5, 1, 0, "No more copies than are allowed"),
+    ],
+)
+def test_the_answers_their_status_and_their_words(copies, n, rate, status, says):
+    verdict = on_record(counts(copies, n)).verdict(rate)
+    assert verdict.exit_status == status and says in verdict.sentence
+    assert verdict.passed is (status == 0)
+    assert json.dumps(verdict.numbers(), allow_nan=False)
+    assert (verdict.needed is None) is (status != 3 or rate == 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(0.02, 0.98), copies=st.integers(0, 8))
+def test_samples_needed_is_what_counting_up_finds(rate, copies):
+    n = max(copies, 1)
+    while binom.cdf(copies, n, rate) > 0.025:
+        n += 1
+    assert samples_needed(rate, copies) == n
+    assert answer_of(proportion_ci(copies, n), rate) is Answer.NO_COPIES
+    if n > max(copies, 1):
+        assert answer_of(proportion_ci(copies, n - 1), rate) is not Answer.NO_COPIES
+
+
+def test_a_test_that_rings_at_innocents_is_no_evidence_and_does_not_count():
+    quiet, rings = counts(0, 400, 0), counts(90, 400, 189)
+    verdict = on_record(quiet, rings, counts(30, 400, 41)).verdict(0.01)
+    assert verdict.answer is Answer.NO_COPIES and verdict.test == "ratio"
+    words = "The {} test is no evidence here: false alarms on held-out images {} of 1000"
+    assert words.format("neighbourhood", 189) in verdict.ruling
+    assert words.format("cosine", 41) in verdict.ruling
+
+    # The next one counts, and if none is left, nothing can be said.
+    assert on_record(rings, quiet, rings).verdict(0.01).test == "neighbourhood"
+    assert on_record(rings, rings, counts(20, 400, 0)).verdict(0.01).answer is Answer.COPIES
+    nothing = on_record(rings).verdict(0.01)
+    assert nothing.answer is Answer.TOO_FEW and nothing.test is nothing.needed is None
+    assert "Too little evidence" in nothing.sentence and "No test counts." in nothing.ruling
+    assert on_record(quiet, rings).verdict(0.01, "neighbourhood").test is None
+
+    # For certain: two alarms among a hundred may be one per cent, ten may not.
+    for alarms, test in ((2, "ratio"), (10, None)):
+        tests = on_record(counts(0, 400, alarms, 100)).record["tests"]
+        assert counting_test(tests, 0.01) == test
+
+
+def test_tests_that_disagree_and_tests_whose_alarms_are_not_known_are_named():
+    verdict = on_record(counts(0, 400), counts(0, 400), counts(60, 400)).verdict(0.01)
+    assert "No held-out images were given" in verdict.ruling
+    assert "The neighbourhood test agrees (0 of 400" in verdict.ruling
+    assert "The cosine test says copies found (60 of 400" in verdict.ruling
+
+
+@pytest.mark.parametrize("copies, answer", [(0, Answer.TOO_FEW), (100, Answer.COPIES)])
+def test_an_alarm_forbids_a_pass_and_hides_no_copies(copies, answer):
+    looks = {"n": 400, "odd": {"like static": 201, "far": 3}}
+    verdict = on_record(counts(copies, 400), looks=looks).verdict(0.01)
+    assert verdict.answer is answer
+    assert ("201 of 400 images are like static" in verdict.sentence) is (copies == 0)
+    for calm in ({"n": 400, "odd": {"like static": 200}}, {"n": 9, "odd": {"like static": 9}}):
+        assert on_record(counts(0, 400), looks=calm).verdict(0.01).passed
+
+
+NOISE = torch.randn(100, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+DIGITS = load_digits()[0]
+STRANGE = {
+    "static": (NOISE.clamp(-1, 1), "like static"),
+    "faint static": (0.1 * NOISE, "like static"),
+    "dark static": ((0.1 * NOISE - 0.9).clamp(-1, 1), "like static"),
+    "in noise": ((REAL[:100] + NOISE).clamp(-1, 1), "like static"),
+    "blurred": (gaussian_blur(REAL[:100], 9, 2.0), "as if blurred"),
+    "photographs": (F.avg_pool2d(pixels(load_crops(56)[0])[:100].mean(1, True), 2), "in features"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("strangers", [None, REAL[500:700]])
+def test_what_does_not_look_like_the_data_raises_an_alarm(kind, strangers):
+    x, words = STRANGE[kind]
+    audited = audit(x, TRAIN[:500], strangers)
+    odd = audited.record["looks"]["odd"]
+    assert next(count for key, count in odd.items() if words in key) > 50
+    verdict = audited.verdict(0.05)
+    if audited.record["tests"]["ratio"]["copies"] == 0:
+        assert verdict.answer is Answer.TOO_FEW and verdict.needed == samples_needed(0.05)
+        assert "Too few samples that look like the data" in verdict.sentence
+
+
+@pytest.mark.parametrize("strangers", [None, "held out"])
+def test_real_digits_raise_no_alarm_and_broken_ones_do(strangers):
+    x = shuffled(DIGITS, 0)
+    held_out = x[1200:1600] if strangers else None
+    noise = torch.randn(x[:200].shape, generator=seed(1))
+    for generated, is_odd in (
+        (x[:200], False),
+        (gaussian_blur(x[:200], 3, 0.5), False),
+        (gaussian_blur(x[:200], 5, 2.0), True),
+        (noise.clamp(-1, 1), True),
+    ):
+        record = audit(generated, x[200:1200], held_out).record
+        assert (max(record["looks"]["odd"].values()) > 100) is is_odd
+
+
+def test_grain_is_one_for_static_and_nothing_for_one_colour():
+    assert grain(0.01 * NOISE).mean() == pytest.approx(1, abs=0.05)
+    assert grain(torch.ones(2, 3, 8, 8)).tolist() == [0, 0]
+    assert grain(torch.rand(2, 1, 1, 1)).tolist() == [0, 0]
+    checks = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8)).view(1, 1, 8, 8)
+    assert grain(checks).item() == pytest.approx(2 * 63 / 64)
 
 
 def test_near_duplicates_that_hide_copies_are_found_first():
@@ -215,11 +368,14 @@ def test_the_command_reads_folders_and_sets_its_exit_status(tmp_path):
     options = ["--out", tmp_path / "a", "--max-copy-rate", "0.01"]
     with pytest.warns(UserWarning, match="broken.png"):
         done = call("audit", tmp_path / "made", tmp_path / "train", *options)
-    assert done.exit_code == 1 and "FAILED" in done.stdout
+    assert done.exit_code == 1 and "Copies found: 5 of 100 images" in done.stdout
 
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["tests"]["ratio"]["copies"] == 5
     assert record["passed"] is False
+    verdict = record["verdict"]
+    assert verdict["answer"] == "copies found" and verdict["exit_status"] == 1
+    assert verdict["sentence"] in done.stdout and verdict["max_copy_rate"] == 0.01
     assert record["sets"]["generated"]["n"] == 100
 
 
@@ -230,7 +386,7 @@ def test_the_command_reads_arrays(tmp_path):
     options = ["--held-out", tmp_path / "held.npz", "--out", tmp_path / "b"]
     images = [tmp_path / "made.npy", tmp_path / "grey.npy"]
     done = call("audit", *images, *options, "--max-copy-rate", "0.05")
-    assert done.exit_code == 0 and "passed" in done.stdout
+    assert done.exit_code == 0 and "No copies found, and enough samples" in done.stdout
     assert "held-out images 0 of 100" in done.stdout
     assert json.loads((tmp_path / "b.json").read_text())["tests"]["ratio"]["n_held_out"] == 100
 
@@ -271,7 +427,7 @@ def test_a_run_is_audited_and_attacked(tmp_path):
     said = call("attack", run)
     assert said.exit_code == 2 and "has no guard" in said.stderr
     said = call("audit", run, "-n", 12, "--unguarded", "--out", tmp_path / "a")
-    assert said.exit_code == 0, said.stderr
+    assert said.exit_code == 3 and "Too few samples" in said.stdout, said.stderr
     record = json.loads((tmp_path / "a.json").read_text())
     sizes = {name: images["n"] for name, images in record["sets"].items()}
     assert sizes == {"generated": 12, "training": 16, "held-out": 2984}
@@ -330,11 +486,13 @@ def test_a_pass_that_the_other_tests_contradict_is_none(monkeypatch):
     crops = pixels(load_crops(32)[0])[7::21]
     audited = audit(crops, saved_twelve_times(crops), space="pca-64")
     assert audited.record["tests"]["ratio"]["ci"][1] < 0.5
-    passed, sentence = audited.verdict(0.5)
-    assert not passed
-    words = "but copies are 25 by the neighbourhood test and 25 by the cosine test: look at"
-    assert sentence.startswith("FAILED") and words in sentence
-    assert words in report_html(audited, verdict=(passed, sentence))
+    verdict = audited.verdict(0.5)
+    assert verdict.answer is Answer.COPIES
+    words = "copies are 25 by the neighbourhood test and 25 by the cosine test: look at"
+    assert verdict.sentence == f"Copies found, though not by the ratio test: {words}" + (
+        " the closest pairs and at the repeats."
+    )
+    assert words in report_html(audited, verdict=verdict).replace("Copies are", "copies are")
     assert audited.verdict(0.9).passed  # so many copies are allowed
 
 
@@ -408,7 +566,7 @@ def test_the_commands_refuse_strangers_that_are_none(tmp_path):
 
     audit_it = ("audit", run, "-n", 8, "--unguarded", "--out", tmp_path / "a")
     with pytest.warns(SharedImagesWarning, match=r"left out \d+ of 870 held-out images"):
-        assert call(*audit_it).exit_code == 0
+        assert call(*audit_it).exit_code == 3
     left_out = 870 - json.loads((tmp_path / "a.json").read_text())["sets"]["held-out"]["n"]
     assert 8 <= left_out <= 10
 
@@ -472,8 +630,9 @@ def test_a_picture_that_is_most_of_the_training_set_is_recognised(how):
 def test_a_model_that_draws_one_picture_again_and_again_does_not_pass():
     audited = audit(noised(REAL[:1].repeat(30, 1, 1, 1), 0.02, 0).clamp(-1, 1), TRAIN[:100])
     assert audited.record["tests"]["ratio"]["copies"] == 0
-    passed, sentence = audited.verdict(0.2)
-    assert not passed and "30 of 30 generated images are nearly one picture" in sentence
+    verdict = audited.verdict(0.2)
+    assert verdict.answer is Answer.TOO_FEW and verdict.needed == samples_needed(0.2)
+    assert "30 of 30 generated images are nearly one picture" in verdict.sentence
     assert audit(REAL[:30], TRAIN[:100]).verdict(0.2).passed
 
 
@@ -491,8 +650,8 @@ def test_copies_that_hide_among_others_do_not_pass(change, says):
     with pytest.warns(ContrastWarning, match=f"{says} in generated images: else .* would be"):
         audited = audit(torch.cat([change(training[:25]), others]), training, space="pca-64")
     assert audited.record["tests"]["ratio"]["ci"][1] < 0.2
-    passed, sentence = audited.verdict(0.2)
-    assert not passed and says in sentence
+    verdict = audited.verdict(0.2)
+    assert verdict.answer is Answer.COPIES and says in verdict.sentence
 
 
 @pytest.mark.parametrize("k", range(3))
@@ -504,12 +663,14 @@ def test_honest_images_pass_in_silence(k):
             warnings.simplefilter("ignore", SharedImagesWarning)  # skies are all alike
             audited = audit(x[:60], x[60:260], x[260:320], space="pca-64")
         assert audited.record["hidden"]["counts"] == {}
-        assert " but " not in audited.verdict(0.9).sentence and audited.verdict(0.4).passed
+        odd = audited.record["looks"]["odd"]
+        assert len(odd) == 4 and max(odd.values()) < 15
+        assert audited.verdict(0.4).passed
 
 
 def test_records_from_before_are_judged_as_before():
     audited = audit(REAL[:60], TRAIN[:100])
-    for key in ("hidden", "same"):
+    for key in ("hidden", "same", "looks"):
         del audited.record[key]
     assert audited.verdict(0.2).passed
 

@@ -362,8 +362,11 @@ def run(tmp_path_factory):
 
 PAIRS = {
     "sample": ("{run} --unguarded -n 4 --steps 2 --out {out}", ["o-0.1.npz", "o-0.1.png"]),
-    "audit": ("{made} {known} --out {out}", ["o-0.1.html", "o-0.1.json"]),
+    "audit": ("{made} {known} --out {out}", ["o-0.1.csv", "o-0.1.html", "o-0.1.json"]),
 }
+
+
+STATUS = {"sample": 0, "audit": 1}  # ten of the twenty images are training images
 
 
 def words_of(command, run, out):
@@ -377,15 +380,16 @@ def test_a_command_writes_both_of_its_files_or_none(command, run, tmp_path, monk
     "The disk is full when the second file is to be put on it; the next time both are there."
     words = words_of(command, run, tmp_path / "o-0.1")
     for broken in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, broken, failing(getattr(os, broken), errno.ENOSPC, 2))
-            told = call(*words)
-        assert told.exit_code == 2 and "No space left" in told.stderr.splitlines()[-1]
-        assert names(tmp_path) == []
-    assert call(*words).exit_code == 0 and names(tmp_path) == PAIRS[command][1]
+        for which in range(2, len(PAIRS[command][1]) + 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, broken, failing(getattr(os, broken), errno.ENOSPC, which))
+                told = call(*words)
+            assert told.exit_code == 2 and "No space left" in told.stderr.splitlines()[-1]
+            assert names(tmp_path) == []
+    assert call(*words).exit_code == STATUS[command] and names(tmp_path) == PAIRS[command][1]
 
     # A name that differs behind its dot is another name.
-    assert call(*words[:-1], tmp_path / "o-0.2").exit_code == 0
+    assert call(*words[:-1], tmp_path / "o-0.2").exit_code == STATUS[command]
     assert names(tmp_path) == PAIRS[command][1] + [
         n.replace("0.1", "0.2") for n in PAIRS[command][1]
     ]
@@ -411,7 +415,7 @@ def test_the_demo_writes_its_picture_and_its_numbers_or_none(tmp_path, monkeypat
 def test_names_that_a_terminal_would_obey_are_printed_escaped(command, run, tmp_path):
     out = tmp_path / "o\x1b[2J\n\u202e"
     said = call(*words_of(command, run, "OUT")[:-1], out)
-    assert said.exit_code == 0, said.stderr
+    assert said.exit_code == STATUS[command], said.stderr
     shown = [line for line in said.stdout.splitlines() if "OUT" in line or "x1b" in line]
     assert r"o\x1b[2J\n\u202e." in shown[0] and "\x1b" not in said.stdout
     told = call(*words_of(command, run, "OUT")[:-1], out / "..")

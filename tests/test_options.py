@@ -178,7 +178,7 @@ REFUSED = {
     GUARD + "--data {pictures} --out {new}/g": "--data, --out would change nothing: a run knows",
     AUDIT + "-n 5": "--number would change nothing",
     AUDIT + "--unguarded --strength 2": "--unguarded, --strength would change nothing",
-    AUDIT + "--test cosine": "--test would change nothing",
+    AUDIT + "--test hash": "unknown test 'hash': choose one of ratio",
     "audit {run} {pictures}": "TRAINING would change nothing",
     "audit {run} --size 9": "--size would change nothing",
     "train digits --tiny --size 64 --out {new}": "--size would change nothing: digits comes as",
