@@ -9,10 +9,11 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'refuse_ignored', 'one_or_several', 'listed', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes',
            'given', 'training_config', 'drawn_members', 'described_run', 'holds_files', 'check_source', 'sample_sheet',
            'check_sheets', 'check_run_folder', 'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard',
-           'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_command', 'check_memory',
-           'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'end_with',
-           'print_audit', 'origins', 'audit_command', 'attack_scores', 'strangers_for_attack', 'attack_command',
-           'reproduce_experiment', 'sized_study', 'reproduce_study', 'reproduce_command']
+           'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_of_pipeline', 'guard_command',
+           'check_memory', 'last_word', 'drawn_images', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'images_of_folders', 'draws_from_run', 'three_sets', 'end_with', 'print_audit', 'origins', 'audit_command',
+           'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study',
+           'reproduce_study', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -538,10 +539,12 @@ def training_config(data: str | list[str], tiny: bool, **options: Any) -> Any:
     return replace(config, **given(**options))
 
 
-def drawn_members(x: Any, images: int, seed: int) -> Any:
-    "So many of the images, drawn by the seed."
+def drawn_members(x: Any, images: int | None, seed: int) -> Any:
+    "So many of the images, drawn by the seed; all of them if no number is given."
     from cpsample.core.images import split
 
+    if images is None:
+        return x
     return split(x, {"members": images, "others": None}, seed).of(x, "members")
 
 
@@ -557,7 +560,10 @@ def described_run(
     "What a run says about itself, so that its training images can be found again."
     from cpsample.workshop.files import fingerprint
 
-    squares = given(fit=None if fit == "cut" else fit)  # cut is what runs do that do not say
+    # Runs that do not say how pictures were made square have cut them.
+    squares = given(fit=None if fit == "cut" else fit)
+
+    # A set has a name, everything else a place.
     if isinstance(data, list):
         places = [str(Path(place).resolve()) for place in data]
     else:
@@ -661,7 +667,7 @@ def train_command(
 
     # Which images, and which model to start from.
     x = read_data(data, size or 32, 1 if grey else 3, fit=fit, strict=strict)
-    members = x if images is None else drawn_members(x, images, seed)
+    members = drawn_members(x, images, seed)
     base = None
     if start:
         base, config = model_to_tune(start, config)
@@ -730,8 +736,8 @@ _GuardCheck = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Only calibrate what the guard of RUN recognises in finished images, which "
-        "`accept` asks; its model draws some for that.",
+        help="Only calibrate what the guard of RUN recognises in finished images, so that "
+        "sample and audit can draw that anew; the model draws 400 images for that.",
     ),
 ]
 _GuardWanted = Annotated[
@@ -851,11 +857,15 @@ def print_recognition(guard: Any) -> None:
     if report is None:
         print("It recognises too few copies to check what was drawn (accept=): train it longer")
         return
+
+    # Copies against other images.
     copies, others = report["coverage"], report["false_alarms"]
     print(
         f"Recognises {copies['share']:.1%} of {copies['n']} copies ({report['copies']}) and "
         f"{others['share']:.1%} of {others['n']} unseen images"
     )
+
+    # And which member it knows least.
     least, of_members = report["least_known"], report.get("members")
     print(f"Least known: number {least['member']}, {least['share']:.0%} of {least['n']} copies")
     if of_members is not None:
@@ -884,6 +894,25 @@ def check_guard_of_run(
     print(f"Written: {shown(run / 'guard.safetensors')}")
 
 
+def guard_of_pipeline(
+    pipeline: str | None,
+    data: Path | list[Path] | None,
+    reference: Path | list[Path] | None,
+    out: Path,
+    *,
+    steps: int | None,
+    device: str | None,
+    **settings: Any,
+) -> Any:
+    "Train and calibrate a guard in the space of a pipeline; it is written to OUT."
+    from cpsample.production.pipelines import fit_named_pipeline_guard
+
+    # Where it may not be kept is known before the pipeline is read.
+    check_pipeline_guard(out)
+    settings |= {"steps": 4000 if steps is None else steps, "device": on_device(device)}
+    return fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
+
+
 @app.command("guard")
 def guard_command(
     run: _GuardRun = None,
@@ -910,8 +939,10 @@ def guard_command(
         refuse_ignored(reason, data=data, out=out)
 
     # What is trained already can be asked what it recognises.
+    other_preset = None if preset == "x0" else preset
     if check:
-        check_guard_of_run(run, reference, wanted, device, steps=steps, t_max=t_max)
+        training = dict(steps=steps, t_max=t_max, preset=other_preset)
+        check_guard_of_run(run, reference, wanted, device, **training)
         return
 
     # A pipeline has its own space; a run has its own images. Either can be continued.
@@ -919,18 +950,12 @@ def guard_command(
     if preset == "paper":
         refuse_ignored("the paper's guard is not calibrated", wanted=wanted)
     asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
-    if preset != "x0":
-        asked["preset"] = preset
+    asked |= given(preset=other_preset)
     settings["command"] = typed("guard", run, pipeline=pipeline, **asked)
     if run is None:
-        from cpsample.production.pipelines import fit_named_pipeline_guard
-
-        # Where it may not be kept is known before the pipeline is read.
         out = out or Path("guard")
-        check_pipeline_guard(out)
-        steps = 4000 if steps is None else steps
-        settings |= {"steps": steps, "preset": preset, "device": on_device(device)}
-        guard = fit_named_pipeline_guard(pipeline, data, reference, out, **settings)
+        settings |= {"steps": steps, "preset": preset, "device": device}
+        guard = guard_of_pipeline(pipeline, data, reference, out, **settings)
     else:
         out = run / "guard"
         if preset == "paper":
@@ -950,6 +975,19 @@ _SampleSteps = Annotated[
 ]
 
 
+_Tries = Annotated[
+    int,
+    typer.Option(
+        callback=between(1, 256),
+        help="How often an image is drawn, at most, that the guard recognises as a training image "
+        "when it is finished; what it recognises even then is left out.",
+    ),
+]
+_NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Keep what the guard recognises when it is finished.")
+]
+
+
 def check_memory(n: int, shape: list[int]) -> None:
     "Raise ValueError when n images of a shape [C, H, W] are more than this machine can hold."
     from cpsample.practice.datasets import memory_of_machine
@@ -964,6 +1002,51 @@ def check_memory(n: int, shape: list[int]) -> None:
         )
 
 # %% ../nbs/cli.ipynb #smp00001
+def last_word(protected: Any, no_check: bool) -> Any:
+    "What a run's guard does not recognise in the end, or None where it is not asked; says why."
+    from cpsample.core.recognition import unrecognised_by
+
+    if protected.guard is None or no_check:
+        return None
+    if protected.guard.recognition is None:
+        print("Nothing is drawn anew, for this guard has no check: cpsample guard RUN --check")
+        return None
+    return unrecognised_by(protected.guard, protected.model.model)
+
+
+def drawn_images(
+    protected: Any, n: int, *, steps: int, seed: int, tries: int, no_check: bool = False
+) -> Any:
+    """Images drawn from a run, [m, C, H, W]: those that its guard lets pass in the end.
+
+    protected: the run, see `load_protected_run`.
+    n: how many are asked for.
+    steps, seed: of the sampling.
+    tries: how often what is recognised is drawn, at most.
+    no_check: whether the guard has no last word.
+    Raises ValueError when none of them passes.
+    """
+    from cpsample.core.ddpm import draw_accepted
+
+    model, schedule, shape, _, place = protected
+    accept = last_word(protected, no_check)
+    options = dict(steps=steps, seed=seed, tries=tries, chunk=500, device=place, progress=True)
+    drawn = draw_accepted(model, schedule, shape, n, accept, **options)
+    if accept is None:
+        return drawn.images
+
+    # What it took is for whoever runs this, and for nobody who is served.
+    anew, left_out = int((drawn.tries > 1).sum()), int((~drawn.accepted).sum())
+    print(f"The guard recognised {anew} of {n} images in the end: these were drawn anew", end="")
+    print(f", and {left_out} left out after {tries} tries." if left_out else ".")
+    if left_out == n:
+        raise ValueError(
+            f"the guard recognised all {n} images in {tries} tries each: the model draws next to "
+            "nothing but training images; allow more --tries, or train it for fewer steps"
+        )
+    return drawn.images[drawn.accepted]
+
+
 @app.command("sample")
 def sample_command(
     run: Run,
@@ -972,13 +1055,18 @@ def sample_command(
     unguarded: Unguarded = False,
     strength: Strength = None,
     steps: _SampleSteps = None,
+    tries: _Tries = 10,
+    no_check: _NoCheck = False,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    "Draw images from the model of a run, protected by its guard."
+    """Draw images from the model of a run, protected by its guard.
+
+    The guard steers, and has the last word: what it recognises in the end is drawn anew.
+    """
     strength = strength_of(strength, unguarded)
 
-    from cpsample.core.ddpm import generate, timesteps
+    from cpsample.core.ddpm import timesteps
     from cpsample.core.images import show_grid
     from cpsample.practice.runs import load_protected_run, run_of
     from cpsample.workshop.files import atomic_together, write_arrays, write_picture
@@ -986,24 +1074,21 @@ def sample_command(
     # Everything that can be refused is refused before anything is drawn.
     place = on_device(device)
     protected = load_protected_run(run, unguarded, strength, device=place)
-    model, schedule, shape, guard, _ = protected
     steps = steps or run_of(run)["config"]["sample_steps"]
-    timesteps(schedule.T, steps)
-    check_memory(n, shape)
+    timesteps(protected.schedule.T, steps)
+    check_memory(n, protected.shape)
     arrays, picture = outputs("sample", out, ".npz", ".png")
-    x = generate(
-        model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
-    )
+    x = drawn_images(protected, n, steps=steps, seed=seed, tries=tries, no_check=no_check)
 
     # Both files are there whole or not at all.
     as_bytes = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     with atomic_together([arrays, picture]) as (first, second):
         write_arrays(first, "sample", images=as_bytes)
         write_picture(second, show_grid(x[:100]).figure, "sample")
-    if guard:
-        pushed = model.rows_pushed / model.rows_seen
+    if protected.guard:
+        pushed = protected.model.rows_pushed / protected.model.rows_seen
         print(f"The guard stepped in at {pushed:.1%} of all rows and steps.")
-    print(f"{n} images: {shown(arrays)}, {shown(picture)}")
+    print(f"{len(x)} images: {shown(arrays)}, {shown(picture)}")
 
 # %% ../nbs/cli.ipynb #a144959e
 _AuditGenerated = Annotated[
@@ -1115,8 +1200,7 @@ def images_of_run(
     held_out: str | list[str] | None,
     strict: bool,
 ) -> tuple[Any, Any, Any]:
-    "(n images drawn from a run, its members, images that its model never saw or None)."
-    from cpsample.core.ddpm import generate
+    "(images drawn from a run as `sample` does, its members, images that its model never saw)."
     from cpsample.practice.runs import load_protected_run, members_of
 
     # Whatever may be refused comes before the images are drawn.
@@ -1126,12 +1210,10 @@ def images_of_run(
     strangers = strangers_of_run(
         members, non_members, held_out, fit=description.get("fit", "cut"), strict=strict
     )
-    model, schedule, shape, _, _ = load_protected_run(run, unguarded, strength, device=place)
-    check_memory(n, shape)
+    protected = load_protected_run(run, unguarded, strength, device=place)
+    check_memory(n, protected.shape)
     steps = description["config"]["sample_steps"]
-    x = generate(
-        model, schedule, shape, n, steps=steps, seed=seed, chunk=500, device=place, progress=True
-    )
+    x = drawn_images(protected, n, steps=steps, seed=seed, tries=10)
     return x, members, strangers
 
 
@@ -1173,6 +1255,25 @@ def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> b
     return is_run
 
 
+def three_sets(
+    generated: str,
+    training: str | list[str] | None,
+    held_out: str | list[str] | None,
+    *,
+    drawing: tuple | None,
+    strict: bool,
+    **reading: Any,
+) -> tuple[Any, Any, Any]:
+    """(generated images, training images, held-out images or None): drawn from a run, or read.
+
+    drawing: for a run, the arguments of `images_of_run` between the run and `held_out`.
+    reading: size and fit of images that are read.
+    """
+    if drawing is not None:
+        return images_of_run(Path(generated), *drawing, held_out, strict)
+    return images_of_folders(generated, training, held_out, strict=strict, **reading)
+
+
 def end_with(verdict: Any) -> None:
     "Say the verdict, last of all; a release can be stopped by its exit status, 1 or 3."
     print(verdict.sentence)
@@ -1191,20 +1292,30 @@ def print_audit(audited: Any, verdict: Any, written: list[Path]) -> None:
 
 
 def origins(
-    generated: str, training: str | None, held_out: str | None, unguarded: bool
+    generated: str,
+    training: str | list[str] | None,
+    held_out: str | list[str] | None,
+    unguarded: bool,
 ) -> dict[str, Any]:
     """Of which model a report is, and where its images are from.
 
     training: None for a run, which knows its own.
     """
+    # Of pictures that were read nobody knows who drew them.
     if training is not None:
-        sources = {"generated": generated, "training": training, "held-out": held_out or ""}
+        sources = {
+            "generated": generated,
+            "training": listed(training),
+            "held-out": listed(held_out) if held_out else "",
+        }
         return {"model": f"unknown, its images are in {generated}", "sources": sources}
+
+    # A run is a model with its images.
     guarded = "without its guard" if unguarded else "with its guard"
     sources = {
         "generated": f"drawn from {generated}, {guarded}",
         "training": f"of {generated}",
-        "held-out": held_out or f"of the set of {generated}, not trained on",
+        "held-out": listed(held_out) if held_out else f"of the set of {generated}, not trained on",
     }
     return {"model": f"{generated}, {guarded}", "sources": sources}
 
@@ -1246,22 +1357,17 @@ def audit_command(
 
     # Where to, and three sets of images: drawn from a run, or read.
     check_report(out, "--out", thumbnails=thumbnails)
-    if is_run:
-        drawing = (n or 1000, unguarded, strength, seed, device)
-        x, known, unseen = images_of_run(Path(generated), *drawing, held_out, strict)
-    else:
-        x, known, unseen = images_of_folders(
-            generated, training, held_out, size=size, fit=fit, strict=strict
-        )
+    drawing = (n or 1000, unguarded, strength, seed, device) if is_run else None
+    sets = three_sets(
+        generated, training, held_out, drawing=drawing, size=size, fit=fit, strict=strict
+    )
 
     # Count, write the report, and say the numbers.
     options = dict(space=space, flips=flips, seed=seed, progress=True, backend=backend)
-    audited = audit(x, known, unseen, pairs=1000 if thumbnails else 12, **options)
+    audited = audit(*sets, pairs=1000 if thumbnails else 12, **options)
     verdict = audited.verdict(max_copy_rate, test)
-    about = origins(generated, training, held_out, unguarded)
-    written = write_report(
-        audited, out, verdict, thumbnails=thumbnails, command=command_line(), **about
-    )
+    about = origins(generated, training, held_out, unguarded) | {"command": command_line()}
+    written = write_report(audited, out, verdict, thumbnails=thumbnails, **about)
     print_audit(audited, verdict, written)
     end_with(verdict)
 

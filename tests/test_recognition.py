@@ -82,7 +82,7 @@ def network_guard():
     middle = familiarity(guard, OTHERS).median().item()
     calibrated = knowing()
     calibrate_check(calibrated, MEMBERS, OTHERS)
-    look = probed(guard, (1, 8, 8), [0])
+    look = probed(guard, MEMBERS, [0])
     guard.recognition = calibrated.recognition | look | {"threshold": middle}
     return guard
 

@@ -6,8 +6,8 @@
 __all__ = ['LEAST_COPIES', 'mean_logits', 'familiarity', 'check_asks', 'redrawn', 'seen_through', 'familiarity_by',
            'answer_to_probe', 'weight_of', 'probed', 'check_recognition', 'recognise', 'unrecognised_by', 'Copies',
            'are_pictures', 'noised_members', 'drawn_by', 'copies_among', 'drawn_copies', 'choose_threshold',
-           'cross_judged', 'share_with_interval', 'least_known', 'measured', 'refuse_unknown', 'warn_of_strangers',
-           'calibrate_check']
+           'cross_judged', 'share_with_interval', 'least_known', 'measured', 'refuse_unknown', 'members_known',
+           'drawn_known', 'calibrate_check']
 
 # %% ../../nbs/1_core/13_recognition.ipynb #799d360b
 import math
@@ -157,10 +157,18 @@ def weight_of(guard: Guard) -> Tensor | None:
     return None if parameters is None else next(parameters(), None)
 
 
-def probed(guard: Guard, shape: Sequence[int], levels: Sequence[int]) -> dict[str, Any]:
-    "What tells later whether a guard is still the one that was measured."
-    answer = answer_to_probe(guard, shape, levels)
-    return {"shape": list(shape), "probe": answer.tolist(), "one_sided": guard.one_sided}
+def probed(guard: Guard, members: Tensor, levels: Sequence[int]) -> dict[str, Any]:
+    """What tells later whether a guard, and what it is shown, are still those that were measured.
+
+    members [N, ...]: images as it is to be shown.
+    """
+    answer = answer_to_probe(guard, members.shape[1:], levels)
+    return {
+        "shape": list(members.shape[1:]),
+        "pictures": are_pictures(members),
+        "probe": answer.tolist(),
+        "one_sided": guard.one_sided,
+    }
 
 
 def _tolerance(guard: Guard, answer: Tensor) -> float:
@@ -490,18 +498,18 @@ def refuse_unknown(known: dict[str, Any], wanted: float) -> None:
         )
 
 
-def warn_of_strangers(is_known: Tensor, scores: Tensor, rows: Tensor, wanted: float) -> None:
-    """Warn when a check does not recognise the training images themselves.
+def members_known(scores: Tensor, rows: Tensor, threshold: float, wanted: float) -> dict[str, Any]:
+    """Which share of the training images a check recognises as they are; warns of too few.
 
     Where a model draws copies of few of them, its copies say nothing about the others.
-    is_known bool [N]: which members are recognised as they are.
-    scores [N]: their familiarity.
+    scores [N]: the members' familiarity.
     rows [N]: their numbers among the training images.
-    wanted: share of them that should be.
+    wanted: share of them that should be recognised.
     """
+    is_known = scores > threshold
     unknown, n = int((~is_known).sum()), len(is_known)
     if n - unknown >= wanted * n:
-        return
+        return share_with_interval(is_known)
     warnings.warn(
         f"the copies that the model draws are recognised, but {unknown} of {n} training images are "
         f"not, number {rows[scores.argmin()]} the least: the check would serve copies of them; "
@@ -509,6 +517,16 @@ def warn_of_strangers(is_known: Tensor, scores: Tensor, rows: Tensor, wanted: fl
         UncoveredMemberWarning,
         stacklevel=3,
     )
+    return share_with_interval(is_known)
+
+
+def drawn_known(scores: Tensor, copies: Copies, threshold: float) -> dict[str, int]:
+    """How many images a model drew, how many were copies, and how many a check recognises.
+
+    scores [n]: familiarity of all that was drawn.
+    """
+    recognised = int((scores > threshold).sum())
+    return {"n": len(scores), "copies": copies.drawn, "recognised": recognised}
 
 
 def calibrate_check(
@@ -564,20 +582,20 @@ def calibrate_check(
     known = measured(copies, is_known, of_copies, rows)
     refuse_unknown(known, wanted)
 
+    # The members themselves, and everything that was drawn.
+    known |= {
+        "members": members_known(score(members).cpu(), rows, threshold, wanted),
+        "false_alarms": share_with_interval(rings),
+        "drawn": drawn_known(score(drawn), copies, threshold),
+    }
+
     # The data sheet. Nothing has changed the guard so far.
-    recognised = int((score(drawn) > threshold).sum())
-    of_members = score(members).cpu()
-    warn_of_strangers(of_members > threshold, of_members, rows, wanted)
     guard.recognition = dict(
         threshold=threshold,
         **look,
-        **probed(guard, members.shape[1:], look["levels"]),
+        **probed(guard, members, look["levels"]),
         **demands,
         **known,
-        members=share_with_interval(of_members > threshold),
-        pictures=are_pictures(members),
-        false_alarms=share_with_interval(rings),
-        drawn={"n": len(drawn), "copies": copies.drawn, "recognised": recognised},
         seed=seed,
     )
     return guard.recognition

@@ -158,6 +158,7 @@ def load_cifar10(part: str = "train", *, sources: Sources | None = None) -> tupl
         return _cifar10_of(sources, part)
     from torchvision.datasets import CIFAR10
 
+    # The exact set.
     is_train = part == "train"
     data = _download(
         lambda folder: CIFAR10(folder, train=is_train, download=True),
@@ -546,6 +547,8 @@ def _note_of_archive(source: ArchivePath, findings: _Findings) -> None:
 def _paths_below(source: AnyPath, findings: _Findings) -> list[AnyPath]:
     "The image files in a folder or an archive, sorted. Raises ValueError when there are none."
     endings, paths = picture_endings(), []
+
+    # What is not read is counted by its kind, so that nobody misses it in silence.
     sheets = re.compile(r"samples-\d{6}\.png") if _is_run(source) else None
     for path in _files_below(source, findings):
         if sheets and path.parent == source and sheets.fullmatch(path.name):
@@ -756,6 +759,8 @@ def _listed_labels(source: AnyPath) -> dict[str, int] | None:
     file = source / "dataset.json"
     if not file.is_file():
         return None
+
+    # As EDM writes them: [[path, class], …].
     try:
         labels = {
             name: whole_number(label, name, 0)

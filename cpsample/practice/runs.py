@@ -1099,6 +1099,13 @@ def calibrate_check_of_run(
     non_members = non_members if reference is None else reference
     config = Config(**description["config"])
 
+    # Without others nobody knows the false alarms.
+    if len(non_members) == 0:
+        raise ValueError(
+            "the run used all its images, so there are none to measure false alarms on: give "
+            "--reference FOLDER with others of the same kind"
+        )
+
     # The same images as in the guard's own calibration.
     for_guard = divide_non_members(members, non_members).for_guard
     images = _images_of_guard(config, "x0", members, for_guard, protected.device)

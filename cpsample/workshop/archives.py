@@ -158,6 +158,8 @@ def _tar_entries(path: Path, room: float) -> Iterator[_Entry]:
         for info in _headers(archive):
             fault = _fault(info)
             read = partial(_read_slice, path, info.offset_data, info.size)
+
+            # Where nobody can jump to a file, all of them are kept.
             if is_compressed:
                 total += info.size
                 if total > room:
@@ -199,6 +201,7 @@ class Archive:
             entries = _zip_entries(self.path) if is_zip else _tar_entries(self.path, room)
             for entry in entries:
                 self._add(entry)
+        # What came before the cut is good.
         except CutOffError as error:
             last = next(reversed(self.files), "its beginning")
             self.cut = f"after {last}: {error}"
