@@ -165,7 +165,7 @@ def on_record(ratio, neighbourhood=None, cosine=None, **more):
         (0, 368, 0.01, 0, "No copies found, and enough samples to say so: none of 368 images"),
         (0, 3687, 0.001, 3, "draw at least 3,688"),
         (0, 3688, 0.001, 0, "None of 3,688".lower()),
-        (1, 368, 0.01, 3, "draw at least 555, with no more than 1 copies among them"),
+        (1, 368, 0.01, 3, "draw at least 555, with no more than 1 copy among them"),
         (1, 555, 0.01, 0, "No more copies than are allowed, and enough samples to say so: 1 of"),
         (22, 200, 0.01, 1, "Copies found: 22 of 200 images are copies"),
         (1, 5, 0, 1, "Copies found: 1 of 5 images is a copy"),

@@ -527,7 +527,8 @@ def by_interval(numbers: Mapping[str, Any], test: str, max_copy_rate: float) -> 
 
     # How many would do, with no more copies than these?
     needed = samples_needed(max_copy_rate, copies)
-    of_them = f", with no more than {copies:,} copies among them" if copies else ""
+    noun = "copy" if copies == 1 else "copies"
+    of_them = f", with no more than {copies:,} {noun} among them" if copies else ""
     todo = f"Too few samples: {_draw(needed, of_them)}."
     return Finding(answer, f"{todo} So far, {counted}; {interval}.", needed)
 
