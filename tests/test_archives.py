@@ -510,7 +510,7 @@ def test_commands_take_archives(tmp_path):
     held_out = [word for place in others for word in ("--held-out", place)]
     words = ["audit", first, first, second, "--out", out, "--space", "pca-64", "--no-flips"]
     status, output, _ = call(*words, *held_out)
-    assert status == 0 and "10 of 10" in output and "of 40" in output, output
+    assert status == 1 and "10 of 10" in output and "of 40" in output, output
 
     # In another order they are other images; a single one is named as a folder is.
     assert call("train", second, first, "--out", run, "--tiny", "--size", 16)[0] == 2

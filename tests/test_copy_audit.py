@@ -34,6 +34,7 @@ from cpsample.judgement.copy_audit import (
     TESTS,
     Answer,
     Audit,
+    _per_cent,
     answer_of,
     audit,
     auth_pct,
@@ -673,6 +674,13 @@ def test_records_from_before_are_judged_as_before():
     for key in ("hidden", "same", "looks"):
         del audited.record[key]
     assert audited.verdict(0.2).passed
+
+
+@pytest.mark.parametrize(
+    "share, words", [(0.0036, "0.36 %"), (0.69, "69 %"), (0.996, "99.6 %"), (1.0, "100 %")]
+)
+def test_shares_are_in_figures_that_people_read(share, words):
+    assert _per_cent(share) == words
 
 
 def test_strangers_that_nearly_are_members_are_counted_before_an_attack(tmp_path):

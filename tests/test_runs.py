@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from dataclasses import FrozenInstanceError, fields
 
@@ -15,10 +16,10 @@ from typer.testing import CliRunner
 
 from cpsample.cli import app
 from cpsample.core.guard import UncalibratedGuardWarning
-from cpsample.core.guard_files import load_guard
+from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import first_occurrence, pixels
 from cpsample.core.protection import protect
-from cpsample.core.recognition import recognise
+from cpsample.core.recognition import probed, recognise
 from cpsample.practice import runs
 from cpsample.practice.runs import (
     CONFIGS,
@@ -76,6 +77,47 @@ def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
     assert "The guard" not in said and unguarded.std() > 1
     _, again = sample("again")
     assert np.array_equal(images, again)
+
+
+def with_check(run, folder, threshold):
+    "A copy of a run whose guard recognises what is more familiar than a threshold."
+    shutil.copytree(run, folder)
+    guard = load_guard(folder / "guard")
+    look = {"levels": [0], "noisings": 1, "mirrored": False, "through": None}
+    members = members_of(run)[1]
+    guard.recognition = {"threshold": threshold, **look, **probed(guard, pixels(members), [0])}
+    save_guard(guard, folder / "guard")
+    return folder
+
+
+def test_the_guard_has_the_last_word_on_the_command_line(run, tmp_path):
+    def sample(folder, *options):
+        out = tmp_path / "samples"
+        said = succeeds("sample", folder, "-n", 6, "--steps", 4, "--out", out, *options)
+        return said, len(np.load(f"{out}.npz")["images"])
+
+    lenient = with_check(run, tmp_path / "lenient", threshold=1e6)
+    assert "recognised 0 of 6" in sample(lenient)[0]
+
+    # Who recognises everything serves nothing, and writes nothing.
+    strict = with_check(run, tmp_path / "strict", threshold=-1e6)
+    out = tmp_path / "none"
+    refused("recognised all 6 images in 10 tries", "sample", strict, "-n", 6, "--steps", 4)
+    refused("in 2 tries", "sample", strict, "-n", 6, "--steps", 4, "--tries", 2, "--out", out)
+    assert not out.with_suffix(".npz").exists()
+    assert sample(strict, "--no-check")[1] == 6
+
+    # An audit draws as `sample` does.
+    refused("recognised all 5", "audit", strict, "--number", 5, "--out", tmp_path / "a")
+
+
+def test_a_guard_without_a_check_says_so(run, tmp_path):
+    folder = with_check(run, tmp_path / "plain", threshold=0.0)
+    guard = load_guard(folder / "guard")
+    guard.recognition = None
+    save_guard(guard, folder / "guard")
+    said = succeeds("sample", folder, "-n", 2, "--steps", 2, "--out", tmp_path / "s")
+    assert "cpsample guard RUN --check" in said
 
 
 def test_strength_multiplies_the_scale_of_the_guard(run, tmp_path, monkeypatch):

@@ -472,7 +472,9 @@ def looks_doubt(seen: Mapping[str, Any]) -> str | None:
 
 # %% ../../nbs/3_judgement/05_copy_audit.ipynb #c0ba9b7d
 def _per_cent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    "A share in per cent with two digits, or three from 99.5 % on: never 1e+02."
+    digits = 3 if share >= 0.995 else 2
+    return f"{100 * share:.{digits}g} %"
 
 
 def _counted(numbers: Mapping[str, Any], test: str) -> str:
