@@ -184,6 +184,18 @@ def test_thumbnails_come_when_asked_in_the_order_of_the_table(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("ending", ["html", "json", "csv"])
+def test_each_file_of_somebody_else_is_refused_alone(audited, tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    path.write_text("rank,mine\n")
+    with pytest.raises(ValueError, match=f"a.{ending} is there already"):
+        write_report(audited, tmp_path / "a")
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "rank,mine\n"
+    path.unlink()
+    for _ in range(2):
+        write_report(audited, tmp_path / "a")
+
+
 @pytest.mark.parametrize("shape, size", [((3, 9, 9), (90, 182, 3)), ((1, 200, 100), (96, 98, 1))])
 def test_pairs_of_any_size_become_pictures(shape, size):
     pictures = side_by_side(torch.rand(2, 4, *shape) * 2 - 1)
