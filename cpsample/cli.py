@@ -321,11 +321,11 @@ JsonFile = Annotated[
 PICTURES = "a folder or an archive (.zip, .tar, .tar.gz)"  # where a command reads pictures
 
 
-def one_or_several(names: list | None) -> Any:
-    "What was named: None, one thing, or a list of several."
-    if not names:
-        return None
-    return names[0] if len(names) == 1 else list(names)
+def one_or_several(names: Any) -> Any:
+    "What was named: None for an empty list, one thing, or a list of several."
+    if not isinstance(names, list) or len(names) > 1:
+        return names
+    return names[0] if names else None
 
 
 def listed(names: Any) -> str:
@@ -528,7 +528,7 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def training_config(data: str | list[str], tiny: bool, **options: Any) -> Any:
+def training_config(data: list[str], tiny: bool, **options: Any) -> Any:
     "The configuration for a data set or folders, with the options that were given."
     from cpsample.practice.runs import CONFIGS
 
@@ -549,7 +549,7 @@ def drawn_members(x: Any, images: int | None, seed: int) -> Any:
 
 
 def described_run(
-    data: str | list[str],
+    data: list[str],
     size: int | None,
     images: int | None,
     x: Any,
@@ -563,13 +563,12 @@ def described_run(
     # Runs that do not say how pictures were made square have cut them.
     squares = given(fit=None if fit == "cut" else fit)
 
-    # A set has a name, everything else a place.
-    if isinstance(data, list):
-        places = [str(Path(place).resolve()) for place in data]
-    else:
-        places = data if data in choices.IMAGE_SETS else str(Path(data).resolve())
+    # Named sets are everywhere; folders and archives have a place.
+    places = [
+        place if place in choices.IMAGE_SETS else str(Path(place).resolve()) for place in data
+    ]
     return {
-        "data": places,
+        "data": one_or_several(places),
         "size": size or 32,
         **squares,
         "channels": x.shape[1],
@@ -585,12 +584,12 @@ def holds_files(name: str) -> bool:
     return name not in choices.IMAGE_SETS and (Path(name).is_dir() or is_archive)
 
 
-def check_source(data: str | list[str], start: Path | None, **of_folders: Any) -> None:
+def check_source(data: list[str], start: Path | None, **of_folders: Any) -> None:
     """Raise ValueError unless options fit to the images, and --from is a file.
 
     of_folders: options that are about folders and archives of images.
     """
-    if not all(map(holds_files, data if isinstance(data, list) else [data])):
+    if not all(map(holds_files, data)):
         reason = f"{listed(data)} comes as it is, it is no folder and no archive of pictures"
         refuse_ignored(reason, **of_folders)
     if start and start.is_dir():
@@ -625,10 +624,9 @@ def check_sheets(out: Path) -> None:
         refuse_foreign("train", sorted(out.glob("samples-" + 6 * "[0-9]" + ".png")))
 
 
-def check_run_folder(out: Path, data: str | list[str]) -> None:
+def check_run_folder(out: Path, data: list[str]) -> None:
     "Raise ValueError when a run would stand among its own images, or on somebody else's."
-    places = data if isinstance(data, list) else [data]
-    if out.resolve() in [Path(place).resolve() for place in places]:
+    if out.resolve() in [Path(place).resolve() for place in data]:
         raise ValueError(f"{out} is the folder of the images: give the run another, with --out")
     check_sheets(out)
 
@@ -656,7 +654,6 @@ def train_command(
 
     With accelerate launch, on several processes.
     """
-    data = one_or_several(data)
     check_source(data, start, size=size, grey=grey, fit=fit, strict=strict)
     from cpsample.practice.datasets import read_data
     from cpsample.practice.runs import model_to_tune, train_denoiser
@@ -1178,6 +1175,8 @@ def strangers_of_run(
     from cpsample.core.copying import leave_out_shared, refuse_shared
     from cpsample.practice.datasets import read_together
 
+    # Others of the same set, unless some are named.
+    held_out = one_or_several(held_out)
     if held_out is None:
         return (
             leave_out_shared(non_members, members, "held-out images") if len(non_members) else None
@@ -1229,6 +1228,7 @@ def images_of_folders(
     """
     from cpsample.practice.datasets import read_together
 
+    training, held_out = one_or_several(training), one_or_several(held_out)
     if training is None:
         raise ValueError(
             f"{generated} is no run: give the training images too, "
@@ -1302,7 +1302,7 @@ def origins(
     training: None for a run, which knows its own.
     """
     # Of pictures that were read nobody knows who drew them.
-    if training is not None:
+    if training:
         sources = {
             "generated": generated,
             "training": listed(training),
@@ -1347,9 +1347,8 @@ def audit_command(
     1, copies found; 3, too few samples to say: more of them are needed, or such as look like the
     data; 2, something is wrong, and nothing was counted.
     """
-    training, held_out = one_or_several(training), one_or_several(held_out)
     of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-    reading = dict(TRAINING=training, size=size, fit=fit, strict=strict and held_out is None)
+    reading = dict(TRAINING=training, size=size, fit=fit, strict=strict and not held_out)
     is_run = draws_from_run(generated, of_runs, **reading)
 
     from cpsample.judgement.copy_audit import audit

@@ -156,6 +156,8 @@ def load_cifar10(part: str = "train", *, sources: Sources | None = None) -> tupl
     """
     if sources is not None:
         return _cifar10_of(sources, part)
+
+    # The exact set.
     from torchvision.datasets import CIFAR10
 
     # The exact set.
@@ -548,7 +550,7 @@ def _paths_below(source: AnyPath, findings: _Findings) -> list[AnyPath]:
     "The image files in a folder or an archive, sorted. Raises ValueError when there are none."
     endings, paths = picture_endings(), []
 
-    # What is not read is counted by its kind, so that nobody misses it in silence.
+    # What looks like a picture, and is none that can be read, is noted.
     sheets = re.compile(r"samples-\d{6}\.png") if _is_run(source) else None
     for path in _files_below(source, findings):
         if sheets and path.parent == source and sheets.fullmatch(path.name):
@@ -760,7 +762,7 @@ def _listed_labels(source: AnyPath) -> dict[str, int] | None:
     if not file.is_file():
         return None
 
-    # As EDM writes them: [[path, class], …].
+    # Pairs of a path and a whole number, or else it is no list of classes.
     try:
         labels = {
             name: whole_number(label, name, 0)

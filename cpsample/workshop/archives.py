@@ -159,7 +159,7 @@ def _tar_entries(path: Path, room: float) -> Iterator[_Entry]:
             fault = _fault(info)
             read = partial(_read_slice, path, info.offset_data, info.size)
 
-            # Where nobody can jump to a file, all of them are kept.
+            # What can be read only once is kept, as long as there is room.
             if is_compressed:
                 total += info.size
                 if total > room:
@@ -201,10 +201,10 @@ class Archive:
             entries = _zip_entries(self.path) if is_zip else _tar_entries(self.path, room)
             for entry in entries:
                 self._add(entry)
-        # What came before the cut is good.
+        # What came before the damage is there; other errors are of the archive as a whole.
         except CutOffError as error:
             last = next(reversed(self.files), "its beginning")
-            self.cut = f"after {last}: {error}"
+            self.cut = f"after {printable(last)}: {error}"
         except MemoryError as error:
             raise ValueError(
                 f"{printable(self.path)} is compressed as a whole, and unpacks to more than "
