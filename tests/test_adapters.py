@@ -276,15 +276,21 @@ def by_heart(members):
     return best
 
 
-def linear(weight):
-    "A classifier with one label, z = ⟨weight, x⟩."
-    return lambda x, t: (weight.to(x) * x).flatten(1).sum(1, keepdim=True)
+def linear(weight, shown=None):
+    "A classifier with one label, z = ⟨weight, x⟩; it appends what it is shown to a list."
+
+    def classifier(x, t):
+        if shown is not None:
+            shown.append(x.detach())
+        return (weight.to(x) * x).flatten(1).sum(1, keepdim=True)
+
+    return classifier
 
 
-def certain(**changes):
+def certain(shown=None, **changes):
     "A guard in closed form that is certain of PICTURE, and moves it back to its gate in one step."
     options = dict(scale=1.0, moves=1) | changes
-    return looking(linear(WEIGHT), **options)
+    return looking(linear(WEIGHT, shown), **options)
 
 
 def projected(guard, x0):
@@ -327,13 +333,19 @@ def test_a_guard_that_is_never_certain_changes_no_byte(name):
 @pytest.mark.parametrize("name", PEERS)
 def test_what_is_drawn_is_the_picture_that_a_guard_in_closed_form_asks_for(name):
     "A network with one picture in mind draws it; guarded it draws that picture's projection."
-    guard = certain()
+    shown = []
+    guard = certain(shown)
     wanted = projected(guard, PICTURE)
     change = (wanted - PICTURE).square().mean().sqrt()
     assert change > 0.05 and wanted.abs().max() < 1
     for moved, picture in ((None, PICTURE), (guard, wanted)):
         x = drawn(name, always, moved)
         torch.testing.assert_close(x, picture.expand_as(x), atol=0.01, rtol=0)
+
+    # And the guard was asked about that picture at every step, from the first noise to the last.
+    asked = torch.cat(shown) / guard.schedule.abar[guard.level].sqrt()
+    assert len(asked) >= 2 * 16 * 19
+    torch.testing.assert_close(asked, PICTURE.expand_as(asked), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -343,6 +355,46 @@ def test_copying_is_cured(name, digits):
         copy_test(drawn(name, by_heart(members), one), members) for one in (None, guard)
     ]
     assert plain.copies >= 14 and cured.copies <= 1
+
+
+def convention_and_clock(name):
+    "(what is read from a real object, times, the share ᾱ of signal that there is at them)."
+    t, sigma = torch.linspace(0.1, 0.9, 5).double(), torch.logspace(-2, 1, 5).double()
+    of_sigma, straight = 1 / (1 + sigma**2), (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    if name == "smalldiffusion":
+        return convention_of(small_model(always, "v")), sigma, of_sigma
+    if name == "smalldiffusion, flow":
+        return convention_of(small_model(always, "flow")), t, straight
+    if name == "azula":
+        denoiser = azula_denoiser(always)
+        a, b = denoiser.schedule(t)
+        return convention_of(denoiser), t, a**2 / (a**2 + b**2)
+    if name == "flow_matching":
+        path = pytest.importorskip("flow_matching.path").CondOTProbPath()
+        return convention_of(path), 1 - t, straight
+    if name == "k-diffusion":
+        package = pytest.importorskip("k_diffusion")
+        return convention_of(package.Denoiser(Preconditioned(always))), sigma, of_sigma
+
+    # Of denoising-diffusion-pytorch, a level or a quarter of ln σ.
+    package = pytest.importorskip("denoising_diffusion_pytorch")
+    if name == "elucidated":
+        diffusion = package.ElucidatedDiffusion(ElucidatedNetwork(always), image_size=8)
+        return convention_of(diffusion), sigma.log() / 4, of_sigma
+    diffusion = package.GaussianDiffusion(LevelNetwork(always, "pred_v"), image_size=8)
+    levels = torch.tensor([0, 10, 500, 900])
+    return convention_of(diffusion), levels, diffusion.alphas_cumprod[levels].double()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["smalldiffusion", "smalldiffusion, flow", "azula", "flow_matching", "k-diffusion"]
+    + ["elucidated", "gaussian diffusion"],
+)
+def test_it_is_known_how_much_noise_there_is(name):
+    "Which decides whether a guard is asked at all, below its t_max."
+    convention, time, abar = convention_and_clock(name)
+    torch.testing.assert_close(convention.path.abar(time), abar, rtol=1e-5, atol=1e-7)
 
 
 def test_a_real_unet_with_self_conditioning():
@@ -616,22 +668,27 @@ def test_smalldiffusion_is_asked_at_its_own_doors_alone():
         model(x, sigma)
 
 
+def wave_loss(self, images):
+    "What a GaussianDiffusion does when it is called: a loss."
+    return images.sin().mean()
+
+
 def test_what_is_not_known_is_refused_in_one_line():
     guard, x = looking(), pictures(2, shape=(1, 4, 4))
-    diffusion = SimpleNamespace(
-        objective="pred_v",
-        alphas_cumprod=make_schedule().abar,
-        predict_start_from_noise=None,
-        normalize=lambda x: 2 * x - 1,
-    )
+    knows = dict(objective="pred_v", alphas_cumprod=make_schedule().abar)
+    knows |= dict(predict_start_from_noise=None, normalize=lambda x: 2 * x - 1)
+    diffusion = SimpleNamespace(**knows)
+    trained = type("Trained", (nn.Module,), {"forward": wave_loss})()
+    vars(trained).update(knows)
     told = convention_on(edm_path(), "x0")
     refused = {
         "it is not known what wave is shown": lambda: protect_model(lambda x, t: x, guard),
         "unknown prediction 'speed'": lambda: convention_on(edm_path(), "speed"),
         "SimpleNamespace knows how its network": lambda: protect_model(diffusion, guard),
         "is not that network": lambda: protect_model(diffusion, guard, diffusion),
+        "Trained knows how its network": lambda: protect_model(trained, guard),
         "has the objective 'pred_score'": lambda: convention_of(
-            SimpleNamespace(**vars(diffusion) | {"objective": "pred_score"})
+            SimpleNamespace(**knows | {"objective": "pred_score"})
         ),
         "values are those of black and white": lambda: protect_model(
             SigmaDenoiser(), guard, values=(1, 0)
