@@ -11,7 +11,7 @@ cfg = ini["DEFAULT"]
 
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("diffusers", "metrics", "audit", "baselines", "notebook")
+    for name in ("diffusers", "metrics", "audit", "baselines", "notebook", "peers")
 }
 extras["dev"] = cfg["dev_requirements"].split() + sum(extras.values(), [])
 extras["bench"] = (

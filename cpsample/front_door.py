@@ -39,20 +39,28 @@ def offered(name: str) -> Any:
     return getattr(importlib.import_module(f"cpsample.{PLACES[name]}"), name)
 
 # %% ../nbs/front_door.ipynb #463c3fb5
-def protect(model: Any, guard: Any, **options: Any) -> Any:
+def protect(model: Any, guard: Any, convention: Any = None, **options: Any) -> Any:
     """The same model, or pipeline, with a guard in front of its training images.
 
-    model: a denoiser `model(x_t, t) -> eps`, of which a protected one is returned; or a pipeline
-        of diffusers, which is protected in place (see `protect_pipeline` for what is returned).
+    model: a denoiser `model(x_t, t) -> eps`, or a network of another package (see
+        `protect_model`), of which a protected one is returned; or a pipeline of diffusers, which
+        is protected in place (see `protect_pipeline` for what is returned).
     guard: a `Guard`, trained for this model or pipeline.
+    convention: of a network of another package that does not tell by itself how it is asked.
     options: of `protect_pipeline`, such as accept=True: what the guard recognises of the images
-        is drawn anew. A denoiser cannot do that: ValueError.
+        is drawn anew. A denoiser cannot do that: ValueError. Or of `protect_model`.
     Source: CPSample, section 4.
     """
-    if hasattr(model, "scheduler"):
+    if convention is None and hasattr(model, "scheduler"):
         from cpsample.production.pipelines import protect_pipeline
 
         return protect_pipeline(model, guard, **options)
+
+    # A network that is asked otherwise than ours, read as one of ours, would go unprotected.
+    from cpsample.production.adapters import is_recognised, protect_model
+
+    if convention is not None or is_recognised(model):
+        return protect_model(model, guard, convention, **options)
 
     from cpsample.core.protection import protect as protect_denoiser
 

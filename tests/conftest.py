@@ -39,6 +39,7 @@ def network():
 # Files whose tests take more than a few seconds each: whole runs, processes that are killed,
 # studies, the matrix of schedulers. `make test-fast` leaves them out.
 SLOW_FILES = {
+    "test_adapters",
     "test_audit_study",
     "test_bad_input",
     "test_caption_attacks",

@@ -113,6 +113,7 @@ def test_the_package_needs_none_of_the_extras():
     "Imported with every optional package blocked."
     blocked = "nbdev execnb fastcore diffusers transformers accelerate torchmetrics".split()
     blocked += "torch_fidelity faiss opacus jupyterlab ipywidgets pytest hypothesis".split()
+    blocked += "smalldiffusion denoising_diffusion_pytorch azula flow_matching k_diffusion".split()
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in book.modules()]
     program = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + "\n".join(
         f"import {m}" for m in modules
