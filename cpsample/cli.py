@@ -703,7 +703,9 @@ _GuardReference = Annotated[
 _GuardPreset = Annotated[
     str,
     typer.Option(
-        callback=chosen_from(choices.PRESETS, "preset"), help=f"{one_of(choices.PRESETS)}."
+        callback=chosen_from(choices.PRESETS, "preset"),
+        help="x0: asks about the predicted picture; x_t: about the noisy one; member: learns one "
+        "label, member or not; paper: as the paper prints it.",
     ),
 ]
 _GuardPipeline = Annotated[

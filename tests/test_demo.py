@@ -139,6 +139,14 @@ def test_table_and_picture_show_every_arm(small):
     assert len(show_arms(images, members, columns=5).axes) == 2 * len(ARMS) * 5
 
 
+def test_a_table_of_a_model_that_does_not_copy_says_that_it_shows_nothing():
+    record = json.loads(data_path("results/demo.json").read_text())
+    words = "says nothing about the guard"
+    assert words not in table(record)
+    record["arms"]["unguarded"] |= {"copies": 2, "n": 60, "copy_rate": 2 / 60}
+    assert words in table(record) and "2 of 60" in table(record)
+
+
 def test_readme_quotes_the_result_on_file():
     "The README's table is the file's, made with the settings that the package ships."
     record = json.loads(data_path("results/demo.json").read_text())

@@ -548,6 +548,15 @@ def table(record: dict) -> str:
     lines.append(f"{space} to held-out digits; real digits reach {real:.1f}.")
     stages = ", ".join(f"{stage} {s:.0f} s" for stage, s in record["seconds"].items())
     lines.append(f"Time per seed: {stages}.")
+
+    # Where there is nothing to prevent, no arm shows anything.
+    unguarded = record["arms"]["unguarded"]
+    if unguarded["copy_rate"] < 0.05:
+        copies = f"{unguarded['copies']} of {unguarded['n']}"
+        lines.append(
+            f"The unguarded model copies next to nothing ({copies}), so this says nothing about "
+            "the guard: train it for longer, on fewer images."
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/1_core/16_demo.ipynb #469a40b5
