@@ -387,6 +387,29 @@ def test_a_preset_takes_changes_and_fits_the_schedule():
         preset_settings("best", {}, T=1000)
 
 
+def test_a_guard_says_in_five_lines_what_it_is(schedule):
+    guard = Guard(
+        first_coordinate, schedule, alpha=0.3, at="x0", made={"n": 1234, "reference": ["ff"]}
+    )
+    lines = repr(guard).splitlines()
+    assert len(lines) == 5 and "1,234 training images" in lines[0]
+    assert "not measured: calibrate(" in lines[2] and "calibrate_check(" in lines[3]
+    assert "ff" not in repr(guard).replace("diffusion", "")  # sketches of images are a secret
+
+    guard.report = dict(
+        alpha=0.3,
+        look=guard.look,
+        manner=guard.manner,
+        level=100,
+        levels=[0, 100],
+        coverage=[1.0, 0.97],
+        false_alarms=[0.1, 0.012],
+    )
+    assert "97% of its training images at t = 100, and 1.2% of others" in repr(guard)
+    assert "changed since" not in repr(guard)
+    assert "changed since" in repr(replace(guard, alpha=0.2))
+
+
 @pytest.mark.parametrize("T", [2, 3, 10, 13, 100, 999])
 @pytest.mark.parametrize("preset", GUARDS)
 def test_every_preset_fits_every_schedule(preset, T):

@@ -533,6 +533,17 @@ def _copies_in_words(name: str, arm: dict) -> str:
     return describe_rate(arm["copies"], arm["n"])
 
 
+def _nothing_shown(unguarded: dict) -> list[str]:
+    "A line for a demo in which there is nothing to prevent, so that no arm shows anything."
+    if unguarded["copy_rate"] >= 0.05:
+        return []
+    copies = f"{unguarded['copies']} of {unguarded['n']}"
+    return [
+        f"The unguarded model copies next to nothing ({copies}), so this says nothing about the "
+        "guard: train it for longer, on fewer images."
+    ]
+
+
 def table(record: dict) -> str:
     "The record's arms as lines of text."
     head = f"{'':10} {'copies':34} {'near':>6} {'distance':>9}"
@@ -549,15 +560,7 @@ def table(record: dict) -> str:
     stages = ", ".join(f"{stage} {s:.0f} s" for stage, s in record["seconds"].items())
     lines.append(f"Time per seed: {stages}.")
 
-    # Where there is nothing to prevent, no arm shows anything.
-    unguarded = record["arms"]["unguarded"]
-    if unguarded["copy_rate"] < 0.05:
-        copies = f"{unguarded['copies']} of {unguarded['n']}"
-        lines.append(
-            f"The unguarded model copies next to nothing ({copies}), so this says nothing about "
-            "the guard: train it for longer, on fewer images."
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_nothing_shown(record["arms"]["unguarded"])])
 
 # %% ../../nbs/1_core/16_demo.ipynb #469a40b5
 _ARM_NAMES = {

@@ -198,6 +198,26 @@ def _why_nan(classifier: Classifier, x_t: Tensor) -> str:
     return f"its classifier overflows in {x_t.dtype}: cast it to a wider type"
 
 # %% ../../nbs/1_core/08_guard.ipynb #bd25c8be
+def _covered_in_words(report: dict[str, Any] | None, is_valid: bool) -> str:
+    "What calibration measured, for `Guard.__repr__`."
+    if report is None or "coverage" not in report:
+        return "not measured: calibrate(guard, members, held_out)"
+    row = report["levels"].index(report["level"])
+    words = (
+        f"{report['coverage'][row]:.0%} of its training images at t = {report['level']}, and "
+        f"{report['false_alarms'][row]:.1%} of others by mistake"
+    )
+    return words if is_valid else f"{words}; but it has been changed since: calibrate it again"
+
+
+def _recognised_in_words(recognition: dict[str, Any] | None) -> str:
+    "What the calibration of its check measured, for `Guard.__repr__`."
+    if recognition is None or "coverage" not in recognition:
+        return "not measured: calibrate_check(guard, members, held_out)"
+    copies, others = recognition["coverage"], recognition["false_alarms"]
+    return f"{copies['share']:.1%} of {copies['n']} copies, {others['share']:.1%} of other images"
+
+
 @dataclass
 class Guard:
     """What protects a model: a label classifier, the schedule of that model, and how hard to push.
@@ -245,6 +265,20 @@ class Guard:
         self.check()
         if isinstance(self.classifier, nn.Module):
             self.classifier = frozen_copy(self.classifier)
+
+    def __repr__(self) -> str:
+        "In five lines: whom it protects, how, what was measured, and what it does not promise."
+        images = f"{self.made['n']:,} training images" if "n" in self.made else "training images"
+        place = "the predicted picture" if self.at == "x0" else "the noisy picture"
+        numbers = f"α = {self.alpha:.3g}, s = {self.scale:.3g}, t < {self.t_max}"
+        network = type(self.classifier).__name__
+        return (
+            f"Guard of {images}, {network}, schedule {self.schedule.name}\n"
+            f"  asks about: {place}, {numbers}, form {self.form}\n"
+            f"  covers: {_covered_in_words(self.report, self.calibrated)}\n"
+            f"  recognises: {_recognised_in_words(self.recognition)}\n"
+            "  promises nothing: count copies of what you serve, and keep it secret like the images"
+        )
 
     def check(self) -> None:
         "Raise ValueError for settings that cannot work: when it is made, and when it protects."
