@@ -556,8 +556,9 @@ def test_the_command_line_reads_two_folders_at_one_size(tmp_path, monkeypatch):
         "The output, and how many copies the ratio test counts."
         words = ["audit", "copies", "wide", "--space", "pca-64", "--no-flips", *words]
         result = CliRunner().invoke(app, words)
-        assert result.exit_code == 0, result.output
-        return result.output, int(re.search(r"ratio +(\d+) of 30", result.output)[1])
+        copies = int(re.search(r"ratio +(\d+) of 30", result.output)[1])
+        assert result.exit_code in ((1,) if copies else (1, 3)), result.output
+        return result.output, copies
 
     with pytest.warns(ImageFileWarning, match="30 of 30 pictures in wide are not square"):
         output, cut = copies_found()

@@ -533,7 +533,7 @@ def preset_settings(preset: str, changes: dict[str, Any], T: int) -> dict[str, A
     """
     preset_kind(preset)  # refuses unknown ones
     settings = {"at": "x_t", **GUARDS[preset]}
-    known = settings.keys() | GUARDS["x0"].keys() | {"strangers"}
+    known = settings.keys() | GUARDS["x0"].keys() | {"strangers", "clip"}
     unknown = changes.keys() - known
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}: choose from {', '.join(known)}")
@@ -564,7 +564,7 @@ def _check_counts(K: int, steps: int) -> None:
 
 def _check_can_be_led_away(members: Tensor, at: str) -> None:
     "Raise ValueError for a single image, from which no move can lead to another."
-    if at == "x0" and len(members) > 0 and bool((members == members[:1]).all()):
+    if at == "x0" and bool((members == members[:1]).all()):
         raise ValueError(
             "a guard that looks at predictions needs at least 2 different training images, got 1: "
             'add images, or take the one that looks at x_t (preset="x_t")'
@@ -629,7 +629,7 @@ def fit_guard(
     reference [M, ...]: images of the same kind that are *not* members, to stay undecided about
         (default: none).
     preset: a key of `GUARDS`; `settings` override its values, such as alpha, scale or t_max;
-        `strangers` is as for `training_set`.
+        `strangers` is as for `training_set`, `clip` as for `Guard` (default: 1 for pictures).
     steps, batch_size, lr: of the training.
     width, depth: of the `MLPClassifier`.
     seed: of labels, weights and batches.
@@ -644,7 +644,6 @@ def fit_guard(
     _check_counts(K, steps)
     seed = checked_seed(seed)
     _check_before_training(settings, schedule, t_learn)
-    _check_can_be_led_away(members, settings["at"])
 
     # What to learn and at which noise levels, and a network to learn it.
     x, targets, weights = training_set(
@@ -657,6 +656,7 @@ def fit_guard(
         dtype=precision_of(classifier),
     )
     members = x[: len(members)]
+    _check_can_be_led_away(members, settings["at"])
     loss = partial(label_loss, schedule=schedule, t_max=t_learn, t_power=t_power)
     if classifier is None:
         classifier = _new_classifier(members, K, seed, width=width, depth=depth)

@@ -924,6 +924,9 @@ def fit_pipeline_guard(
         guard_steps=steps,
         seed=seed,
     )
+
+    # Latents have no bound; a predicted picture is clipped as samplers clip it.
+    settings["clip"] = 1.0 if space is None else None
     with values_anywhere():  # latents do not lie in [−1, 1], and images have been checked
         guard = fit_run_guard(
             config,
@@ -937,10 +940,8 @@ def fit_pipeline_guard(
             **settings,
         )
 
-    # It remembers in which space it was trained, to be refused in another one. Latents have no
-    # bound; a predicted picture is clipped as samplers clip it.
+    # It remembers in which space it was trained, to be refused in another one.
     guard.made["autoencoder"] = space
-    guard.clip = 1.0 if space is None else None
     save_guard(guard, path)
     return guard
 
