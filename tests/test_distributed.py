@@ -77,19 +77,26 @@ def measure(folder, accelerator=None):
 
 def worker(folder):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # A fork inherits what its parent has said of itself: that it is the only process.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     measure(folder, accelerator)
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
-    launcher = pytest.importorskip("accelerate").debug_launcher
+    accelerate = pytest.importorskip("accelerate")
+    launcher = accelerate.debug_launcher
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone, together = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()
     together.mkdir()
     measure(alone)
+
+    # Tests that ran in this process before may have made one, of one process.
+    accelerate.Accelerator(cpu=True)
     launcher(worker, args=(together,), num_processes=2)
 
     # Each process found the gradients of one, and no other factor.
