@@ -1035,9 +1035,10 @@ def drawn_images(
         return drawn.images
 
     # What it took is for whoever runs this, and for nobody who is served.
-    anew, left_out = int((drawn.tries > 1).sum()), int((~drawn.accepted).sum())
-    print(f"The guard recognised {anew} of {n} images in the end: these were drawn anew", end="")
-    print(f", and {left_out} left out after {tries} tries." if left_out else ".")
+    left_out = int((~drawn.accepted).sum())
+    replaced = int((drawn.accepted & (drawn.tries > 1)).sum())
+    print(f"The guard recognised {replaced + left_out} of {n} images in the end:", end=" ")
+    print(f"{replaced} were drawn anew, {left_out} left out.")
     if left_out == n:
         raise ValueError(
             f"the guard recognised all {n} images in {tries} tries each: the model draws next to "

@@ -369,8 +369,16 @@ def bundle():
 IMPOSSIBLE = {
     "no function": (Marked, {"accept": "yes"}, "accept must be True, or a function"),
     "no tries": (Marked, {"accept": always, "tries": 0}, "tries must be between 1 and"),
-    "half a try": (Marked, {"accept": always, "tries": 2.5}, "tries must be between 1 and"),
-    "tries in words": (Marked, {"accept": always, "tries": "3"}, "tries must be between 1 and"),
+    "half a try": (
+        Marked,
+        {"accept": always, "tries": 2.5},
+        "tries must be a whole number, between 1 and",
+    ),
+    "tries in words": (
+        Marked,
+        {"accept": always, "tries": "3"},
+        "tries must be a whole number, between 1 and",
+    ),
     "leftover": (Marked, {"accept": always, "leftover": "keep"}, "one of withhold, return"),
     "parts": (bundle, {"accept": always}, "parts of a pipeline cannot draw anew"),
 }

@@ -218,7 +218,7 @@ def test_what_cannot_be_asked_or_moved_is_said():
         ({"level": 150, "made": {"t_max": 150}}, r"level=150 must lie in \[0, 150\)"),
         ({"level": -1}, "level=-1 must lie in"),
         ({"noisings": -1}, "noisings must be at least 0"),
-        ({"moves": 0}, "moves at least 1"),
+        ({"moves": 0}, "moves must be at least 1"),
         ({"longest": 0.0}, "longest and clip must be positive"),
         ({"longest": float("nan")}, "longest and clip must be positive"),
         ({"clip": 0.0}, "longest and clip must be positive"),

@@ -133,16 +133,11 @@ def check_look(
         return
 
     # What it is shown, and how far it may move that.
-    for number, name in ((level, "level"), (noisings, "noisings"), (moves, "moves")):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"{name} must be a whole number, got {number!r}")
-    if not 0 <= level < learned:
+    whole_number(noisings, "noisings", 0)
+    whole_number(moves, "moves", 1)
+    if not 0 <= whole_number(level, "level", -learned) < learned:
         raise ValueError(
             f"level={level} must lie in [0, {learned}), the levels that this guard has learned"
-        )
-    if noisings < 0 or moves < 1:
-        raise ValueError(
-            f"noisings must be at least 0 and moves at least 1, got {noisings} and {moves}"
         )
     if not longest > 0 or (clip is not None and not clip > 0):
         raise ValueError(f"longest and clip must be positive, got {longest} and {clip}")

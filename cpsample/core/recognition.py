@@ -35,6 +35,7 @@ from .predicted import within
 from .protection import Protected
 from .schedule import Schedule, add_noise, check_levels, eps_to_x0
 from ..workshop.neighbours import nearest
+from ..workshop.seeds import whole_number
 
 # %% ../../nbs/1_core/13_recognition.ipynb #bc32ddc2
 @lru_cache(maxsize=8)
@@ -434,9 +435,8 @@ def _check_asked(
         raise ValueError(
             f"levels must lie in [0, {top}), which this guard has learned, got {levels}"
         )
-    noisings = look["noisings"]
-    if draws < 1 or noisings < 1:
-        raise ValueError(f"draws and noisings must be at least 1, got {draws} and {noisings}")
+    whole_number(draws, "draws", 1)
+    whole_number(look["noisings"], "noisings", 1)
     if look["through"] is not None:
         check_asks(model, look["through"])
         check_levels(torch.tensor([look["through"]]), guard.schedule.T)
@@ -511,9 +511,9 @@ def members_known(scores: Tensor, rows: Tensor, threshold: float, wanted: float)
     if n - unknown >= wanted * n:
         return share_with_interval(is_known)
     warnings.warn(
-        f"the copies that the model draws are recognised, but {unknown} of {n} training images are "
+        f"the copies that were measured are recognised, but {unknown} of {n} training images are "
         f"not, number {rows[scores.argmin()]} the least: the check would serve copies of them; "
-        "train the guard longer, or calibrate the check without model=",
+        "train the guard longer, or measure members with noise (leave out model=)",
         UncoveredMemberWarning,
         stacklevel=3,
     )

@@ -57,6 +57,7 @@ from cpsample.production.schedulers import (
 from ..workshop.archives import Sources, as_list
 from ..workshop.files import atomic, fingerprint, import_optional, writable, write_tensors
 from ..workshop.neighbours import at_least_float32
+from ..workshop.seeds import whole_number
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -1238,9 +1239,7 @@ class Acceptance:
     def __init__(self, pipe: "DiffusionPipeline", judge: Accept, tries: int, leftover: str):
         if not callable(pipe):
             raise ValueError("parts of a pipeline cannot draw anew: protect the pipeline itself")
-        is_whole = isinstance(tries, int) and not isinstance(tries, bool)
-        if not is_whole or not 1 <= tries <= MOST_TRIES:
-            raise ValueError(f"tries must be between 1 and {MOST_TRIES}, got {tries!r}")
+        tries = whole_number(tries, "tries", 1, most=MOST_TRIES)
         if leftover not in _LEFTOVER:
             raise ValueError(f"leftover must be one of {', '.join(_LEFTOVER)}, got {leftover!r}")
         if any(other.acceptance is not None for other in vars(pipe).get("_protections", [])):

@@ -18,11 +18,11 @@ def whole_number(value: Any, name: str, least: int, *, most: int | None = None) 
     value: an int, or one of numpy's, or a tensor that holds one.
     name: of what it counts, for the message.
     least, most: of the numbers that can be used, both included (default: no upper bound).
-    Raises ValueError, in one line, for anything else.
+    Raises ValueError, in one line, for anything else, True and False among it.
     """
     bounds = f"at least {least}" if most is None else f"between {least} and {most}"
     try:
-        number = operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be a whole number, {bounds}, got {value!r}") from None
     if number < least or (most is not None and number > most):
