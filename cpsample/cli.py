@@ -580,8 +580,9 @@ def described_run(
 
 def holds_files(name: str) -> bool:
     "Whether this names a folder or an archive, and no image set."
-    is_archive = name.lower().endswith(choices.ARCHIVES) and Path(name).is_file()
-    return name not in choices.IMAGE_SETS and (Path(name).is_dir() or is_archive)
+    from cpsample.workshop.archives import is_archive
+
+    return name not in choices.IMAGE_SETS and (Path(name).is_dir() or is_archive(name))
 
 
 def check_source(data: list[str], start: Path | None, **of_folders: Any) -> None:

@@ -157,7 +157,6 @@ def load_cifar10(part: str = "train", *, sources: Sources | None = None) -> tupl
     if sources is not None:
         return _cifar10_of(sources, part)
 
-    # The exact set.
     from torchvision.datasets import CIFAR10
 
     # The exact set.

@@ -202,9 +202,8 @@ def convention_of(thing: Any) -> Convention:
     return read(thing)
 
 # %% ../../nbs/4_production/08_other_packages.ipynb #24027e49
-LEAST_SAY = (
-    1e-6  # an answer whose share in the picture is no larger says nothing; a cos(π/2) is not 0
-)
+# An answer whose share in the picture is no larger says nothing: a cos(π/2) is not quite 0.
+LEAST_SAY = 1e-6
 
 
 class Translated(NamedTuple):
