@@ -11,7 +11,7 @@ import torch
 
 from cpsample.core import demo
 from cpsample.core.calibration import UncoveredGuardError
-from cpsample.core.copying import CopyReport, reject
+from cpsample.core.copying import CopyReport, neighbourhood_test, reject
 from cpsample.core.demo import (
     DEFAULTS,
     measure,
@@ -20,6 +20,7 @@ from cpsample.core.demo import (
     run_demo,
     run_seed,
     show_arms,
+    split_digits,
     table,
 )
 from cpsample.core.images import load_digits
@@ -164,6 +165,22 @@ def test_result_on_file_keeps_what_the_readme_promises():
         assert arm["copies"] == 0 and arm["withheld"] <= 0.01 * arm["n"]
         assert arm["near"] <= ideal["near"] / 4 and arm["fd"] <= ideal["fd"]
         assert arm["cost"] <= 2
+
+
+def test_sentences_of_the_front_page_agree_with_the_records():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    seconds = json.loads(data_path("results/demo.json").read_text())["seconds"]
+    assert "takes twice as long as training so small a model" in readme
+    assert 1.75 < seconds["guard"] / seconds["denoiser"] < 2.25
+
+    # Neighbours by the second test: three in four, nearly all, a third of real digits.
+    assert "three in four of the accepted digits" in readme
+    arms = json.loads(data_path("results/digits.json").read_text())["arms"]
+    share = {name: arm["neighbourhood"] / arm["n"] for name, arm in arms.items()}
+    assert 0.7 < share["accepted"] < 0.8 and share["rejection"] > 0.95
+    digits = split_digits(DEFAULTS, 0)
+    real = neighbourhood_test(digits.held_out, digits.members).rate
+    assert 0.28 < real < 0.38
 
 
 def test_what_is_withheld_counts_as_a_request():
