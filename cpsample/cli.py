@@ -13,7 +13,7 @@ __all__ = ['app', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'J
            'check_memory', 'last_word', 'drawn_images', 'sample_command', 'strangers_of_run', 'images_of_run',
            'images_of_folders', 'draws_from_run', 'three_sets', 'end_with', 'print_audit', 'origins', 'audit_command',
            'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study',
-           'reproduce_study', 'reproduce_command']
+           'reproduce_study', 'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -1518,6 +1518,15 @@ _ReproduceData = Annotated[
         "times for several."
     ),
 ]
+_ReproduceMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="MODULE:WRAP",
+        help="Of comparison: a function model -> model of your own, which gets its row in "
+        "comparison-MODULE.WRAP-….json, beside those on file.",
+    ),
+]
 _ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment will do and cost.")]
 
 # %% ../nbs/cli.ipynb #413b4070
@@ -1588,6 +1597,21 @@ def reproduce_study(
     print(f"All results: {shown(out / name)}.json")
 
 
+def compare_method(
+    method: str, parts: list[str], out: Path, work: Path | None, device: str | None
+) -> None:
+    "The rows of a method from outside, MODULE:WRAP, beside the yardsticks of the comparison."
+    from cpsample.judgement.comparison_study import beside_yardsticks, outside_study
+    from cpsample.workshop.files import CACHE, writable
+    from cpsample.workshop.studies import Workspace, run_study
+
+    study = outside_study(method)
+    workspace = Workspace(writable(work or CACHE / study.name), device or "cpu")
+    record = run_study(study, out, workspace, parts=parts, command=command_line())
+    print(beside_yardsticks(record))
+    print(f"All results: {shown(out / study.name)}.json")
+
+
 @app.command("reproduce")
 def reproduce_command(
     name: _ReproduceName,
@@ -1597,12 +1621,20 @@ def reproduce_command(
     work: _ReproduceWork = None,
     n: _ReproduceN = None,
     data: _ReproduceData = None,
+    method: _ReproduceMethod = None,
     plan: _ReproducePlan = False,
     device: Device = None,
 ) -> None:
     "Measure the numbers of a table again: stage by stage, and what was stopped goes on."
     known = (*choices.studies, *choices.EXPERIMENTS)
     check_choice(name, known, "study or experiment")
+
+    # A method from outside, an experiment, or a study: each has options of its own.
+    if method is not None:
+        if name != "comparison" or any((size, n, data, plan)):
+            raise ValueError("--method is for comparison, and goes with parts, --out and --work")
+        compare_method(method, parts or [], out or Path("results"), work, device)
+        return
     if name in choices.EXPERIMENTS:
         if parts or work or n:
             raise ValueError(

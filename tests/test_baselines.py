@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from cpsample.core.copying import ideal_denoiser
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
-from cpsample.core.densities import GaussianMixture, exact_denoiser
+from cpsample.core.densities import GaussianMixture, exact_denoiser, mix, noised, round_mixture
 from cpsample.core.guard import Guard
 from cpsample.core.protection import protect
 from cpsample.core.schedule import Schedule, eps_to_x0, make_schedule, signal_noise, x0_to_eps
@@ -26,6 +26,8 @@ from cpsample.judgement.baselines import (
     example_gradients,
     noise_multiplier,
     random_mask,
+    safe_denoiser,
+    safety_guided_flow,
     similarity_guidance,
     spell,
     train_private,
@@ -386,7 +388,7 @@ def test_no_sample_lands_in_a_ball_and_the_distant_are_not_touched():
     repelled = spell(model, SCHEDULE, points, 0.01)(x_t, t)
     assert outside.any() and torch.equal(repelled[outside], eps[outside])
     weak = spell(model, SCHEDULE, points, 0.25, strength=0.0)(x_t, t)
-    assert torch.equal(weak.round(decimals=3), eps.round(decimals=3))
+    assert torch.equal(weak, eps)
 
 
 def test_only_so_many_balls_as_there_are():
@@ -401,6 +403,87 @@ def test_only_so_many_balls_as_there_are():
     d = (x0 - z).norm(dim=1)
     expected = x0 + ((1 / d - 1)[:, None] * (x0 - z)).sum(0)  # both balls push
     torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
+
+
+# softer sums
+
+
+def at_rest(x_t, t):
+    "A denoiser that predicts x̂₀ = x_t."
+    return x0_to_eps(x_t, t, x_t, SCHEDULE)
+
+
+def moved_by(method, x, t):
+    return eps_to_x0(x, t, method(x, t), SCHEDULE) - x
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.floats(0.3, 2.0), st.floats(0.1, 5.0))
+def test_the_flow_goes_down_its_potential(k, width, strength):
+    refs = torch.randn(12, 4, generator=seed(k), dtype=torch.float64)
+    x = torch.randn(6, 4, generator=seed(k + 1), dtype=torch.float64).requires_grad_()
+    potential = (-(torch.cdist(x, refs) ** 2) / (2 * width**2)).exp().sum()
+    (gradient,) = torch.autograd.grad(-potential, x)
+    t, x = torch.full((6,), 200), x.detach()
+    flow = safety_guided_flow(at_rest, SCHEDULE, refs, width, strength)
+    expected = strength * width**2 * gradient
+    torch.testing.assert_close(moved_by(flow, x, t), expected, atol=1e-3, rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.floats(0.2, 2.0), st.floats(0.1, 5.0))
+def test_the_safe_denoiser_leaves_the_mean_of_what_is_near_by_a_constant_factor(k, width, beta):
+    refs = torch.randn(12, 4, generator=seed(k), dtype=torch.float64)
+    x = torch.randn(40, 4, generator=seed(k + 1), dtype=torch.float64)
+    kernel = (-(torch.cdist(x, refs) ** 2) / (2 * width**2)).exp()
+    unsafe = kernel @ refs / kernel.sum(1, keepdim=True)
+    is_near = kernel.sum(1, keepdim=True) > math.exp(-2)
+
+    t = torch.full((40,), 200)
+    safe = safe_denoiser(at_rest, SCHEDULE, refs, width, beta)
+    expected = torch.where(is_near, beta * (x - unsafe), torch.zeros_like(x))
+    torch.testing.assert_close(moved_by(safe, x, t), expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(safe(x, t)[~is_near[:, 0]], at_rest(x, t)[~is_near[:, 0]])
+
+
+def test_with_the_exact_odds_the_safe_denoiser_is_the_denoiser_of_what_is_safe():
+    "Theorem 3.2 of its paper, on a plane: the h-transform of an acceptance of 0 and 1."
+    points = torch.tensor([[0.6, 0.6], [-0.6, 0.6], [0.0, -0.6]])
+    unsafe, safe = round_mixture(points[:1], 0.1), round_mixture(points[1:], 0.1)
+    everything = mix(unsafe, safe, 1 / 3)
+    x_t = torch.randn(100, 2, generator=seed(0))
+    for level in (50, 300, 700):
+        t, abar = torch.full((100,), level), SCHEDULE.abar[level].item()
+
+        def expected(mixture):
+            return eps_to_x0(x_t, t, exact_denoiser(mixture, SCHEDULE)(x_t, t), SCHEDULE)
+
+        log_odds = noised(unsafe, abar).log_prob(x_t) - noised(safe, abar).log_prob(x_t)
+        beta = 0.5 * log_odds.exp()[:, None]
+        corrected = expected(everything) + beta * (expected(everything) - expected(unsafe))
+        fine = beta[:, 0] < 1e3  # beyond, a difference of nearly equal numbers is multiplied
+        torch.testing.assert_close(corrected[fine], expected(safe)[fine], atol=5e-3, rtol=1e-2)
+        assert fine.sum() > 50
+
+
+def test_the_flow_pushes_in_its_window_only_and_leaves_the_distant_alone():
+    refs = torch.zeros(1, 3)
+    x = torch.tensor([[0.5, 0, 0], [0.5, 0, 0], [9.0, 0, 0]])
+    t = torch.tensor([99, 100, 500])
+    plain = at_rest(x, t)
+    eps = safety_guided_flow(at_rest, SCHEDULE, refs, 1.0, 2.0, above=100)(x, t)
+    assert torch.equal(eps[[0, 2]], plain[[0, 2]]) and not torch.equal(eps[1], plain[1])
+
+
+@pytest.mark.parametrize("method", [safe_denoiser, safety_guided_flow])
+def test_without_strength_nothing_changes_and_rows_are_alone(method):
+    refs, x, t = images(20), images(8, 1), torch.full((8,), 300)
+    plain = at_rest(x, t)
+    assert torch.equal(method(at_rest, SCHEDULE, refs, 3.0, 0.0)(x, t), plain)
+    pushed = method(at_rest, SCHEDULE, refs, 3.0, 1.0)
+    alone = torch.cat([pushed(x[i : i + 1], t[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(pushed(x, t), alone, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(pushed(x, t), plain)
 
 
 # similarity guidance
@@ -449,6 +532,8 @@ def test_guidance_moves_x0_away_and_only_near_the_training_set():
     [
         lambda refs: spell(lambda x, t: x, SCHEDULE, refs, 1.0),
         lambda refs: similarity_guidance(lambda x, t: x, SCHEDULE, refs, 1.0, 1.0),
+        lambda refs: safe_denoiser(lambda x, t: x, SCHEDULE, refs, 1.0, 1.0),
+        lambda refs: safety_guided_flow(lambda x, t: x, SCHEDULE, refs, 1.0, 1.0),
     ],
 )
 def test_training_images_are_checked(wrap):

@@ -1,7 +1,9 @@
 "The comparison: what a trial is, what is kept, what is made again, what is counted."
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from cpsample.core.calibration import UncoveredGuardError
+from cpsample.core.copying import ideal_denoiser, neighbourhood_test
 from cpsample.judgement import comparison, comparison_study
 from cpsample.judgement.comparison import (
     BAGS,
     DIGITS,
     EARLIER,
+    FACTOR,
+    FASHION,
     METHODS,
     Look,
     Method,
@@ -36,11 +41,15 @@ from cpsample.judgement.comparison import (
 from cpsample.judgement.comparison_study import (
     SITUATIONS,
     STUDY,
+    beside_yardsticks,
     compare,
     flops_per_image,
     growth_point,
+    outside_study,
     run_seed,
     training_flops,
+    world_of,
+    wrapper_named,
 )
 from cpsample.workshop.files import data_path
 from cpsample.workshop.studies import Workspace, run_study
@@ -58,7 +67,7 @@ def calls(monkeypatch):
     calls = []
     names = {id(method): name for name, method in FEW.items()}
 
-    def noted(method, setting, seed, *, attack):
+    def noted(method, setting, seed, *, attack, check=None):
         calls.append((names[id(method)], setting["x"], seed, attack))
         copies = 5 if setting["x"] == 1 else 0
         record = {"setting": setting, "n": 20, "copies": copies, "fd": 10.0 - setting["x"]}
@@ -109,7 +118,7 @@ def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_pa
     record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
     assert set(record["digits"]) - {"threads"} == set(file) - {"threads"}
     assert BAGS.on_file() == {"tries": BAGS.tries} | file["size"]
-    assert list(STUDY.parts) == ["digits", "bags", "guards", "costs", "growth"]
+    assert list(STUDY.parts) == ["digits", "bags", "fashion", "guards", "costs", "growth"]
     trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
     seconds = sum(row["seconds"] for rows in trials for row in rows)
     assert record["digits"]["seconds"] == pytest.approx(seconds)
@@ -117,11 +126,12 @@ def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_pa
 
 def test_the_methods_and_settings_are_those_of_the_results_on_file():
     file = comparison_on_file()
-    for data, methods in METHODS.items():
-        tried = {}
+    for data in ("digits", "bags"):
+        methods, tried = METHODS[data], {}
         for method, rows in file[data]["tuning"].items():
             tried[method] = [row["setting"] for row in rows]
         since = set() if "accepted" in tried else {"guarded", "checked", "accepted"}
+        since |= {"Safe Denoiser", "Safety-Guided Flow", "Safety-Guided Flow, early"} - set(tried)
         asked = {name: method.settings for name, method in methods.items() if name not in since}
         assert asked == tried, data
 
@@ -145,7 +155,8 @@ def test_guards_that_were_measured_again_stand_in_for_older_rows(monkeypatch, tm
 
 def test_older_results_are_read_by_the_present_names():
     record = comparison_on_file()
-    for data, methods in METHODS.items():
+    for data in ("digits", "bags"):
+        methods = METHODS[data]
         for part in (
             record[data]["reported"],
             record[data]["chosen"],
@@ -351,7 +362,7 @@ def test_what_one_of_two_judges_recognises_is_refused(tiny, monkeypatch):
 
 
 def test_worlds_are_large_enough_for_what_is_asked_of_them():
-    for situation in (DIGITS, BAGS):
+    for situation in SITUATIONS.values():
         assert 100 <= situation.attacked <= situation.test  # a TPR at 1 % needs a hundred others
         for method in METHODS[situation.data].values():
             assert len(method.settings) in (1, 6)
@@ -363,6 +374,190 @@ def test_the_sets_of_a_world_are_disjoint():
     images = world_images(DIGITS, 0)
     everything = torch.cat(list(images.values())).flatten(1)
     assert len(everything) == 100 + 697 + 500 + 500 == len(everything.unique(dim=0))
+
+
+def test_clothes_that_are_public_are_no_members_and_choosing_has_clothes_of_its_own():
+    sizes = dict(images=20, reference=100, held_out=30, test=30, small=True)
+    for situation in (replace(BAGS, **sizes), replace(FASHION, **sizes)):
+        chosen_by, reported = (world_images(situation, seed) for seed in (100, 0))
+        public = images_of(comparison._clothes(situation)[0])
+        for images in (chosen_by, reported):
+            private = torch.cat([images[name] for name in ("members", "held_out", "test")])
+            assert not images_of(private) & public and images_of(images["reference"]) <= public
+        private = [torch.cat([one["members"], one["test"]]) for one in (chosen_by, reported)]
+        assert not images_of(private[0]) & images_of(private[1])
+
+
+def images_of(x):
+    "The different pictures of a batch, as bytes."
+    x = x if x.dtype == torch.uint8 else x.add(1).mul(127.5).round().byte()
+    return {image.numpy().tobytes() for image in x}
+
+
+@pytest.mark.parametrize("situation", [DIGITS, BAGS, FASHION])
+def test_the_neighbourhood_test_rings_at_one_real_image_in_five_hundred_at_most(situation):
+    "Of all seeds that choose together; of digits, more often at the next larger factor."
+    if situation.data != "digits":
+        situation = replace(situation, small=True, reference=100, held_out=60, test=60)
+    alarms, n = {0: 0, 1: 0}, 0
+    for seed in range(100, 106):
+        images = world_images(situation, seed)
+        real = torch.cat([images["held_out"], images["test"]])
+        n += len(real)
+        for step in alarms:
+            factor = FACTOR[situation.data] + 0.05 * step
+            report = neighbourhood_test(real, images["members"], factor=factor)
+            alarms[step] += report.copies
+    assert alarms[0] <= n / 500
+    if situation.data == "digits":
+        assert alarms[1] > n / 500
+
+
+# the last word behind everybody
+
+
+def test_whoever_has_the_images_at_hand_is_followed_by_exact_neighbours(tiny, monkeypatch):
+    "A memory of all members: with exact neighbours behind it, everything is withheld."
+    tiny.model = ideal_denoiser(tiny.members, comparison.SCHEDULE)
+    monkeypatch.setattr(comparison, "word_of_one", lambda world, **check: brighter)
+    check = {"judge": 150, "allowed": 0.1}
+    for keeps_images in (True, False):
+        method = Method(unguarded, grid(), keeps_images=keeps_images)
+        record, _ = trial(method, {}, tiny, check=check)
+        assert record["copies"] == 40 and record["withheld"] == 0
+        behind = record["redrawn"]
+        assert behind["n"] == 40 and behind["flops"] > 0
+        if keeps_images:
+            assert behind["copies"] == 0 and behind["withheld"] == 40
+        else:
+            assert behind["copies"] == 40 - behind["withheld"]
+
+
+def test_there_is_one_last_word_and_yardsticks_have_none(tiny):
+    check = {"judge": 150, "allowed": 0.1}
+    for name in ("unguarded", "rejection"):
+        record, _ = trial(METHODS["digits"][name], {}, tiny, check=check)
+        assert "redrawn" not in record
+    taking = {name for name, method in METHODS["bags"].items() if method.takes_last_word}
+    without = {"real images", "public model", "unguarded", "rejection", "checked", "accepted"}
+    assert taking == set(METHODS["bags"]) - without
+
+
+def test_a_check_that_calibration_refuses_is_on_record_as_no_last_word(tiny, monkeypatch):
+    def refusing(guard, members, held_out, **options):
+        raise UncoveredGuardError(0.5, 0.99, "this guard recognises half")
+
+    monkeypatch.setattr(comparison, "calibrate_check", refusing)
+    method = Method(unguarded, grid())
+    record, _ = trial(method, {}, tiny, check={"judge": 150, "allowed": 0.1})
+    assert record["redrawn"] == {"refused": "this guard recognises half"}
+
+
+# settings that are carried over
+
+
+def test_what_was_chosen_elsewhere_is_taken_as_it_is(calls, workspace, monkeypatch):
+    elsewhere = replace(SMALL, settings_of="bags")
+    chosen = {"first": {"x": 7}, "unknown here": {"x": 8}}
+    (workspace.folder / "bags-chosen.json").write_text(json.dumps(chosen))
+    record = compare(elsewhere, FEW, workspace, seeds=(0, 1))
+    assert calls == [("first", 7, 0, True), ("first", 7, 1, True)]
+    assert record["tuning"] == {} and record["chosen"] == {"first": {"x": 7}}
+    assert list(record["reported"]) == ["first"]
+
+
+def test_the_check_behind_others_is_the_one_chosen_for_its_own_row(workspace, monkeypatch):
+    checks = []
+
+    def noted(method, setting, seed, *, attack, check=None):
+        checks.append((seed, setting, check))
+        return {"setting": setting, "n": 20, "copies": 0, "fd": 1.0}, torch.zeros(20, 3)
+
+    monkeypatch.setattr(comparison_study, "trial", noted)
+    monkeypatch.setattr(comparison_study, "world_of", lambda situation, seed, folder: seed)
+    methods = {
+        "unguarded": Method(None, grid(), is_yardstick=True),
+        "first": Method(None, [{"x": 1}]),
+        "checked": Method(None, [{"judge": 400}], accept=word_of_one),
+    }
+    compare(SMALL, methods, workspace, seeds=(0,))
+    assert checks[-3:] == [(0, {}, None), (0, {"x": 1}, {"judge": 400}), (0, {"judge": 400}, None)]
+
+    # Another check behind it is another trial.
+    checks.clear()
+    compare(SMALL, methods, workspace, seeds=(0,), check={"judge": 150})
+    assert checks == [(0, {"x": 1}, {"judge": 150})]
+
+
+# methods from outside
+
+MINE = """
+def wrap(model, members, schedule, seed, size):
+    assert len(members) == 12 and schedule.T == 1000
+    return lambda x_t, t: size * model(x_t, t) + 0 * seed
+
+wrap.settings = [{"size": 0.5}, {"size": 1.0}]
+"""
+
+
+@pytest.fixture
+def my_method(tmp_path, monkeypatch):
+    "A module of its own for each test, in the working folder."
+    name = f"mine_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+def test_a_method_from_outside_gets_its_row_and_twice_the_same_one(my_method, monkeypatch):
+    sizes = dict(images=12, train_steps=4, guard_steps=4, drawn=8, sample_steps=3, attacked=100)
+    monkeypatch.setitem(SITUATIONS, "digits", replace(DIGITS, **sizes))
+    monkeypatch.setattr(comparison_study, "REPORTED", (0,))
+    study = outside_study(f"{my_method}:wrap")
+    assert list(study.parts) == ["digits", "bags"] and study.name.startswith("comparison-mine_")
+
+    # Two runs from nothing: the same numbers, and the same images to the byte.
+    records, images = [], []
+    for run in ("one", "two"):
+        folder = Path(run)
+        folder.mkdir()
+        world_of.cache_clear()
+        record = run_study(
+            study, folder / "out", Workspace(folder, progress=False), parts=["digits"]
+        )
+        records.append(record["digits"])
+        images.append(sorted(path.read_bytes() for path in folder.glob("digits-*.safetensors")))
+    assert images[0] == images[1] and len(images[0]) == 5
+    for part in ("tuning", "reported"):
+        assert without_seconds(records[0][part]) == without_seconds(records[1][part])
+    (rows,) = records[0]["reported"].values()
+    assert len(rows) == 3 and len(records[0]["tuning"][f"{my_method}.wrap"]) == 2
+
+    words = beside_yardsticks({"digits": records[0]})
+    assert f"{my_method}.wrap" in words and "rejection" in words and "bags" not in words
+
+
+def test_another_version_of_a_method_is_another_study(my_method):
+    first = outside_study(f"{my_method}:wrap").name
+    assert outside_study(f"{my_method}:wrap").name == first
+    Path(f"{my_method}.py").write_text(MINE + "# changed")
+    assert outside_study(f"{my_method}:wrap").name != first
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("nothing", "must be MODULE:WRAP"),
+        ("no_such_module_at_all:wrap", "there is no module 'no_such_module_at_all' here"),
+        ("json:wrap", "json has no function 'wrap'"),
+        ("json:__name__", "json has no function '__name__'"),
+    ],
+)
+def test_a_method_that_is_not_there_is_refused_in_one_line(text, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        wrapper_named(text)
+    assert "\n" not in str(error.value)
 
 
 def test_flops_of_a_network_are_those_counted_by_hand():

@@ -47,6 +47,8 @@ CLI = "from cpsample.cli import app; app()"
         ("audit a b --max-copy-rate 1.5", 2, "--max-copy-rate must be between 0 and 1, got 1.5"),
         ("reproduce cats", 2, "unknown study or experiment 'cats'"),
         ("reproduce guards --plan", 2, "guards is a study: --plan, --size and --data are for"),
+        ("reproduce guards --method a:b", 2, "--method is for comparison"),
+        ("reproduce comparison --method a:b --n 3", 2, "--method is for comparison"),
         ("reproduce cifar10 all", 2, "cifar10 is an experiment: it has no parts"),
         ("reproduce cifar10 --size huge", 2, "unknown size 'huge': choose one of full, colab"),
     ],

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['example_gradients', 'epsilon_spent', 'noise_multiplier', 'train_private', 'random_mask', 'ambient_loss',
-           'ambient_denoiser', 'spell', 'similarity_guidance']
+           'ambient_denoiser', 'spell', 'similarity_guidance', 'safe_denoiser', 'safety_guided_flow']
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #06657b7c
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,6 +248,39 @@ def _as_rows(flags: Tensor, x: Tensor) -> Tensor:
     return flags.view(-1, *[1] * (x.dim() - 1))
 
 
+def _moved_apart(
+    model: Denoiser,
+    schedule: Schedule,
+    refs: Tensor,
+    weigh: Callable[[Tensor, Tensor], Tensor],
+    *,
+    k: int = 16,
+) -> Denoiser:
+    """The denoiser with its x̂₀ moved to x̂₀ + Σᵢ wᵢ·(x̂₀ − zᵢ), over the k nearest images zᵢ.
+
+    refs [N, ...]: the images; ValueError if there are none, or NaN.
+    weigh: called with distances [B, k], in ℓ₂, and levels t [B], returns the weights w [B, k]. A
+        row without any weight keeps its eps, bit for bit.
+    """
+    refs = check_images(refs, "training images", dtype=None)
+
+    def moved_apart(x_t, t):
+        eps = model(x_t, t)
+        x0_pred = eps_to_x0(x_t, t, eps, schedule)
+
+        # The very centre is left by way of the noise.
+        centres = refs[nearest(x0_pred, refs, k)[1]]  # [B, k, ...]
+        apart = x0_pred[:, None] - centres + 1e-6 * eps[:, None]
+        distance = apart.flatten(2).norm(dim=2).clamp(min=1e-9)
+        weights = weigh(distance, t)
+        moved = x0_pred + torch.einsum("bk,bk...->b...", weights, apart)
+
+        is_moved = _as_rows((weights > 0).any(1), x0_pred)
+        return torch.where(is_moved, x0_to_eps(x_t, t, moved, schedule), eps)
+
+    return moved_apart
+
+
 def spell(
     model: Denoiser,
     schedule: Schedule,
@@ -264,24 +298,11 @@ def spell(
     k: so many balls are considered at once, the nearest ones.
     Source: SPELL, Kirchhof et al. 2025.
     """
-    refs = check_images(refs, "training images", dtype=None)
 
-    def repelled(x_t, t):
-        eps = model(x_t, t)
-        x0_pred = eps_to_x0(x_t, t, eps, schedule)
+    def weigh(distance, t):
+        return strength * (radius / distance - 1).clamp(min=0)
 
-        # The very centre of a ball is left by way of the noise.
-        centres = refs[nearest(x0_pred, refs, k)[1]]  # [B, k, ...]
-        apart = x0_pred[:, None] - centres + 1e-6 * eps[:, None]
-        distance = apart.flatten(2).norm(dim=2).clamp(min=1e-9)
-        push = (radius / distance - 1).clamp(min=0)
-        moved = x0_pred + strength * torch.einsum("bk,bk...->b...", push, apart)
-
-        # Nothing happens outside: those rows keep their eps, bit for bit.
-        inside = _as_rows((push > 0).any(1), x0_pred)
-        return torch.where(inside, x0_to_eps(x_t, t, moved, schedule), eps)
-
-    return repelled
+    return _moved_apart(model, schedule, refs, weigh, k=k)
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #9acf05a3
 def _root_mean_square(difference: Tensor) -> Tensor:
@@ -318,3 +339,61 @@ def similarity_guidance(
         return torch.where(near, eps + push, eps).detach()
 
     return guided
+
+# %% ../../nbs/3_judgement/03_baselines.ipynb #fdac8ec4
+def _kernel(distance: Tensor, width: float) -> Tensor:
+    "exp(−d²/2h²) of distances, and 0 where it is below 10⁻⁶."
+    kernel = (-0.5 * (distance / width) ** 2).exp()
+    return kernel * (kernel >= 1e-6)
+
+
+def safe_denoiser(
+    model: Denoiser,
+    schedule: Schedule,
+    refs: Tensor,
+    width: float,
+    strength: float,
+    *,
+    k: int = 16,
+) -> Denoiser:
+    """The denoiser with its x̂₀ moved away from the unsafe denoiser's, where images are near.
+
+    refs [N, ...]: the images to avoid; ValueError if there are none, or NaN.
+    width: h of the kernel round x̂₀, in ℓ₂; near is what has Σᵢ kᵢ > e⁻².
+    strength: β, constant where images are near.
+    k: so many images make up the unsafe denoiser, the nearest ones.
+    Source: Safe Denoiser, Kim et al. 2025 (arXiv 2502.08011), theorem 3.2 and its approximation.
+    """
+
+    def weigh(distance, t):
+        kernel = _kernel(distance, width)
+        total = kernel.sum(1, keepdim=True)
+        return strength * (total > math.exp(-2)) * kernel / total.clamp(min=1e-9)
+
+    return _moved_apart(model, schedule, refs, weigh, k=k)
+
+
+def safety_guided_flow(
+    model: Denoiser,
+    schedule: Schedule,
+    refs: Tensor,
+    width: float,
+    strength: float,
+    *,
+    above: int = 0,
+    k: int = 16,
+) -> Denoiser:
+    """The denoiser with its x̂₀ moved down a potential that keeps it away from images.
+
+    refs [N, ...]: the images to avoid; ValueError if there are none, or NaN.
+    width: h of the kernel round x̂₀, in ℓ₂; images from 5h on have no say.
+    strength: s, with the constants of the potential in it.
+    above: the lowest noise level with a push (default: all have one).
+    k: so many images are considered at once, the nearest ones.
+    Source: Safety-Guided Flow, Kim et al. 2026 (arXiv 2603.13300): the gradient of the MMD.
+    """
+
+    def weigh(distance, t):
+        return strength * _kernel(distance, width) * (t >= above)[:, None]
+
+    return _moved_apart(model, schedule, refs, weigh, k=k)
