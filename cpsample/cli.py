@@ -7,16 +7,17 @@ __all__ = ['app', 'Quiet', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Stre
            'in_one_line', 'sentence', 'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version',
            'options_of_all', 'command_line', 'PlainStream', 'plain_streams', 'hush', 'outputs', 'one_of', 'between',
            'chosen_from', 'device_name', 'refuse_ignored', 'one_or_several', 'listed', 'strength_of', 'write_demo',
-           'demo', 'on_device', 'processes', 'given', 'drawn_members', 'described_run', 'holds_files', 'check_source',
-           'sample_sheet', 'check_sheets', 'check_run_folder', 'trains_pictures', 'training_configs', 'Training',
-           'begin_or_go_on', 'made_to_fit', 'in_words', 'shorter_training', 'cpu_setting_in_words', 'training_in_words',
-           'how_to_go_on', 'timed_training', 'TrainingOrder', 'TrainingMaterial', 'training_material', 'description_of',
-           'plan_training', 'train_as_ordered', 'train_command', 'typed', 'guard_of_run', 'check_pipeline_guard',
-           'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_of_pipeline', 'guard_command',
-           'check_memory', 'last_word', 'drawn_images', 'sample_command', 'strangers_of_run', 'images_of_run',
+           'demo', 'on_device', 'processes', 'given', 'typed', 'drawn_members', 'described_run', 'holds_files',
+           'check_source', 'sample_sheet', 'check_sheets', 'check_run_folder', 'trains_pictures', 'training_configs',
+           'Training', 'begin_or_go_on', 'made_to_fit', 'in_words', 'shorter_training', 'cpu_setting_in_words',
+           'training_in_words', 'how_to_go_on', 'timed_training', 'TrainingOrder', 'TrainingMaterial',
+           'training_material', 'description_of', 'plan_training', 'train_as_ordered', 'train_command', 'guard_of_run',
+           'check_pipeline_guard', 'count_of_pictures', 'name_of_member', 'mirrored_pictures', 'print_coverage',
+           'print_recognition', 'check_guard_of_run', 'guard_of_pipeline', 'guard_command', 'check_memory',
+           'pushed_in_words', 'last_word', 'drawn_images', 'sample_command', 'strangers_of_run', 'images_of_run',
            'images_of_folders', 'draws_from_run', 'three_sets', 'end_with', 'print_audit', 'origins', 'audit_command',
-           'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study',
-           'reproduce_study', 'compare_method', 'reproduce_command']
+           'attack_in_words', 'some_of', 'attack_scores', 'strangers_for_attack', 'attack_command',
+           'reproduce_experiment', 'sized_study', 'reproduce_study', 'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -594,6 +595,14 @@ _TrainUseCompile = Annotated[
 def given(**options: Any) -> dict[str, Any]:
     "The options that were given, without those that are None."
     return {name: value for name, value in options.items() if value is not None}
+
+
+def typed(*words: Any, **options: Any) -> str:
+    "A command as one would type it, with those of its options that are not None."
+    for name, value in given(**options).items():
+        for one in value if isinstance(value, list) else [value]:
+            words += f"--{name.replace('_', '-')}", one
+    return "cpsample " + shlex.join(str(word) for word in words if word is not None)
 
 
 def drawn_members(x: Any, images: int | None, seed: int) -> Any:
@@ -1209,14 +1218,6 @@ _GuardWanted = Annotated[
 ]
 
 # %% ../nbs/cli.ipynb #6b7c12c5
-def typed(*words: Any, **options: Any) -> str:
-    "A command as one would type it, with those of its options that are not None."
-    for name, value in given(**options).items():
-        for one in value if isinstance(value, list) else [value]:
-            words += f"--{name.replace('_', '-')}", one
-    return "cpsample " + shlex.join(str(word) for word in words if word is not None)
-
-
 def guard_of_run(
     run: Path,
     reference: Path | list[Path] | None,
@@ -1291,8 +1292,42 @@ def check_pipeline_guard(out: Path) -> None:
     writable(out.parent)
 
 
-def print_coverage(guard: Any, out: Path) -> None:
-    "What calibration measured, at the level where it was asked to cover the members."
+def count_of_pictures(n: int, pictures: int | None) -> str:
+    """How many training images something was measured on, in words.
+
+    n: images that were measured, the mirrored ones among them.
+    pictures: how many there are without these, or None where nothing is mirrored.
+    """
+    if pictures is None or pictures >= n:
+        return f"{n} training images"
+    return f"{pictures} training images (and of these mirrored)"
+
+
+def name_of_member(number: int, pictures: int | None) -> str:
+    "Which training image that is: of those after the last picture each is a mirrored one."
+    if pictures is None or number < pictures:
+        return f"number {number}"
+    return f"number {number - pictures}, mirrored"
+
+
+def mirrored_pictures(run: Path | None) -> int | None:
+    """How many training images a run has, if it learned them mirrored, too; None if it did not.
+
+    run: its folder, or None for a pipeline, whose images are never mirrored.
+    """
+    from cpsample.practice.runs import members_of, run_of
+
+    if run is None:
+        return None
+    is_mirrored = run_of(run)["config"]["mirror"]
+    return len(members_of(run).members) if is_mirrored else None
+
+
+def print_coverage(guard: Any, out: Path, pictures: int | None = None) -> None:
+    """What calibration measured, at the level where it was asked to cover the members.
+
+    pictures: how many there are, where each is protected mirrored, too (default: none is).
+    """
     report, file = guard.report, shown(f"{out}.safetensors")
     if report is None:
         print(f"As printed in the paper, and not calibrated: {file}")
@@ -1303,15 +1338,18 @@ def print_coverage(guard: Any, out: Path) -> None:
     coverage = report["coverage"][at_level]
     false_alarms = report["false_alarms"][at_level]
     print(
-        f"Certain of {coverage:.1%} of {report['n_train']} training images and of "
+        f"Certain of {coverage:.1%} of {count_of_pictures(report['n_train'], pictures)} and of "
         f"{false_alarms:.1%} of {report['n_held_out']} others at t = {report['level']}: "
         f"{file}"
     )
-    print_recognition(guard)
+    print_recognition(guard, pictures)
 
 
-def print_recognition(guard: Any) -> None:
-    "What a guard recognises of what was drawn, as calibration measured it."
+def print_recognition(guard: Any, pictures: int | None = None) -> None:
+    """What a guard recognises of what was drawn, as calibration measured it.
+
+    pictures: as `print_coverage` takes them.
+    """
     report = guard.recognition
     if report is None:
         print("It recognises too few copies to check what was drawn (accept=): train it longer")
@@ -1326,10 +1364,11 @@ def print_recognition(guard: Any) -> None:
 
     # And which member it knows least.
     least, of_members = report["least_known"], report.get("members")
-    print(f"Least known: number {least['member']}, {least['share']:.0%} of {least['n']} copies")
+    name = name_of_member(least["member"], pictures)
+    print(f"Least known: {name}, {least['share']:.0%} of {least['n']} copies")
     if of_members is not None:
-        known = round(of_members["share"] * of_members["n"])
-        print(f"Of the training images themselves: {known} of {of_members['n']} recognised")
+        counted = count_of_pictures(of_members["n"], pictures)
+        print(f"Recognises {of_members['share']:.1%} of {counted} themselves")
 
 
 def check_guard_of_run(
@@ -1349,7 +1388,7 @@ def check_guard_of_run(
     others = read_like(run_of(run), reference) if reference else None
     options = given(wanted=wanted)
     guard = calibrate_check_of_run(run, others, device=on_device(device), **options)
-    print_recognition(guard)
+    print_recognition(guard, mirrored_pictures(run))
     print(f"Written: {shown(run / 'guard.safetensors')}")
 
 
@@ -1421,7 +1460,8 @@ def guard_command(
             refuse_ignored("the paper's guard learns of its members alone", reference=reference)
         guard = guard_of_run(run, reference, steps, preset, device, **settings)
 
-    print_coverage(guard, out)
+    # A picture and its mirror image are one picture.
+    print_coverage(guard, out, mirrored_pictures(run))
 
 # %% ../nbs/cli.ipynb #a89fc172
 _SampleN = Annotated[int, typer.Option("--number", "-n", callback=_MANY, help="How many images.")]
@@ -1463,6 +1503,31 @@ def check_memory(n: int, shape: list[int]) -> None:
             "lower --number, and draw several times, each with a --seed of its own"
         )
 
+# %% ../nbs/cli.ipynb #5858c951
+def pushed_in_words(pushed: float, guard: Any, levels: list[int]) -> str:
+    """How often a guard has stepped in, and how often is normal, in a sentence.
+
+    pushed: its share of all rows and steps.
+    guard: that was in front of the model.
+    levels: noise levels of the sampler's steps.
+    """
+    asked_levels = [t for t in levels if t < guard.t_max]
+    asked = len(asked_levels) / len(levels)
+    said = f"The guard stepped in at {pushed:.1%} of all rows and steps; {asked:.0%} is the most"
+    report = guard.report
+    if report is None or not asked_levels:
+        return said + " there can be."
+
+    # False alarms: at the level of each step, or, of predictions, at the one where they are shown.
+    if guard.at == "x_t":
+        import numpy as np
+
+        alarms = np.interp(asked_levels, report["levels"], report["false_alarms"]).mean()
+    else:
+        alarms = report["false_alarms"][report["levels"].index(report["level"])]
+    normal = alarms * asked
+    return said + f" there can be, and about {normal:.1%} is normal where nothing is copied."
+
 # %% ../nbs/cli.ipynb #smp00001
 def last_word(protected: Any, no_check: bool) -> Any:
     "What a run's guard does not recognise in the end, or None where it is not asked; says why."
@@ -1500,8 +1565,11 @@ def drawn_images(
     # What it took is for whoever runs this, and for nobody who is served.
     left_out = int((~drawn.accepted).sum())
     replaced = int((drawn.accepted & (drawn.tries > 1)).sum())
+    draws = int(drawn.tries.sum())
+    taken_back = draws - int(drawn.accepted.sum())
     print(f"The guard recognised {replaced + left_out} of {n} images in the end:", end=" ")
-    print(f"{replaced} were drawn anew, {left_out} left out.")
+    print(f"{replaced} were drawn anew, {left_out} left out", end=" ")
+    print(f"({taken_back} of {draws} draws were taken back).")
     if left_out == n:
         raise ValueError(
             f"the guard recognised all {n} images in {tries} tries each: the model draws next to "
@@ -1550,7 +1618,7 @@ def sample_command(
         write_picture(second, show_grid(x[:100]).figure, "sample")
     if protected.guard:
         pushed = protected.model.rows_pushed / protected.model.rows_seen
-        print(f"The guard stepped in at {pushed:.1%} of all rows and steps.")
+        print(pushed_in_words(pushed, protected.guard, timesteps(protected.schedule.T, steps)))
     print(f"{len(x)} images: {shown(arrays)}, {shown(picture)}")
 
 # %% ../nbs/cli.ipynb #a144959e
@@ -1849,7 +1917,40 @@ _AttackLimit = Annotated[
     typer.Option(callback=between(20, 10**9), help="At most so many members, and so many others."),
 ]
 
+# %% ../nbs/cli.ipynb #6521d0c6
+def attack_in_words(results: dict[str, dict], n: int, m: int) -> str:
+    """What an attacker learns, in a sentence with the number that it rests on.
+
+    results: of `verdicts`.
+    n, m: members and others that were compared.
+    """
+    best = results["best of all"]["turned"]
+    low, high = best["auc_ci"]
+    number = (
+        f"the best attack puts {best['auc']:.0%} of pairs, one of {n} training images and one of "
+        f"{m} others, in the right order (95% interval {low:.0%} to {high:.0%}; a coin gets 50%)"
+    )
+    if low <= 0.5:
+        return (
+            f"No attacker learned who was in the training set, as far as {n} of it show: {number}."
+        )
+
+    # Of single images an accusation counts that is seldom wrong.
+    rate = best["tpr"].get(0.01)
+    single = ""
+    if rate is not None:
+        single = f" Accusing one in a hundred others, it finds {rate:.0%} of the training images."
+    return f"An attacker learns something of who was in the training set: {number}.{single}"
+
 # %% ../nbs/cli.ipynb #atk00001
+def some_of(images: Any, limit: int) -> Any:
+    "At most so many of the images, at random, the same ones each time."
+    import torch
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[:limit]]
+
+
 def attack_scores(model: Any, attacks: dict[str, Any], members: Any, test: Any) -> dict:
     "{attack: (scores of members, scores of test images)}, on the CPU."
     from tqdm.auto import tqdm
@@ -1895,11 +1996,10 @@ def attack_command(
     json_file: JsonFile = None,
     limit: _AttackLimit = 1000,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     "Membership inference: how well are the training images of a run told apart from others?"
     strength, others = strength_of(strength, unguarded), one_or_several(others)
-
-    import torch
 
     from cpsample.core.calibration import refuse_taught
     from cpsample.judgement.attacks import guard_attacks, published_attacks
@@ -1916,28 +2016,26 @@ def attack_command(
     members, test = members_of(run).members, strangers_for_attack(run, others)
     refuse_taught(guard, test, f"--others {listed(others)}")
 
-    def drawn(images):
-        "At most `limit` of the images, at random, where the model is."
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        return images[order[:limit]].to(place)
-
     # Every attack asks both sides.
-    members, test = drawn(members), drawn(test)
+    members, test = (some_of(images, limit).to(place) for images in (members, test))
     collection = published_attacks(schedule) | guard_attacks(schedule, guard)
     results = verdicts(attack_scores(model, collection, members, test))
+    sizes = len(members), len(test)
 
     # The numbers for a file, the table for a person.
     if json_file:
         record = {
             "name": "attack",
             "command": command_line(),
-            "members": len(members),
-            "others": len(test),
+            "members": sizes[0],
+            "others": sizes[1],
             "guarded": not unguarded,
             "attacks": results,
         }
         save_json(json_file, record)
-    print(attack_table(results))
+    if not quiet:
+        print(attack_table(results))
+    print(attack_in_words(results, *sizes))
 
 # %% ../nbs/cli.ipynb #ef772955
 _ReproduceName = Annotated[

@@ -21,7 +21,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cpsample import cli
-from cpsample.cli import Training, TrainingOrder, app, in_words, made_to_fit, training_in_words
+from cpsample.cli import (
+    Training,
+    TrainingOrder,
+    app,
+    attack_in_words,
+    count_of_pictures,
+    in_words,
+    made_to_fit,
+    name_of_member,
+    pushed_in_words,
+    training_in_words,
+)
+from cpsample.core.ddpm import MLPDenoiser, seeded
+from cpsample.core.schedule import make_schedule
 from cpsample.practice import runs
 from cpsample.practice.runs import CONFIGS, begun_run, run_of
 from cpsample.practice.training import fit, seconds_per_step, steps_done, steps_within
@@ -144,7 +157,7 @@ def test_the_probe_of_a_run_leaves_a_model_to_fine_tune_as_it_is():
 
 
 def test_the_command_trains_the_same_weights_with_and_without_a_probe(tmp_path, monkeypatch):
-    words = [*DIGITS, "--steps", cli._FEW_STEPS]
+    words = [*TINY, "--steps", cli._FEW_STEPS]
     said = succeeds(*words, "--out", tmp_path / "probed")
     monkeypatch.setattr(cli, "_FEW_STEPS", 10**9)
     silent = succeeds(*words, "--out", tmp_path / "plain")
@@ -352,6 +365,99 @@ def test_quiet_leaves_one_line_and_no_bar(tmp_path):
     status, said, errors = call(*words, "--quiet")
     assert status == 0 and errors == ""
     assert said == f"Trained on 9 images: {tmp_path}/run/model.safetensors\n"
+
+
+# Answers in words, of the other commands.
+
+
+def auc_of(auc, low, high, tpr):
+    turned = {"auc": auc, "auc_ci": (low, high), "tpr": {0.01: tpr, 0.001: None}}
+    return {"best of all": {"turned": turned}}
+
+
+def test_the_sentence_of_an_attack_says_leak_only_where_the_whole_interval_does():
+    leak = attack_in_words(auc_of(0.9, 0.8, 0.95, 0.25), 60, 70)
+    assert leak.startswith("An attacker learns something of who was in the training set")
+    assert "90% of pairs, one of 60 training images and one of 70 others" in leak
+    assert "80% to 95%" in leak and leak.endswith("it finds 25% of the training images.")
+    assert "Accusing" not in attack_in_words(auc_of(0.9, 0.8, 0.95, None), 60, 70)
+    for interval in ((0.4, 0.7), (0.5, 0.9), (0.2, 0.4)):
+        none = attack_in_words(auc_of(0.55, *interval, 0.2), 60, 70)
+        assert none.startswith("No attacker learned") and "finds" not in none
+
+
+def test_an_attack_on_a_model_that_gives_its_images_away_is_said_to_learn(tmp_path, monkeypatch):
+    "A planted attack: members score 1, others 0. And one that sees nothing."
+    run = tmp_path / "run"
+    succeeds("train", "digits", "--images", 40, "--tiny", "--device", "cpu", "--out", run)
+    for says, gap in (("An attacker learns", 1.0), ("No attacker learned", 0.0)):
+
+        def scores(model, attacks, members, test, gap=gap):
+            random = torch.Generator().manual_seed(0)
+            noise = [torch.rand(len(side), generator=random) for side in (members, test)]
+            return {"planted": (gap + noise[0], noise[1])}
+
+        monkeypatch.setattr(cli, "attack_scores", scores)
+        said = succeeds("attack", run, "--unguarded", "--limit", 40)
+        assert said.splitlines()[-1].startswith(says)
+        quiet = succeeds("attack", run, "--unguarded", "--limit", 40, "--quiet")
+        assert quiet.splitlines() == said.splitlines()[-1:]
+
+
+class FakeGuard:
+    "What a sentence about a guard needs to know of it."
+
+    def __init__(self, at, t_max, report):
+        self.at, self.t_max, self.report = at, t_max, report
+
+
+def test_the_normal_share_of_guarded_steps_is_that_of_unseen_pictures():
+    levels = list(range(0, 1000, 100))
+    report = {"levels": [0, 100, 200], "level": 200, "false_alarms": [0.4, 0.2, 0.1]}
+    said = pushed_in_words(0.123, FakeGuard("x0", 300, report), levels)
+    assert "12.3% of all rows" in said and "30% is the most" in said  # three of ten steps
+    assert "about 3.0% is normal" in said  # at each of them one in ten
+    noisy = pushed_in_words(0.123, FakeGuard("x_t", 300, report), levels)
+    assert "about 7.0% is normal" in noisy  # (0.4 + 0.2 + 0.1) of ten steps
+
+    # Where nothing was measured, or nothing is asked, nothing is called normal.
+    for guard in (FakeGuard("x_t", 300, None), FakeGuard("x0", 0, report)):
+        assert "normal" not in pushed_in_words(0.0, guard, levels)
+
+
+def test_draws_that_are_taken_back_are_counted(tmp_path, monkeypatch, capsys):
+    "Of each image the first draw is refused, and of the last one every draw."
+    model = seeded(0, lambda: MLPDenoiser((1, 8, 8), width=8))
+    shape, looks = [1, 8, 8], []
+
+    def accept(x):
+        looks.append(len(x))
+        is_second = len(looks) > 2  # before the first it is shown two images of zeros
+        keep = torch.full((len(x),), is_second)
+        return keep if len(looks) != 3 else keep & (torch.arange(len(x)) < len(x) - 1)
+
+    monkeypatch.setattr(cli, "last_word", lambda *_: accept)
+    protected = runs.ProtectedRun(model, make_schedule(), shape, None, "cpu")
+    kept = cli.drawn_images(protected, 4, steps=2, seed=0, tries=2)
+    said = capsys.readouterr().out
+    assert len(kept) == 3
+    assert "recognised 4 of 4 images in the end: 3 were drawn anew, 1 left out" in said
+    assert "(5 of 8 draws were taken back)" in said
+
+
+def test_a_guard_counts_pictures_and_no_mirrored_ones():
+    assert count_of_pictures(40, None) == "40 training images"
+    assert count_of_pictures(40, 20) == "20 training images (and of these mirrored)"
+    assert name_of_member(7, None) == name_of_member(7, 20) == "number 7"
+    assert name_of_member(27, 20) == "number 7, mirrored"
+
+
+def test_the_guard_of_a_mirrored_run_speaks_of_its_pictures(tmp_path):
+    run = tmp_path / "run"
+    succeeds(*TINY, "--mirror", "--out", run)
+    words = ["guard", run, "--preset", "x_t", "--steps", 900, "--wanted", 0.01, "--device", "cpu"]
+    said = succeeds(*words)
+    assert "of 8 training images (and of these mirrored) and of" in said and " 16 " not in said
 
 
 def test_help_has_every_default():
