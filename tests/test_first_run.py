@@ -452,12 +452,29 @@ def test_a_guard_counts_pictures_and_no_mirrored_ones():
     assert name_of_member(27, 20) == "number 7, mirrored"
 
 
-def test_the_guard_of_a_mirrored_run_speaks_of_its_pictures(tmp_path):
-    run = tmp_path / "run"
-    succeeds(*TINY, "--mirror", "--out", run)
-    words = ["guard", run, "--preset", "x_t", "--steps", 900, "--wanted", 0.01, "--device", "cpu"]
-    said = succeeds(*words)
-    assert "of 8 training images (and of these mirrored) and of" in said and " 16 " not in said
+def test_the_guard_of_a_mirrored_run_speaks_of_its_pictures(tmp_path, capsys):
+    "Eight pictures, learned mirrored, too: calibration has looked at sixteen images."
+    mirrored, plain = tmp_path / "mirrored", tmp_path / "plain"
+    succeeds(*TINY, "--mirror", "--out", mirrored)
+    succeeds(*TINY, "--out", plain)
+    assert cli.mirrored_pictures(mirrored) == 8
+    assert cli.mirrored_pictures(plain) is None and cli.mirrored_pictures(None) is None
+
+    report = {"levels": [0, 100], "level": 100, "coverage": [1.0, 0.75], "n_train": 16}
+    guard = FakeGuard("x0", 300, report | {"false_alarms": [0.4, 0.2], "n_held_out": 30})
+    guard.recognition = {
+        "coverage": {"share": 0.9, "n": 160},
+        "false_alarms": {"share": 0.02, "n": 30},
+        "copies": "members with noise",
+        "least_known": {"member": 11, "share": 0.4, "n": 10},
+        "members": {"share": 0.875, "n": 16},
+    }
+    cli.print_coverage(guard, tmp_path / "guard", 8)
+    said = capsys.readouterr().out
+    assert "Certain of 75.0% of 8 training images (and of these mirrored) and of 20.0%" in said
+    assert "Least known: number 3, mirrored, 40% of 10 copies" in said
+    assert "87.5% of 8 training images (and of these mirrored) themselves" in said
+    assert " 16 " not in said
 
 
 def test_help_has_every_default():
