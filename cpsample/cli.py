@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'PICTURES', 'shown',
            'in_one_line', 'sentence', 'one_line_errors', 'share_cores', 'OneLineErrors', 'show_version',
-           'options_of_all', 'command_line', 'PlainStream', 'plain_streams', 'hush', 'outputs', 'one_of', 'between',
-           'chosen_from', 'device_name', 'refuse_ignored', 'one_or_several', 'listed', 'strength_of', 'write_demo',
-           'demo', 'on_device', 'processes', 'given', 'typed', 'drawn_members', 'described_run', 'holds_files',
-           'check_source', 'sample_sheet', 'check_sheets', 'check_run_folder', 'trains_pictures', 'training_configs',
-           'Training', 'begin_or_go_on', 'made_to_fit', 'in_words', 'shorter_training', 'cpu_setting_in_words',
-           'training_in_words', 'how_to_go_on', 'timed_training', 'TrainingOrder', 'TrainingMaterial',
-           'training_material', 'description_of', 'plan_training', 'train_as_ordered', 'train_command', 'guard_of_run',
-           'check_pipeline_guard', 'count_of_pictures', 'name_of_member', 'mirrored_pictures', 'print_coverage',
-           'print_recognition', 'check_guard_of_run', 'guard_of_pipeline', 'guard_command', 'check_memory',
-           'pushed_in_words', 'last_word', 'drawn_images', 'sample_command', 'strangers_of_run', 'images_of_run',
-           'images_of_folders', 'draws_from_run', 'three_sets', 'end_with', 'print_audit', 'origins', 'audit_command',
-           'attack_in_words', 'some_of', 'attack_scores', 'strangers_for_attack', 'attack_command',
-           'reproduce_experiment', 'sized_study', 'reproduce_study', 'compare_method', 'reproduce_command']
+           'options_of_all', 'command_line', 'PlainStream', 'plain_streams', 'hush', 'say', 'outputs', 'one_of',
+           'between', 'chosen_from', 'device_name', 'refuse_ignored', 'one_or_several', 'listed', 'strength_of',
+           'write_demo', 'demo', 'on_device', 'processes', 'given', 'typed', 'drawn_members', 'described_run',
+           'holds_files', 'check_source', 'sample_sheet', 'check_sheets', 'check_run_folder', 'trains_pictures',
+           'training_configs', 'Training', 'begin_or_go_on', 'made_to_fit', 'in_words', 'shorter_training',
+           'cpu_setting_in_words', 'training_in_words', 'how_to_go_on', 'timed_training', 'TrainingOrder',
+           'TrainingMaterial', 'training_material', 'description_of', 'plan_training', 'train_as_ordered',
+           'train_command', 'guard_of_run', 'check_pipeline_guard', 'count_of_pictures', 'name_of_member',
+           'mirrored_pictures', 'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_of_pipeline',
+           'guard_command', 'check_memory', 'pushed_in_words', 'last_word', 'drawn_images', 'sample_command',
+           'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'three_sets', 'end_with',
+           'print_audit', 'origins', 'audit_command', 'attack_in_words', 'some_of', 'attack_scores',
+           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study', 'reproduce_study',
+           'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -172,11 +173,11 @@ class PlainStream:
     become question marks, and when nobody reads any more the work goes on.
 
     stream: the real one, or None if it was closed.
-    drops_bars, of each: whether progress bars go nowhere.
+    is_quiet, of each: whether progress bars, and what `say` says, go nowhere.
     """
 
     buffer = None  # or click would write past us where the encoding is ASCII
-    drops_bars = False
+    is_quiet = False
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or open(os.devnull, "w")
@@ -190,12 +191,12 @@ class PlainStream:
     def write(self, text: str) -> int:
         "Write, on a new line if the last thing here was a progress bar."
         moves = text.startswith(("\r", "\n", "\x1b"))
-        if self.drops_bars and (text.startswith(("\r", "\x1b")) or (self._in_bar and moves)):
+        if self.is_quiet and (text.startswith(("\r", "\x1b")) or (self._in_bar and moves)):
             self._in_bar = text != "\n"
             return len(text)
 
         # With a bar that is shown, what comes after it begins below.
-        if text and self._in_bar and not moves and not self.drops_bars:
+        if text and self._in_bar and not moves and not self.is_quiet:
             text = "\n" + text
         if not text.startswith("\x1b"):
             self._in_bar = text.startswith("\r") and bool(text.strip()) and text[-1] != "\n"
@@ -238,12 +239,18 @@ def plain_streams() -> Iterator[None]:
 
 # %% ../nbs/cli.ipynb #933ec55c
 def hush(quiet: bool) -> bool:
-    "Let progress bars go nowhere, when that is asked for."
+    "Let progress bars, and what `say` says, go nowhere, when that is asked for."
     if quiet:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, PlainStream):
-                stream.drops_bars = True
+                stream.is_quiet = True
     return quiet
+
+
+def say(text: str) -> None:
+    "Print what helps a person on the way, and is no result."
+    if not getattr(sys.stdout, "is_quiet", False):
+        print(text)
 
 
 Quiet = Annotated[
@@ -1057,11 +1064,8 @@ def plan_training(
     return timed_training(training, material.members, material.base, at_most=at_most, **machine)
 
 # %% ../nbs/cli.ipynb #2970c19f
-def train_as_ordered(order: TrainingOrder, quiet: bool) -> None:
-    """Say what is going to be trained, train it, and say what may come next.
-
-    quiet: only say what there is in the end.
-    """
+def train_as_ordered(order: TrainingOrder) -> None:
+    "Say what is going to be trained, train it, and say what may come next."
     order.check()
     from cpsample.practice.runs import train_denoiser
     from cpsample.practice.training import is_main_process
@@ -1072,10 +1076,9 @@ def train_as_ordered(order: TrainingOrder, quiet: bool) -> None:
     material = training_material(order, place)
     training = plan_training(order, material, accelerator, **machine)
     members, config = material.members, training.config
-    talks = is_main_process(accelerator) and not quiet
-    if talks:
-        at_most = order.minutes_at_most(place)
-        print("\n".join(training_in_words(training, members, place, at_most)))
+    is_main, at_most = is_main_process(accelerator), order.minutes_at_most(place)
+    if is_main:
+        say("\n".join(training_in_words(training, members, place, at_most)))
 
     # Train, with a sheet of samples beside each checkpoint.
     train_denoiser(
@@ -1087,15 +1090,14 @@ def train_as_ordered(order: TrainingOrder, quiet: bool) -> None:
         start=material.base,
         after_checkpoint=partial(sample_sheet, order.out, config, members.shape[1:], place),
         accelerator=accelerator,
-        progress=not quiet,
         **machine,
     )
 
     # What there is now, and what may come next.
     print(f"Trained on {len(members)} images: {shown(order.out / 'model.safetensors')}")
-    if talks:
+    if is_main:
         has_others = len(members) < len(material.images)
-        print("\n".join(how_to_go_on(order.out, training, order.again, has_others)))
+        say("\n".join(how_to_go_on(order.out, training, order.again, has_others)))
 
 
 @app.command("train")
@@ -1146,7 +1148,7 @@ def train_command(
         device=device,
         use_compile=use_compile,
     )
-    train_as_ordered(order, quiet)
+    train_as_ordered(order)
 
 # %% ../nbs/cli.ipynb #be51354d
 _GuardRun = Annotated[
@@ -1357,7 +1359,7 @@ def print_recognition(guard: Any, pictures: int | None = None) -> None:
 
     # Copies against other images.
     copies, others = report["coverage"], report["false_alarms"]
-    print(
+    say(
         f"Recognises {copies['share']:.1%} of {copies['n']} copies ({report['copies']}) and "
         f"{others['share']:.1%} of {others['n']} unseen images"
     )
@@ -1365,10 +1367,10 @@ def print_recognition(guard: Any, pictures: int | None = None) -> None:
     # And which member it knows least.
     least, of_members = report["least_known"], report.get("members")
     name = name_of_member(least["member"], pictures)
-    print(f"Least known: {name}, {least['share']:.0%} of {least['n']} copies")
+    say(f"Least known: {name}, {least['share']:.0%} of {least['n']} copies")
     if of_members is not None:
         counted = count_of_pictures(of_members["n"], pictures)
-        print(f"Recognises {of_members['share']:.1%} of {counted} themselves")
+        say(f"Recognises {of_members['share']:.1%} of {counted} themselves")
 
 
 def check_guard_of_run(
@@ -1424,6 +1426,7 @@ def guard_command(
     wanted: _GuardWanted = None,
     check: _GuardCheck = False,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a guard for the images of a run, or of a diffusers pipeline, calibrate and store it.
 
@@ -1447,8 +1450,7 @@ def guard_command(
     settings = given(t_max=t_max, wanted=wanted)
     if preset == "paper":
         refuse_ignored("the paper's guard is not calibrated", wanted=wanted)
-    asked = {"data": data, "reference": reference, "t_max": t_max, "out": out}
-    asked |= given(preset=other_preset)
+    asked = dict(data=data, reference=reference, t_max=t_max, out=out, preset=other_preset)
     settings["command"] = typed("guard", run, pipeline=pipeline, **asked)
     if run is None:
         out = out or Path("guard")
@@ -1536,7 +1538,7 @@ def last_word(protected: Any, no_check: bool) -> Any:
     if protected.guard is None or no_check:
         return None
     if protected.guard.recognition is None:
-        print("Nothing is drawn anew, for this guard has no check: cpsample guard RUN --check")
+        say("Nothing is drawn anew, for this guard has no check: cpsample guard RUN --check")
         return None
     return unrecognised_by(protected.guard, protected.model.model)
 
@@ -1567,9 +1569,10 @@ def drawn_images(
     replaced = int((drawn.accepted & (drawn.tries > 1)).sum())
     draws = int(drawn.tries.sum())
     taken_back = draws - int(drawn.accepted.sum())
-    print(f"The guard recognised {replaced + left_out} of {n} images in the end:", end=" ")
-    print(f"{replaced} were drawn anew, {left_out} left out", end=" ")
-    print(f"({taken_back} of {draws} draws were taken back).")
+    say(
+        f"The guard recognised {replaced + left_out} of {n} images in the end: {replaced} were "
+        f"drawn anew, {left_out} left out ({taken_back} of {draws} draws were taken back)."
+    )
     if left_out == n:
         raise ValueError(
             f"the guard recognised all {n} images in {tries} tries each: the model draws next to "
@@ -1590,6 +1593,7 @@ def sample_command(
     no_check: _NoCheck = False,
     seed: Seed = 0,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Draw images from the model of a run, protected by its guard.
 
@@ -1618,7 +1622,7 @@ def sample_command(
         write_picture(second, show_grid(x[:100]).figure, "sample")
     if protected.guard:
         pushed = protected.model.rows_pushed / protected.model.rows_seen
-        print(pushed_in_words(pushed, protected.guard, timesteps(protected.schedule.T, steps)))
+        say(pushed_in_words(pushed, protected.guard, timesteps(protected.schedule.T, steps)))
     print(f"{len(x)} images: {shown(arrays)}, {shown(picture)}")
 
 # %% ../nbs/cli.ipynb #a144959e
@@ -1821,8 +1825,8 @@ def print_audit(audited: Any, verdict: Any, written: list[Path]) -> None:
         alarms = counted.get("words_held_out")
         alarms = f"; held-out images {alarms}" if alarms else ""
         role = " (this test counts)" if name == verdict.test else ""
-        print(f"{name:14} {counted['words']}{alarms}{role}")
-    print("Report:", ", ".join(map(shown, written)))
+        say(f"{name:14} {counted['words']}{alarms}{role}")
+    say("Report: " + ", ".join(map(shown, written)))
 
 
 def origins(
@@ -1874,6 +1878,7 @@ def audit_command(
     strength: Strength = None,
     seed: _AuditSeed = 0,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Count copies of training images among generated ones, and write a report with a verdict.
 
@@ -2033,8 +2038,7 @@ def attack_command(
             "attacks": results,
         }
         save_json(json_file, record)
-    if not quiet:
-        print(attack_table(results))
+    say(attack_table(results))
     print(attack_in_words(results, *sizes))
 
 # %% ../nbs/cli.ipynb #ef772955

@@ -367,6 +367,23 @@ def test_quiet_leaves_one_line_and_no_bar(tmp_path):
     assert said == f"Trained on 9 images: {tmp_path}/run/model.safetensors\n"
 
 
+@pytest.mark.filterwarnings("ignore::cpsample.core.guard.UncalibratedGuardWarning")
+def test_quiet_says_of_each_command_what_came_out(tmp_path):
+    "Of a sampling the files, of an audit the verdict; with advice there are more lines."
+    run = tmp_path / "run"
+    succeeds(*TINY, "--out", run)
+    succeeds("guard", run, "--preset", "paper", "--steps", 2, "--device", "cpu", "-q")
+    sample = ["sample", run, "-n", 3, "--out", tmp_path / "s", "--device", "cpu"]
+    audit = ["audit", run, "-n", 3, "--unguarded", "--out", tmp_path / "a", "--device", "cpu"]
+    for words, expected, ends in ((sample, 0, ".png\n"), (audit, 3, ".\n")):
+        status, said, errors = call(*words, "--quiet")
+        assert status == expected and said.count("\n") == 1 and said.endswith(ends), said
+        assert "it/s" not in errors and "%|" not in errors
+        status, talk, errors = call(*words)
+        assert status == expected and talk.endswith(said) and talk.count("\n") > 1
+        assert "it/s" in errors
+
+
 # Answers in words, of the other commands.
 
 
