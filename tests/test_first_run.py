@@ -353,7 +353,11 @@ def test_the_next_commands_can_be_pasted(tmp_path):
     assert "goes on after step 20 of 40" in said and run_of(run)["config"]["steps"] == 40
     assert shlex.split(guard) == ["cpsample", "guard", str(run)]
 
-    # A run that took everything needs others from outside.
+    # Every option is in it that is part of the run; a run that took everything needs others.
+    order = TrainingOrder(["a b"], run, size=64, mirror=False, lr=0.1, use_compile=True)
+    again = shlex.split(order.again)
+    assert again[:5] == ["cpsample", "train", "a b", "--no-mirror", "--compile"]
+    assert "--size 64" in order.again and "--lr 0.1" in order.again and "--seed" not in again
     folder = pictures(tmp_path / "pictures", 9)
     said = succeeds("train", folder, "--size", 8, "--grey", "--tiny", "--out", tmp_path / "all")
     assert "--reference OTHER_PICTURES" in said and "--grey --tiny" in said
