@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['Loss', 'AfterCheckpoint', 'NAMES_ON_DISK', 'SINCE_0_2', 'STOPPING', 'update_ema', 'TrainingState', 'save_checkpoint',
            'differences', 'load_checkpoint', 'weights_fingerprint', 'run_identity', 'TrainingStopped', 'noted_signals',
-           'parts_of', 'Watch', 'Keeping', 'is_main_process', 'fit', 'mirrored', 'half_precision']
+           'parts_of', 'Watch', 'Keeping', 'is_main_process', 'fit', 'seconds_per_step', 'steps_within', 'steps_done',
+           'mirrored', 'half_precision']
 
 # %% ../../nbs/2_practice/03_training.ipynb #ee419b1f
 import contextlib
 import copy
 import hashlib
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -582,6 +585,65 @@ def fit(
             _advance(bar, state, training_options, watch)
             keeper.after_step(signals)
     return state.ema_model, state.losses
+
+# %% ../../nbs/2_practice/03_training.ipynb #724081d1
+def seconds_per_step(
+    model: nn.Module,
+    loss: Loss,
+    data: tuple[Tensor, ...],
+    steps: int,
+    *,
+    timed: int = 3,
+    use_compile: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    **training_options: Any,
+) -> float:
+    """How many seconds a training step takes here: the median of a few, after a first one.
+
+    A copy is trained and thrown away: the model, torch's random numbers and thus the training
+    that follows are as if nothing had been timed.
+    model: a network.
+    loss, data: as `fit` takes them.
+    steps: of the whole run, at least 2; they decide the learning rates.
+    timed: steps that count, at least 1.
+    use_compile: as in `fit`; compiling falls into the step that does not count.
+    clock: tells the seconds.
+    training_options: of `train`.
+    Raises ValueError and FloatingPointError where the training would, at the same steps.
+    """
+    state = TrainingState.fresh(copy.deepcopy(unwrapped(model)))
+    network = _prepared(state.model, use_compile, None)
+    device = data[0].device
+    gpus = [device] if device.type == "cuda" else []
+
+    # A step is a step of the optimiser and one of the average, as in `fit`.
+    moments = []
+    with torch.random.fork_rng(gpus):
+        training = train(network, loss, data, steps, **state.position, **training_options)
+        for record in islice(training, timed + 1):
+            update_ema(state.ema_model, state.model, record.step)
+            moments.append(clock())
+    durations = [end - begin for begin, end in zip(moments, moments[1:])]
+    return statistics.median(durations)
+
+
+def steps_within(minutes: float, seconds: float) -> int:
+    """How many steps fit into so many minutes, at least one.
+
+    minutes: there are.
+    seconds: per step, as `seconds_per_step` measures them.
+    """
+    return max(1, int(60 * minutes / seconds))
+
+
+def steps_done(path: Path | str) -> int:
+    """How many steps are behind a checkpoint.
+
+    path: of its file.
+    Raises FileNotFoundError, or ValueError when the file is no checkpoint.
+    """
+    tensors, _ = _read_checkpoint(path)
+    return len(tensors["losses"])
 
 # %% ../../nbs/2_practice/03_training.ipynb #6db556fa
 def mirrored(loss: Loss, p: float = 0.5) -> Loss:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'PRESETS', 'COPY_TESTS', 'SEARCHES', 'FITS', 'ARCHIVES', 'SPACES', 'EXPERIMENTS', 'SIZES', 'OF_ARCHIVES',
-           'DEMO', 'DEMO_LABELS', 'DEMO_SEEDS', 'studies', 'check_choice']
+           'TRAINING', 'CPU_BATCH_SIZE', 'CPU_STEPS', 'CPU_STEPS_PER_IMAGE', 'CPU_MINUTES', 'DEMO', 'DEMO_LABELS',
+           'DEMO_SEEDS', 'studies', 'check_choice']
 
 # %% ../../nbs/5_workshop/08_choices.ipynb #1f73805b
 from typing import Any
@@ -23,6 +24,13 @@ SPACES = (*feature_spaces, "pca-64")  # of features
 EXPERIMENTS = ("celeba64", "cifar10")  # with a GPU, in one of
 SIZES = ("full", "colab", "tiny")
 OF_ARCHIVES = ("cifar10",)  # experiments whose data set can be given as archives
+
+# The training of a model for pictures in a folder: with a GPU, and what a CPU gets.
+TRAINING: dict[str, Any] = {"steps": 20_000, "batch_size": 128, "lr": 5e-4}
+CPU_BATCH_SIZE = 32
+CPU_STEPS = 6000  # and more where there are many images:
+CPU_STEPS_PER_IMAGE = 6
+CPU_MINUTES = 50  # but no more steps than fit into these
 
 DEMO: dict[str, Any] = {
     "data": "digits",
