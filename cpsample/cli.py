@@ -399,7 +399,7 @@ _DemoSampleSteps = Annotated[
 _DemoAlpha = Annotated[
     float | None,
     typer.Option(
-        help="Gate: certain means max(p, 1-p) > 1-alpha. In (0, 0.5); "
+        help="Gate, in (0, 0.5): certain means max(p, 1-p) > 1-alpha "
         "(default: calibration chooses it)."
     ),
 ]
