@@ -1,23 +1,31 @@
 "The measures against the libraries and against sets whose answer is known."
 
+import copy
 import hashlib
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
+from hypothesis import given
+from hypothesis import strategies as st
 from torchmetrics.image import FrechetInceptionDistance
 
-from cpsample.core.copying import cosine_test
+import cpsample
+from cpsample import CopyRate
+from cpsample.core.copying import copy_test, cosine_test
 from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.images import load_digits, pixels
 from cpsample.judgement.copy_audit import audit, auth_pct, c_t
-from cpsample.practice import datasets
+from cpsample.practice import datasets, quality_measures
 from cpsample.practice.datasets import load_cifar10, load_fashion
 from cpsample.practice.encoders import features, inception, inception_features, load_checked
 from cpsample.practice.quality_measures import (
+    _copy_rate_class,
     _Features,
     kid,
     mifid,
@@ -312,3 +320,89 @@ def test_broken_features_are_refused_and_arrays_are_read(name):
     assert measure(a.half(), b.half()) == pytest.approx(measure(a, b), rel=0.05)
     with pytest.raises(ValueError, match="features must be bytes or floating point, got torch.int"):
         measure((100 * a).long(), b)
+
+
+DIGITS, _ = load_digits()
+MEMBERS, REST = DIGITS[:60], DIGITS[60:]
+MIXED = torch.randperm(49, generator=torch.Generator().manual_seed(0))
+PLANTED = torch.cat([MEMBERS[:9], REST[:40]])[MIXED]
+AT_ONCE = copy_test(PLANTED, MEMBERS)
+DUPLICATED = torch.cat([MEMBERS, MEMBERS[:20]])  # a third of the members twice
+
+
+@given(cuts=st.sets(st.integers(1, 48)), members=st.sampled_from([MEMBERS, DUPLICATED]))
+def test_copy_rate_is_that_of_the_copy_test_for_every_split_into_batches(cuts, members):
+    metric = CopyRate(members)
+    for batch in torch.tensor_split(PLANTED, sorted(cuts)):
+        metric.update(batch)
+    assert AT_ONCE.copies >= 9
+    assert (int(metric.copies), int(metric.images)) == (AT_ONCE.copies, 49)
+    assert abs(metric.compute().item() - AT_ONCE.rate) < 1e-6
+    metric.reset()
+    assert int(metric.copies) == int(metric.images) == 0
+
+
+def test_copy_rate_takes_bytes_and_thresholds_as_the_copy_test_does():
+    members, planted = (((x + 1) * 127.5).byte() for x in (MEMBERS, PLANTED))
+    assert members.dtype == torch.uint8
+    for threshold in (0.2, 0.9):
+        metric = CopyRate(members, threshold)
+        metric.update(planted)
+        assert int(metric.copies) == copy_test(planted, members, threshold).copies
+
+
+def test_copy_rate_keeps_no_image_in_a_checkpoint():
+    metric = CopyRate(MEMBERS)
+    metric.persistent(True)
+    model = torch.nn.ModuleDict({"copies": metric})
+    assert set(model.state_dict()) == {"copies.copies", "copies.images"}
+    assert not list(model.parameters()) and not list(model.buffers())
+
+
+def test_copy_rate_is_a_metric_like_any_other():
+    assert issubclass(CopyRate, torchmetrics.Metric)
+    assert CopyRate.higher_is_better is False and CopyRate.is_differentiable is False
+
+    # In a collection, copied or pickled, it goes on counting.
+    collection = torchmetrics.MetricCollection({"copies": CopyRate(MEMBERS)}).clone()
+    of_batch = collection(MEMBERS[:3])
+    collection.update(REST[:9])
+    assert of_batch["copies"] == 1 and collection.compute()["copies"] == 0.25
+    for twin in (copy.deepcopy(collection["copies"]), pickle.loads(pickle.dumps(collection))):
+        twin.update(MEMBERS[:4])
+        rate = twin.compute()
+        assert (rate["copies"] if isinstance(rate, dict) else rate) == 7 / 16
+
+
+def test_copy_rate_draws_its_values():
+    _, ax = CopyRate(MEMBERS).plot([torch.tensor(0.5), torch.tensor(0.25)])
+    assert ax.lines[0].get_ydata().tolist() == [0.5, 0.25]
+
+
+def test_copy_rate_before_the_first_image_is_no_number():
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert CopyRate(MEMBERS).compute().isnan()
+
+
+@pytest.mark.parametrize(
+    "members, images, says",
+    [
+        (MEMBERS[:1].expand(5, 1, 8, 8), None, "at least two different training images"),
+        (MEMBERS * 300, None, "training images .*scale"),
+        (MEMBERS, REST[:4] / 0, "images hold NaN or infinity in 4 rows"),
+        (MEMBERS, torch.zeros(2, 1, 9, 9), "shape|size"),
+    ],
+)
+def test_copy_rate_refuses_what_the_copy_test_refuses(members, images, says):
+    with pytest.raises(ValueError, match=says):
+        CopyRate(members).update(images)
+
+
+def test_copy_rate_without_torchmetrics_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    _copy_rate_class.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'cpsample\[metrics\]'"):
+        cpsample.CopyRate  # noqa: B018
+    _copy_rate_class.cache_clear()
+    with pytest.raises(AttributeError, match="no attribute 'CopyRates'"):
+        quality_measures.CopyRates  # noqa: B018

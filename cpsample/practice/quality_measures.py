@@ -7,15 +7,19 @@ __all__ = ['kid', 'precision_recall', 'mifid', 'quality', 'vendi_score']
 
 # %% ../../nbs/2_practice/06_quality_measures.ipynb #733276c3
 import warnings
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.copying import ratio_score
 from ..core.digit_encoder import frechet_distance
-from ..core.images import check_images, check_pair
+from ..core.images import check_images, check_pair, unique_rows
 from .encoders import features
 from ..workshop.files import import_optional
+from ..workshop.neighbours import nearest
 
 # %% ../../nbs/2_practice/06_quality_measures.ipynb #1366400a
 class _Features(nn.Identity):
@@ -132,6 +136,73 @@ def quality(
         of_baseline = quality(baseline, real, train, space=space)
         numbers.update({f"{name}_real": value for name, value in of_baseline.items()})
     return numbers
+
+# %% ../../nbs/2_practice/06_quality_measures.ipynb #c81c440d
+class _CopyRate:
+    """The share of images that are copies by the ratio test: a `Metric` of torchmetrics.
+
+    It equals the rate of `copy_test` on all images that it was given, however they are split into
+    batches, and over processes. Its states, `copies` and `images`, are counts; the training images
+    are no state: they are neither saved nor synchronised, and follow the images to their device.
+
+    members [N, ...]: the training images. Repeats are left out.
+    threshold: a ratio below it is a copy (default: 1/3).
+    options: of `torchmetrics.Metric`.
+    Raises ValueError for fewer than two different training images, and for what is no image.
+    Source: the test is that of Yoon et al. 2023.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def __init__(self, members: Tensor, threshold: float = 1 / 3, **options: Any):
+        super().__init__(**options)
+        members = check_images(members, "training images", dtype=None)
+        distinct = unique_rows(members)
+        if len(distinct) < 2:
+            raise ValueError("CopyRate needs at least two different training images")
+        self.members, self.threshold = members[distinct], threshold
+        self.add_state("copies", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor) -> None:
+        "Count the copies among images [n, ...], of the shape and scale of the training images."
+        self.members = self.members.to(images.device)
+        x, members = check_pair(images, self.members, "images", "training images")
+        distances, _ = nearest(x, members, 2)
+        is_copy = ratio_score(distances) < self.threshold  # [n]
+        self.copies += is_copy.sum().to(self.copies.device)
+        self.images += len(x)
+
+    def compute(self) -> Tensor:
+        "Copies over images, of all batches and processes; NaN before the first."
+        return self.copies / self.images
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """(figure, axes) with the rate, or the rates of several moments, drawn by torchmetrics.
+
+        val: what `compute` or `forward` returned, one or several (default: the rate now).
+        ax: where to draw (default: on a new figure).
+        """
+        return self._plot(val, ax)
+
+
+@cache
+def _copy_rate_class() -> type:
+    "The class `CopyRate`. Raises ImportError that names the extra where torchmetrics is missing."
+    parent = import_optional("torchmetrics", "metrics").Metric
+    names = {"__doc__": _CopyRate.__doc__, "__module__": __name__, "__qualname__": "CopyRate"}
+    return type(parent)("CopyRate", (_CopyRate, parent), names)
+
+
+def __getattr__(name: str) -> Any:
+    "`CopyRate`, when somebody asks for it. Raises AttributeError for other names."
+    if name != "CopyRate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _copy_rate_class()
 
 # %% ../../nbs/2_practice/06_quality_measures.ipynb #dc4cd0e4
 def vendi_score(features: Tensor) -> float:
