@@ -22,6 +22,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import cpsample
 from cpsample.core.copying import (
@@ -296,7 +297,9 @@ def _refuse_ignored_seed(images: Tensor, before: Tensor | None) -> None:
         )
 
 
-def _share(generate: Generate, source: str, n: int, *, batch_size: int, seed: int) -> list:
+def _share(
+    generate: Generate, source: str, n: int, *, batch_size: int, seed: int, bar: tqdm
+) -> list:
     "[(call, its images)] of one function, until n images have come; seeds count up from `seed`."
     batches, drawn, most = [], 0, 10 * n
     while drawn < n:
@@ -312,6 +315,7 @@ def _share(generate: Generate, source: str, n: int, *, batch_size: int, seed: in
         _refuse_ignored_seed(images, batches[-1][1] if batches else None)
         batches.append((Call(source, call_seed, asked, len(images)), images))
         drawn += len(images)
+        bar.update(len(images))
     return batches
 
 
@@ -322,6 +326,7 @@ def draw_samples(
     max_copy_rate: float = 0.01,
     batch_size: int = 50,
     seed: int = 0,
+    progress: bool = False,
 ) -> Draws:
     """The images that a claim needs, drawn from a model, with the seeds that draw them again.
 
@@ -331,6 +336,7 @@ def draw_samples(
     max_copy_rate: the claim, see `samples_needed`.
     batch_size: at most so many in one call (default: 50).
     seed: of the first call; the others have those that follow.
+    progress: whether to show a bar.
     Raises ValueError for answers that are no images, functions that ignore their seed, and where
     nearly everything is withheld.
     """
@@ -344,8 +350,10 @@ def draw_samples(
 
     # The same number from each, and no seed twice.
     share, batches = math.ceil(n / len(sources)), []
-    for source, function in sources.items():
-        batches += _share(function, source, share, batch_size=batch_size, seed=seed + len(batches))
+    with tqdm(total=share * len(sources), desc="draw", disable=not progress) as bar:
+        for source, function in sources.items():
+            settings = {"batch_size": batch_size, "seed": seed + len(batches)}
+            batches += _share(function, source, share, bar=bar, **settings)
     calls, images = zip(*batches)
     return Draws(torch.cat(images), list(calls))
 
@@ -888,11 +896,14 @@ def _sizes_and_prints(sets: Mapping[str, Tensor]) -> dict[str, dict]:
 
 
 def _images_and_calls(
-    generated: Tensor | Generate | Mapping[str, Generate], n: int | None, seed: int
+    generated: Tensor | Generate | Mapping[str, Generate],
+    n: int | None,
+    seed: int,
+    progress: bool,
 ) -> tuple[Tensor, list[Call]]:
     "The images of an audit, and the calls that drew them; none where they were given."
     if callable(generated) or isinstance(generated, Mapping):
-        return draw_samples(generated, n, seed=seed)
+        return draw_samples(generated, n, seed=seed, progress=progress)
     if n is not None:
         raise ValueError("n is for a function that draws: these images are drawn already")
     return generated, []
@@ -966,7 +977,7 @@ def audit(
     Raises ValueError for images that do not fit together, NaN, or fewer than two different
     training images.
     """
-    generated, calls = _images_and_calls(generated, n, seed)
+    generated, calls = _images_and_calls(generated, n, seed, progress)
     sets = _check_sets(generated, training, held_out)
     training = sets["training"]
 
