@@ -28,6 +28,7 @@ from cpsample.practice.quality_measures import (
     _copy_rate_class,
     _Features,
     kid,
+    log_copies,
     mifid,
     precision_recall,
     quality,
@@ -407,3 +408,34 @@ def test_copy_rate_without_torchmetrics_names_the_extra(monkeypatch):
     _copy_rate_class.cache_clear()
     with pytest.raises(AttributeError, match="no attribute 'CopyRates'"):
         quality_measures.CopyRates  # noqa: B018
+
+
+def planting(n, seed):
+    "A model that copies more with each seed: so many of the first images are members."
+    return torch.cat([MEMBERS[:seed], REST[: n - seed]])
+
+
+@pytest.mark.parametrize("every, looks", [(1, 7), (3, 3), (5, 2), (100, 1)])
+def test_a_training_is_looked_at_when_its_time_has_come(every, looks):
+    said, asked = [], []
+
+    def generate(n, seed):
+        asked.append((n, seed, torch.is_grad_enabled()))
+        return planting(n, seed)
+
+    options = {"every": every, "n": 30, "seed": 6, "log": said.append}
+    reports = {step: log_copies(step, generate, MEMBERS, **options) for step in range(7)}
+    seen = [step for step, report in reports.items() if report is not None]
+    assert len(seen) == looks and all(step % every == 0 for step in seen)
+    assert asked == [(30, 6, False)] * looks and torch.is_grad_enabled()
+
+    expected = copy_test(planting(30, 6), MEMBERS)
+    assert expected.copies >= 6
+    assert said == [f"step {step}: copies {expected}" for step in seen]
+    assert reports[0].copies == expected.copies
+
+
+@pytest.mark.parametrize("step, every", [(3, 0), (3, -1), (3, 0.5), (-1, 2), (0.5, 2)])
+def test_steps_that_are_none_are_refused(step, every):
+    with pytest.raises(ValueError, match="(step|every) must be"):
+        log_copies(step, planting, MEMBERS, every=every)

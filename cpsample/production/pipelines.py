@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Says', 'PipelineDenoiser', 'as_denoiser', 'UnguardedWarning', 'PipelineGuard', 'protect_pipeline', 'image_shape',
            'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance', 'pipeline_samplers',
-           'PipelineSets', 'named_pipeline_sets']
+           'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #c2873e90
 import hashlib
@@ -32,7 +32,13 @@ from ..core.copying import refuse_shared
 from ..core.ddpm import Accept, Denoiser, LeftoverWarning
 from ..core.guard import Correction, Guard, check_guard_fits
 from ..core.guard_files import check_guard_files, load_guard, save_guard
-from ..core.images import bytes_or_floats, first_occurrence, pixels, values_anywhere
+from cpsample.core.images import (
+    bytes_or_floats,
+    first_occurrence,
+    pixels,
+    to_bytes,
+    values_anywhere,
+)
 from ..core.paths import correction_on_path
 from cpsample.core.protection import (
     Corrector,
@@ -1414,27 +1420,51 @@ def pipeline_samplers(
     return {prompt: sampler({"prompt": prompt}, "num_images_per_prompt") for prompt in prompts}
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #4b0b1c6b
+def through_autoencoder(pipe: "DiffusionPipeline", images: Tensor, *, chunk: int = 16) -> Tensor:
+    """Images as a pipeline could draw them at best: what its autoencoder gives back, as bytes.
+
+    Whatever a latent pipeline draws has passed there; an image of its training set has not, and its
+    copy would be as far from it as the autoencoder is bad. A pipeline of pixels leaves images as
+    they are.
+    images [N, C, H, W]: bytes, or in [−1, 1].
+    chunk: images at a time.
+    """
+    images, found = bytes_or_floats(images), _autoencoder_of(pipe)
+    if found is None:
+        return images
+    _, autoencoder = found
+    device, decoded = _device_of(autoencoder), []
+    with torch.no_grad(), _upcast(autoencoder):
+        for part in images.split(chunk):
+            x = pixels(part).to(device, autoencoder.dtype)
+            latents = _latents_of(autoencoder.encode(x), autoencoder)
+            decoded.append(autoencoder.decode(latents).sample.float().cpu())
+    return to_bytes(torch.cat(decoded).clamp(-1, 1))
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #47b8364e
 def _load_to_draw(name: str, device: str | torch.device) -> "DiffusionPipeline":
     "A whole pipeline, in float32. Raises OSError or ValueError, in one line."
     _check_is_pipeline(name)
     loader = import_optional("diffusers", "diffusers").DiffusionPipeline
     with _pipeline_errors(name), _quiet():
-        pipe = loader.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32)
+        pipe = loader.from_pretrained(name, use_safetensors=True).to(device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 class PipelineSets(NamedTuple):
     """What an audit of a pipeline takes.
 
     generate: {prompt: function}, see `pipeline_samplers`.
-    training [N, C, H, W]: the images that it was fine-tuned on.
-    held_out [m, C, H, W]: images that it never saw, or None.
+    training [N, C, H, W]: the images that it was fine-tuned on, see `through_autoencoder`.
+    held_out [m, C, H, W]: images that it never saw, in the same way, or None.
+    is_latent: whether the pipeline has an autoencoder.
     """
 
     generate: dict[str, Generate]
     training: Tensor
     held_out: Tensor | None
+    is_latent: bool
 
 
 def named_pipeline_sets(
@@ -1472,4 +1502,6 @@ def named_pipeline_sets(
         loaded = load_guard(guard)
         accept = None if loaded.recognition is None else True
         protect_pipeline(pipe, loaded, accept=accept)
-    return PipelineSets(generate, images[0], images[1] if held_out else None)
+    training, *others = [through_autoencoder(pipe, x) for x in images]
+    is_latent = _autoencoder_of(pipe) is not None
+    return PipelineSets(generate, training, others[0] if others else None, is_latent)
