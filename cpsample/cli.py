@@ -1337,7 +1337,7 @@ def sets_of_pipeline(
 
     training, held_out = one_or_several(training), one_or_several(held_out)
     options |= given(num_inference_steps=steps) | {"device": on_device(device)}
-    return named_pipeline_sets(pipeline, prompts, training, held_out, **options)
+    return named_pipeline_sets(pipeline, prompts, training, held_out=held_out, **options)
 
 
 def end_with(verdict: Any) -> None:
