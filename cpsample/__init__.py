@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .core.recognition import calibrate_check, recognise, unrecognised_by
     from .core.schedule import make_schedule
     from .judgement.copy_audit import audit
+    from .practice.quality_measures import _CopyRate as CopyRate
     from .production.pipelines import fit_pipeline_guard
 
 __all__ = [
+    "CopyRate",
     "Guard",
     "__version__",
     "audit",

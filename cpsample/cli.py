@@ -15,10 +15,11 @@ __all__ = ['app', 'Quiet', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Stre
            'train_command', 'guard_of_run', 'check_pipeline_guard', 'count_of_pictures', 'name_of_member',
            'mirrored_pictures', 'print_coverage', 'print_recognition', 'check_guard_of_run', 'guard_of_pipeline',
            'guard_command', 'check_memory', 'pushed_in_words', 'last_word', 'drawn_images', 'sample_command',
-           'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'three_sets', 'end_with',
-           'print_audit', 'origins', 'audit_command', 'attack_in_words', 'some_of', 'attack_scores',
-           'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study', 'reproduce_study',
-           'compare_method', 'reproduce_command']
+           'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'read_prompts', 'given_prompts',
+           'sets_of_pipeline', 'end_with', 'print_prompts', 'print_audit', 'origins_of_pipeline', 'origins', 'ToAudit',
+           'images_to_audit', 'pipeline_to_audit', 'who_draws', 'audit_and_report', 'audit_command', 'attack_in_words',
+           'some_of', 'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study',
+           'reproduce_study', 'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -1627,8 +1628,11 @@ def sample_command(
 
 # %% ../nbs/cli.ipynb #a144959e
 _AuditGenerated = Annotated[
-    str,
-    typer.Argument(help=f"Generated images: {PICTURES}, .npz or .npy; or a run, to draw from it."),
+    str | None,
+    typer.Argument(
+        help=f"Generated images: {PICTURES}, .npz or .npy; or a run, to draw from it "
+        "(with --pipeline: left out)."
+    ),
 ]
 _AuditTraining = Annotated[
     list[str] | None,
@@ -1697,7 +1701,37 @@ _AuditSize = Annotated[
 _AuditN = Annotated[
     int | None,
     typer.Option(
-        "--number", "-n", callback=_MANY, help="Images to draw from a run (default: 1000)."
+        "--number",
+        "-n",
+        callback=_MANY,
+        help="Images to draw from a run (default: 1000) or a pipeline (default: as many as show "
+        "the allowed rate, if none is a copy).",
+    ),
+]
+_AuditPipeline = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw from a diffusers pipeline, in a folder or on the Hub; the images that are named "
+        "are then those that it was trained on."
+    ),
+]
+_AuditPrompt = Annotated[
+    list[str] | None,
+    typer.Option(help="What the pipeline is asked; give it several times for several prompts."),
+]
+_AuditPrompts = Annotated[
+    Path | None,
+    typer.Option(help="A file of prompts, one per line; empty lines and those with # are skipped."),
+]
+_AuditGuard = Annotated[
+    Path | None,
+    typer.Option(help="The guard of the pipeline, made by cpsample guard (default: none)."),
+]
+_AuditSteps = Annotated[
+    int | None,
+    typer.Option(
+        callback=between(1, 1000),
+        help="Network calls per image of a pipeline (default: its own).",
     ),
 ]
 _AuditSeed = Annotated[int, typer.Option(callback=_SMALL_SEED, help="Random seed.")]
@@ -1793,23 +1827,50 @@ def draws_from_run(generated: str, drawing: dict[str, Any], **reading: Any) -> b
     return is_run
 
 
-def three_sets(
-    generated: str,
-    training: str | list[str] | None,
-    held_out: str | list[str] | None,
-    *,
-    drawing: tuple | None,
-    strict: bool,
-    **reading: Any,
-) -> tuple[Any, Any, Any]:
-    """(generated images, training images, held-out images or None): drawn from a run, or read.
+def read_prompts(file: Path) -> list[str]:
+    "The prompts of a file, one per line. Raises OSError or ValueError when there are none."
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: write one prompt per line") from error
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: give a file with one prompt per line") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt: write one per line")
+    return prompts
 
-    drawing: for a run, the arguments of `images_of_run` between the run and `held_out`.
-    reading: size and fit of images that are read.
+
+def given_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    "The prompts that were named, and those of a file."
+    return [*(prompts or []), *(read_prompts(file) if file else [])]
+
+
+def sets_of_pipeline(
+    pipeline: str,
+    training: list[str],
+    held_out: list[str] | None,
+    *,
+    prompts: list[str],
+    steps: int | None,
+    device: str | None,
+    **options: Any,
+) -> Any:
+    """What an audit of a pipeline compares, see `PipelineSets`.
+
+    options: of `named_pipeline_sets`.
+    Raises ValueError where no training images are named.
     """
-    if drawing is not None:
-        return images_of_run(Path(generated), *drawing, held_out, strict)
-    return images_of_folders(generated, training, held_out, strict=strict, **reading)
+    if not training:
+        raise ValueError(
+            "name the images that the pipeline was trained on: "
+            "cpsample audit --pipeline PATH TRAINING"
+        )
+    from cpsample.production.pipelines import named_pipeline_sets
+
+    training, held_out = one_or_several(training), one_or_several(held_out)
+    options |= given(num_inference_steps=steps) | {"device": on_device(device)}
+    return named_pipeline_sets(pipeline, prompts, training, held_out=held_out, **options)
 
 
 def end_with(verdict: Any) -> None:
@@ -1819,6 +1880,18 @@ def end_with(verdict: Any) -> None:
         raise SystemExit(verdict.exit_status)
 
 
+def print_prompts(record: dict[str, Any], test: str | None, most: int = 10) -> None:
+    "The copies of each prompt by one test, of at most ten prompts, those with most copies first."
+    by_prompt = record.get("drawn", {}).get("by_source", {})
+    if test is None or len(by_prompt) < 2:
+        return
+    ranked = sorted(by_prompt.items(), key=lambda item: -item[1][test]["copies"])
+    for prompt, tests in ranked[:most]:
+        say(f"    {tests[test]['words']}: {shown(prompt)}")
+    if len(ranked) > most:
+        say(f"    and {len(ranked) - most} more prompts, in the report")
+
+
 def print_audit(audited: Any, verdict: Any, written: list[Path]) -> None:
     "The copies by each test; with held-out images, its false alarms; and which files say more."
     for name, counted in audited.record["tests"].items():
@@ -1826,7 +1899,30 @@ def print_audit(audited: Any, verdict: Any, written: list[Path]) -> None:
         alarms = f"; held-out images {alarms}" if alarms else ""
         role = " (this test counts)" if name == verdict.test else ""
         say(f"{name:14} {counted['words']}{alarms}{role}")
+    print_prompts(audited.record, verdict.test)
     say("Report: " + ", ".join(map(shown, written)))
+
+
+def origins_of_pipeline(
+    pipeline: str,
+    training: list[str],
+    held_out: list[str] | None,
+    *,
+    guard: Path | None,
+    is_latent: bool,
+) -> dict[str, Any]:
+    """Of which pipeline a report is, and where its images are from.
+
+    is_latent: whether training and held-out images have passed its autoencoder.
+    """
+    passed = ", as the pipeline's autoencoder gives them back" if is_latent else ""
+    model = f"{pipeline}, " + (f"with the guard {guard}" if guard else "without a guard")
+    sources = {
+        "generated": f"drawn from {model}",
+        "training": listed(training) + passed,
+        "held-out": listed(held_out) + passed if held_out else "",
+    }
+    return {"model": model, "sources": sources}
 
 
 def origins(
@@ -1857,12 +1953,156 @@ def origins(
     }
     return {"model": f"{generated}, {guarded}", "sources": sources}
 
+# %% ../nbs/cli.ipynb #75f25741
+class ToAudit(NamedTuple):
+    """What a command line has audited.
+
+    sets: (generated images, or functions that draw them; training images; held-out images or None).
+    about: of which model, and where the images are from.
+    n: how many are to be drawn; None where the images are there.
+    """
+
+    sets: tuple[Any, Any, Any]
+    about: dict[str, Any]
+    n: int | None = None
+
+
+def images_to_audit(
+    generated: str,
+    training: list[str] | None,
+    held_out: list[str] | None,
+    *,
+    drawing: dict[str, Any] | None,
+    **reading: Any,
+) -> ToAudit:
+    """What is audited where a run draws, or images are read.
+
+    drawing: how a run draws, see `images_of_run`; None where images are read.
+    reading: size, fit and strict, of `read_together`.
+    """
+    if drawing is None:
+        sets = images_of_folders(generated, training, held_out, **reading)
+        return ToAudit(sets, origins(generated, training, held_out, False))
+    strict = reading["strict"]
+    sets = images_of_run(Path(generated), held_out=held_out, strict=strict, **drawing)
+    return ToAudit(sets, origins(generated, training, held_out, drawing["unguarded"]))
+
+
+def pipeline_to_audit(
+    pipeline: str,
+    training: list[str],
+    held_out: list[str] | None,
+    *,
+    n: int | None,
+    max_copy_rate: float,
+    guard: Path | None,
+    **options: Any,
+) -> ToAudit:
+    """What is audited where a pipeline draws: as many images as the claim needs, if not said.
+
+    options: of `sets_of_pipeline`.
+    Raises ValueError where no number of images shows the claim.
+    """
+    from cpsample.judgement.copy_audit import samples_needed
+
+    n = n or samples_needed(max_copy_rate)
+    if n is None:
+        raise ValueError("no number of samples shows a rate of 0: allow a higher one, or give -n")
+    *sets, is_latent = sets_of_pipeline(pipeline, training, held_out, guard=guard, **options)
+    about = origins_of_pipeline(pipeline, training, held_out, guard=guard, is_latent=is_latent)
+    return ToAudit(tuple(sets), about, n)
+
+
+def who_draws(
+    pipeline: str | None,
+    generated: str | None,
+    training: list[str] | None,
+    held_out: list[str] | None,
+    *,
+    of_runs: dict[str, Any],
+    of_models: dict[str, Any],
+    of_pipelines: dict[str, Any],
+    reading: dict[str, Any],
+    seed: int,
+    max_copy_rate: float,
+) -> Callable[[], ToAudit]:
+    """A function that gives what is to be audited, and may take long.
+
+    of_runs, of_models, of_pipelines: options for runs, for whatever draws, and for pipelines.
+    reading: options of images that are read.
+    seed: of what a run draws.
+    max_copy_rate: the claim, by which a pipeline draws.
+    Raises ValueError at once for options of another kind, and when nothing is named.
+    """
+    # A pipeline knows the size of its images, and not which they are.
+    if pipeline is not None:
+        refuse_ignored("a pipeline draws at a size of its own", size=reading.pop("size"))
+        refuse_ignored("a pipeline has the guard of --guard, or none", **of_runs)
+        prompts = given_prompts(of_pipelines.pop("prompt"), of_pipelines["prompts"])
+        options = of_models | of_pipelines | reading
+        options |= {"prompts": prompts, "max_copy_rate": max_copy_rate}
+        named = [name for name in (generated, *(training or [])) if name]
+        return partial(pipeline_to_audit, pipeline, named, held_out, **options)
+    if generated is None:
+        raise ValueError(
+            "give generated and training images, the folder of a run, or --pipeline PATH with the "
+            "images that it was trained on"
+        )
+
+    # A run knows its images; strangers may be read for it, too.
+    refuse_ignored("only a pipeline takes that, see --pipeline", **of_pipelines)
+    n, device = of_models["n"], of_models["device"]
+    ignored_by_runs = reading | {"strict": reading["strict"] and not held_out}
+    options = of_runs | {"number": n, "device": device}
+    is_run = draws_from_run(generated, options, TRAINING=training, **ignored_by_runs)
+    drawing = of_runs | {"n": n or 1000, "seed": seed, "device": device} if is_run else None
+    sets = (generated, training, held_out)
+    return partial(images_to_audit, *sets, drawing=drawing, **reading)
+
+
+def audit_and_report(
+    compared: Callable[[], ToAudit],
+    out: Path,
+    *,
+    thumbnails: bool,
+    max_copy_rate: float,
+    test: str | None,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """The verdict on what `who_draws` has found to be compared; its report is written, and said.
+
+    out, thumbnails: of `write_report`.
+    max_copy_rate, test: of `Audit.verdict`.
+    seed, options: of `audit`.
+    """
+    from cpsample.judgement.copy_audit import audit
+    from cpsample.judgement.report import check_report, write_report
+
+    # Where to is known before anything is drawn.
+    check_report(out, "--out", thumbnails=thumbnails)
+    sets, about, n = compared()
+
+    # Count, write the report, and say the numbers.
+    pairs = 1000 if thumbnails else 12
+    audited = audit(*sets, n=n, pairs=pairs, seed=seed, progress=True, **options)
+    verdict = audited.verdict(max_copy_rate, test)
+    about |= {"command": command_line()}
+    written = write_report(audited, out, verdict, thumbnails=thumbnails, **about)
+    print_audit(audited, verdict, written)
+    return verdict
+
 
 @app.command("audit")
 def audit_command(
-    generated: _AuditGenerated,
+    generated: _AuditGenerated = None,
     training: _AuditTraining = None,
     held_out: _AuditHeldOut = None,
+    pipeline: _AuditPipeline = None,
+    prompt: _AuditPrompt = None,
+    prompts: _AuditPrompts = None,
+    guard: _AuditGuard = None,
+    steps: _AuditSteps = None,
     out: _AuditOut = Path("audit"),
     thumbnails: _AuditThumbnails = False,
     max_copy_rate: _AuditMaxCopyRate = 0.01,
@@ -1886,28 +2126,24 @@ def audit_command(
     1, copies found; 3, too few samples to say: more of them are needed, or such as look like the
     data; 2, something is wrong, and nothing was counted.
     """
-    of_runs = dict(number=n, unguarded=unguarded, strength=strength, device=device)
-    reading = dict(TRAINING=training, size=size, fit=fit, strict=strict and not held_out)
-    is_run = draws_from_run(generated, of_runs, **reading)
-
-    from cpsample.judgement.copy_audit import audit
-    from cpsample.judgement.report import check_report, write_report
-
-    # Where to, and three sets of images: drawn from a run, or read.
-    check_report(out, "--out", thumbnails=thumbnails)
-    drawing = (n or 1000, unguarded, strength, seed, device) if is_run else None
-    sets = three_sets(
-        generated, training, held_out, drawing=drawing, size=size, fit=fit, strict=strict
+    # Who draws the images, or where do they lie? Mistakes are told before torch is loaded.
+    compared = who_draws(
+        pipeline,
+        generated,
+        training,
+        held_out,
+        of_runs=dict(unguarded=unguarded, strength=strength),
+        of_models=dict(n=n, device=device),
+        of_pipelines=dict(prompt=prompt, prompts=prompts, guard=guard, steps=steps),
+        reading=dict(size=size, fit=fit, strict=strict),
+        seed=seed,
+        max_copy_rate=max_copy_rate,
     )
 
-    # Count, write the report, and say the numbers.
-    options = dict(space=space, flips=flips, seed=seed, progress=True, backend=backend)
-    audited = audit(*sets, pairs=1000 if thumbnails else 12, **options)
-    verdict = audited.verdict(max_copy_rate, test)
-    about = origins(generated, training, held_out, unguarded) | {"command": command_line()}
-    written = write_report(audited, out, verdict, thumbnails=thumbnails, **about)
-    print_audit(audited, verdict, written)
-    end_with(verdict)
+    # How they are counted.
+    counting = dict(test=test, space=space, flips=flips, backend=backend, seed=seed)
+    counting |= dict(thumbnails=thumbnails, max_copy_rate=max_copy_rate)
+    end_with(audit_and_report(compared, out, **counting))
 
 # %% ../nbs/cli.ipynb #ffd529ed
 _AttackOthers = Annotated[

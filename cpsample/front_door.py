@@ -24,6 +24,7 @@ PLACES = {
     "sample": "core.ddpm",
     "generate": "core.ddpm",
     "copy_test": "core.copying",
+    "CopyRate": "practice.quality_measures",
     "audit": "judgement.copy_audit",
     "fit_pipeline_guard": "production.pipelines",
 }

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from cpsample.judgement.copy_audit import (
     c_t,
     contradiction,
     counting_test,
+    draw_samples,
     feature_space,
     grain,
     samples_needed,
@@ -695,3 +697,103 @@ def test_strangers_that_nearly_are_members_are_counted_before_an_attack(tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("error", SharedImagesWarning)
         strangers_for_attack(run, None)
+
+
+def copier(share, withheld=0.0):
+    "A model: copies in that share of its images, some of which are withheld, as the seed has it."
+
+    def generate(n, seed_number):
+        noise = seed(seed_number)
+        copies = TRAIN[torch.randint(60, (n,), generator=noise)]
+        others = REAL[torch.randint(1000, (n,), generator=noise)]
+        is_copy = torch.rand(n, 1, 1, 1, generator=noise) < share
+        is_served = torch.rand(n, generator=noise) >= withheld
+        return torch.where(is_copy, copies, others)[is_served]
+
+    return generate
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    sources=st.integers(1, 4),
+    batch_size=st.integers(3, 40),
+    withheld=st.sampled_from([0, 0.3]),
+    first=st.integers(0, 2**31),
+)
+def test_every_draw_is_drawn_again_by_its_seed(n, sources, batch_size, withheld, first):
+    models = {f"{k}": copier(k / 4, withheld) for k in range(sources)}
+    draws = draw_samples(models, n, batch_size=batch_size, seed=first)
+    assert sum(call.drawn for call in draws.calls) == len(draws.images)
+    seeds = [call.seed for call in draws.calls]
+    assert seeds == list(range(first, first + len(seeds)))
+
+    # Each draws its share, and each call can be repeated.
+    for name in models:
+        share = sum(call.drawn for call in draws.calls if call.source == name)
+        assert share == -(-n // sources)
+    parts = draws.images.split([call.drawn for call in draws.calls])
+    for call, images in zip(draws.calls, parts):
+        assert call.asked <= batch_size
+        assert torch.equal(models[call.source](call.asked, call.seed), images)
+
+
+@pytest.mark.parametrize("rate, n", [(0.01, 368), (0.05, 72), (0.1, 36)])
+def test_as_many_are_drawn_as_the_claim_needs(rate, n):
+    assert len(draw_samples(copier(0.5), max_copy_rate=rate).images) == n
+    numbers = {"ci": proportion_ci(0, n)}
+    assert answer_of(numbers["ci"], rate) is Answer.NO_COPIES
+    assert answer_of(proportion_ci(0, n - 1), rate) is Answer.TOO_FEW
+
+
+@pytest.mark.parametrize(
+    "generate, options, says",
+    [
+        (lambda n, k: REAL[:n], {}, "the same images for two seeds"),
+        (lambda n, k: REAL[: n + 1], {}, r"generate\(50, seed\) must return images \[50,"),
+        (lambda n, k: [1], {}, "got list"),
+        ({"a bag": lambda n, k: None}, {}, "of 'a bag' must return .* got NoneType"),
+        (lambda n, k: REAL[:0], {}, "only 0 of 3700 images .* came, 368 are needed"),
+        (copier(0), {"max_copy_rate": 0}, "no number of samples shows a rate of 0"),
+        (copier(0), {"n": 0}, "n must be at least 1"),
+        (copier(0), {"seed": 0.5}, "seed must be a whole number"),
+        (copier(0), {"batch_size": 0}, "batch_size must be at least 1"),
+        ({}, {}, "no function to draw from"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(generate, options, says):
+    with pytest.raises(ValueError, match=says):
+        draw_samples(generate, **options)
+
+
+def test_a_model_that_draws_one_picture_again_and_again_is_drawn_from():
+    "It does not ignore its seed: the audit has another word for it."
+    draws = draw_samples(lambda n, k: REAL[:1].expand(n, 1, 28, 28), 120)
+    assert len(draws.calls) == 3
+
+
+def test_an_audit_draws_from_a_model_and_counts_by_prompt():
+    models = {"honest": copier(0), "copying": copier(0.5)}
+    audited = audit(models, TRAIN[:60], n=150, seed=3, space="pca-64")
+    draws = draw_samples(models, 150, seed=3)
+    again = audit(draws.images, TRAIN[:60], seed=3, space="pca-64").record
+    drawn = audited.record.pop("drawn")
+    assert audited.record == again and "drawn" not in again
+    assert drawn["calls"] == [call._asdict() for call in draws.calls]
+
+    # Of each prompt what the test says of its images alone, and together all.
+    for prompt, images in zip(models, draws.images.split(75)):
+        of_prompt = drawn["by_source"][prompt]["ratio"]
+        assert of_prompt["n"] == 75
+        assert of_prompt["copies"] == copy_test(images, TRAIN[:60]).copies
+    for test, numbers in again["tests"].items():
+        copies = [of_prompt[test]["copies"] for of_prompt in drawn["by_source"].values()]
+        assert sum(copies) == numbers["copies"]
+    json.dumps(drawn)
+
+    page = report_html(replace(audited, record=audited.record | {"drawn": drawn}))
+    assert "Prompt by prompt" in page and f"<td>{of_prompt['words']}</td>" in page
+    assert "in 4 calls with the seeds 3 to 6" in page
+    assert "Prompt by prompt" not in report_html(audited)
+    with pytest.raises(ValueError, match="these images are drawn already"):
+        audit(draws.images, TRAIN[:60], n=150)

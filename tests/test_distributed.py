@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpsample import CopyRate
 from cpsample.core.classifier import member_labels
+from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, seeded
 from cpsample.core.guard import fit_guard
-from cpsample.core.images import pixels
+from cpsample.core.images import load_digits, pixels
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS, train_denoiser
@@ -75,7 +77,8 @@ def measure(folder, accelerator=None):
     (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
-def worker(folder):
+def one_of_two():
+    "The accelerator of one of two processes."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -83,7 +86,26 @@ def worker(folder):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    measure(folder, accelerator)
+    return accelerator
+
+
+def worker(folder):
+    measure(folder, one_of_two())
+
+
+MEMBERS = load_digits()[0][:60]
+SAMPLES = torch.cat([MEMBERS[:9], load_digits()[0][100:140]])  # nine copies of 49
+
+
+def counting_worker(folder):
+    "Counts copies in its share of the samples, 30 or 19, in batches of 8."
+    torch.set_num_threads(1)
+    rank = one_of_two().process_index
+    metric = CopyRate(MEMBERS)
+    for batch in SAMPLES.split(30)[rank].split(8):
+        metric.update(batch)
+    record = {"rate": metric.compute().item(), "own": [int(metric.copies), int(metric.images)]}
+    (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
@@ -122,3 +144,18 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     network = Together(MLPDenoiser((1, 8, 8), 8))
     with pytest.raises(ValueError, match="make it a multiple of 2"):
         network(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))
+
+
+def test_two_processes_count_the_copies_of_one(tmp_path, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    accelerate.Accelerator(cpu=True)
+    accelerate.debug_launcher(counting_worker, args=(tmp_path,), num_processes=2)
+
+    # All nine copies lie in the share of the first; both say the rate of all.
+    expected = copy_test(SAMPLES, MEMBERS)
+    assert expected.copies == 9
+    records = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [record["own"] for record in records] == [[9, 30], [0, 19]]
+    for record in records:
+        assert abs(record["rate"] - expected.rate) < 1e-6

@@ -1,25 +1,34 @@
 "The measures against the libraries and against sets whose answer is known."
 
+import copy
 import hashlib
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
+from hypothesis import given
+from hypothesis import strategies as st
 from torchmetrics.image import FrechetInceptionDistance
 
-from cpsample.core.copying import cosine_test
+import cpsample
+from cpsample import CopyRate
+from cpsample.core.copying import copy_test, cosine_test
 from cpsample.core.digit_encoder import frechet_distance
 from cpsample.core.images import load_digits, pixels
 from cpsample.judgement.copy_audit import audit, auth_pct, c_t
-from cpsample.practice import datasets
+from cpsample.practice import datasets, quality_measures
 from cpsample.practice.datasets import load_cifar10, load_fashion
 from cpsample.practice.encoders import features, inception, inception_features, load_checked
 from cpsample.practice.quality_measures import (
+    _copy_rate_class,
     _Features,
     kid,
+    log_copies,
     mifid,
     precision_recall,
     quality,
@@ -312,3 +321,121 @@ def test_broken_features_are_refused_and_arrays_are_read(name):
     assert measure(a.half(), b.half()) == pytest.approx(measure(a, b), rel=0.05)
     with pytest.raises(ValueError, match="features must be bytes or floating point, got torch.int"):
         measure((100 * a).long(), b)
+
+
+DIGITS, _ = load_digits()
+MEMBERS, REST = DIGITS[:60], DIGITS[60:]
+MIXED = torch.randperm(49, generator=torch.Generator().manual_seed(0))
+NEARLY = (MEMBERS[:9] + 0.01 * REST[:9]).clamp(-1, 1)  # exact ones are found among repeats, too
+PLANTED = torch.cat([NEARLY, REST[:40]])[MIXED]
+AT_ONCE = copy_test(PLANTED, MEMBERS)
+DUPLICATED = torch.cat([MEMBERS, MEMBERS[:20]])  # a third of the members twice
+
+
+@given(cuts=st.sets(st.integers(1, 48)), members=st.sampled_from([MEMBERS, DUPLICATED]))
+def test_copy_rate_is_that_of_the_copy_test_for_every_split_into_batches(cuts, members):
+    metric = CopyRate(members)
+    for batch in torch.tensor_split(PLANTED, sorted(cuts)):
+        metric.update(batch)
+    assert AT_ONCE.copies >= 9
+    assert (int(metric.copies), int(metric.images)) == (AT_ONCE.copies, 49)
+    assert abs(metric.compute().item() - AT_ONCE.rate) < 1e-6
+    metric.reset()
+    assert int(metric.copies) == int(metric.images) == 0
+
+
+def test_copy_rate_takes_bytes_and_thresholds_as_the_copy_test_does():
+    members, planted = (((x + 1) * 127.5).byte() for x in (MEMBERS, PLANTED))
+    assert members.dtype == torch.uint8
+    for threshold in (0.2, 0.9):
+        metric = CopyRate(members, threshold)
+        metric.update(planted)
+        assert int(metric.copies) == copy_test(planted, members, threshold).copies
+
+
+def test_copy_rate_keeps_no_image_in_a_checkpoint():
+    metric = CopyRate(MEMBERS)
+    metric.persistent(True)
+    model = torch.nn.ModuleDict({"copies": metric})
+    assert set(model.state_dict()) == {"copies.copies", "copies.images"}
+    assert not list(model.parameters()) and not list(model.buffers())
+
+
+def test_copy_rate_is_a_metric_like_any_other():
+    assert issubclass(CopyRate, torchmetrics.Metric)
+    assert CopyRate.higher_is_better is False and CopyRate.is_differentiable is False
+
+    # In a collection, copied or pickled, it goes on counting.
+    collection = torchmetrics.MetricCollection({"copies": CopyRate(MEMBERS)}).clone()
+    of_batch = collection(MEMBERS[:3])
+    collection.update(REST[:9])
+    assert of_batch["copies"] == 1 and collection.compute()["copies"] == 0.25
+    for twin in (copy.deepcopy(collection["copies"]), pickle.loads(pickle.dumps(collection))):
+        twin.update(MEMBERS[:4])
+        rate = twin.compute()
+        assert (rate["copies"] if isinstance(rate, dict) else rate) == 7 / 16
+
+
+def test_copy_rate_draws_its_values():
+    _, ax = CopyRate(MEMBERS).plot([torch.tensor(0.5), torch.tensor(0.25)])
+    assert ax.lines[0].get_ydata().tolist() == [0.5, 0.25]
+
+
+def test_copy_rate_before_the_first_image_is_no_number():
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert CopyRate(MEMBERS).compute().isnan()
+
+
+@pytest.mark.parametrize(
+    "members, images, says",
+    [
+        (MEMBERS[:1].expand(5, 1, 8, 8), None, "at least two different training images"),
+        (MEMBERS * 300, None, "training images .*scale"),
+        (MEMBERS, REST[:4] / 0, "images hold NaN or infinity in 4 rows"),
+        (MEMBERS, torch.zeros(2, 1, 9, 9), "shape|size"),
+    ],
+)
+def test_copy_rate_refuses_what_the_copy_test_refuses(members, images, says):
+    with pytest.raises(ValueError, match=says):
+        CopyRate(members).update(images)
+
+
+def test_copy_rate_without_torchmetrics_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    _copy_rate_class.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'cpsample\[metrics\]'"):
+        cpsample.CopyRate  # noqa: B018
+    _copy_rate_class.cache_clear()
+    with pytest.raises(AttributeError, match="no attribute 'CopyRates'"):
+        quality_measures.CopyRates  # noqa: B018
+
+
+def planting(n, seed):
+    "A model that copies more with each seed: so many of the first images are members."
+    return torch.cat([MEMBERS[:seed], REST[: n - seed]])
+
+
+@pytest.mark.parametrize("every, looks", [(1, 7), (3, 3), (5, 2), (100, 1)])
+def test_a_training_is_looked_at_when_its_time_has_come(every, looks):
+    said, asked = [], []
+
+    def generate(n, seed):
+        asked.append((n, seed, torch.is_grad_enabled()))
+        return planting(n, seed)
+
+    options = {"every": every, "n": 30, "seed": 6, "log": said.append}
+    reports = {step: log_copies(step, generate, MEMBERS, **options) for step in range(7)}
+    seen = [step for step, report in reports.items() if report is not None]
+    assert len(seen) == looks and all(step % every == 0 for step in seen)
+    assert asked == [(30, 6, False)] * looks and torch.is_grad_enabled()
+
+    expected = copy_test(planting(30, 6), MEMBERS)
+    assert expected.copies >= 6
+    assert said == [f"step {step}: copies {expected}" for step in seen]
+    assert reports[0].copies == expected.copies
+
+
+@pytest.mark.parametrize("step, every", [(3, 0), (3, -1), (3, 0.5), (-1, 2), (0.5, 2)])
+def test_steps_that_are_none_are_refused(step, every):
+    with pytest.raises(ValueError, match="(step|every) must be"):
+        log_copies(step, planting, MEMBERS, every=every)

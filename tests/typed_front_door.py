@@ -26,6 +26,7 @@ def the_whole_method(
     copies: int = cpsample.copy_test(images, members).copies
     record: dict[str, Any] = cpsample.audit(images, members, held_out).record
     assert copies == record["tests"]["ratio"]["copies"]
+    cpsample.CopyRate(members).update(images)
     return images
 
 

@@ -230,6 +230,31 @@ def _tests(record: dict, verdict: Verdict) -> Iterable[dict[str, str]]:
         }
 
 
+def _by_prompt(record: dict, test: str | None) -> list[tuple[str, ...]]:
+    """What the test that counts says of each prompt, where there are several: rows of a table.
+
+    test: None where no test counts, and nothing is said.
+    """
+    by_source = record.get("drawn", {}).get("by_source", {})
+    if test is None or list(by_source) in ([], [""]):
+        return []
+    return [(source, tests[test]["words"]) for source, tests in by_source.items()]
+
+
+def _how_drawn(record: dict) -> str:
+    "In how many calls the images were drawn, if it is known; their seeds are in the record."
+    calls = record.get("drawn", {}).get("calls", [])
+    if not calls:
+        return ""
+    seeds = [call["seed"] for call in calls]
+    asked, drawn = (sum(call[key] for call in calls) for key in ("asked", "drawn"))
+    withheld = f", and {asked - drawn:,} were withheld" if asked > drawn else ""
+    return (
+        f"The generated images were drawn for this audit, in {len(calls):,} calls with the seeds "
+        f"{seeds[0]} to {seeds[-1]}{withheld}. The JSON beside this page has the seed of each call."
+    )
+
+
 def _finds(record: dict) -> Iterable[tuple[str, ...]]:
     "Which share of planted copies each test finds, by what was done to them."
     for change, shares in record["finds"].items():
@@ -292,6 +317,7 @@ def report_html(
             set_rows=[(*s.values(), fingerprint) for s, fingerprint in zip(sets, prints)],
             # How many are copies, and how do they look?
             tests=_tests(record, verdict),
+            prompts=_by_prompt(record, verdict.test),
             pairs=_shown_pairs(audited, verdict),
             plot={"alt": _PLOT, "address": _plot(show_distances(audited))},
             # What would the tests not see?
@@ -300,6 +326,7 @@ def report_html(
             looked_at=seen["n"],
             odd=list(seen["odd"].items()),
             # Everything else.
+            how_drawn=_how_drawn(record),
             repeats=_repeats(record),
             measures=_other_measures(record),
             no_promise=_no_promise(record),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Says', 'PipelineDenoiser', 'as_denoiser', 'UnguardedWarning', 'PipelineGuard', 'protect_pipeline', 'image_shape',
-           'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance']
+           'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance', 'pipeline_samplers',
+           'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #c2873e90
 import hashlib
@@ -30,8 +31,14 @@ from tqdm.auto import tqdm
 from ..core.copying import refuse_shared
 from ..core.ddpm import Accept, Denoiser, LeftoverWarning
 from ..core.guard import Correction, Guard, check_guard_fits
-from ..core.guard_files import check_guard_files, save_guard
-from ..core.images import bytes_or_floats, first_occurrence, pixels, values_anywhere
+from ..core.guard_files import check_guard_files, load_guard, save_guard
+from cpsample.core.images import (
+    bytes_or_floats,
+    first_occurrence,
+    pixels,
+    to_bytes,
+    values_anywhere,
+)
 from ..core.paths import correction_on_path
 from cpsample.core.protection import (
     Corrector,
@@ -41,6 +48,7 @@ from cpsample.core.protection import (
 )
 from ..core.recognition import unrecognised_by
 from ..core.schedule import MOST_TRIES, make_schedule
+from ..judgement.copy_audit import Generate
 from ..practice.datasets import read_data
 from ..practice.runs import CONFIGS, fit_run_guard
 from .hub import hub_errors
@@ -57,7 +65,7 @@ from cpsample.production.schedulers import (
 from ..workshop.archives import Sources, as_list
 from ..workshop.files import atomic, fingerprint, import_optional, writable, write_tensors
 from ..workshop.neighbours import at_least_float32
-from ..workshop.seeds import whole_number
+from ..workshop.seeds import seeded_generator, whole_number
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -1072,6 +1080,31 @@ def _load_without_captions(name: str, device: str | torch.device) -> "DiffusionP
             raise
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #a3231233
+def _read_at_its_size(
+    pipe: "DiffusionPipeline", folders: Sequence[Sources], **reading: Any
+) -> list[Tensor]:
+    """The images of each of some sources, as large as a pipeline draws: [N, C, H, W].
+
+    reading: of `read_data`.
+    Raises ValueError when some are of another size.
+    """
+    channels, height, width = image_shape(pipe)
+    sets = [read_data(folder, height, channels, **reading) for folder in folders]
+
+    # Arrays of images come as they are; only folders of pictures are cut to size.
+    for images, folder in zip(sets, folders):
+        if images.shape[1:] != (channels, height, width):
+            advice = "give a folder or an archive of images, which are cut to size"
+            if height != width:
+                advice = "folders are cut to squares, so give an array of that shape (.npy)"
+            places = ", ".join(map(str, as_list(folder)))
+            raise ValueError(
+                f"{places} holds images of shape {tuple(images.shape[1:])}, the pipeline draws "
+                f"{(channels, height, width)}: {advice}"
+            )
+    return sets
+
+
 def fit_named_pipeline_guard(
     name: str,
     data: Sources,
@@ -1099,21 +1132,7 @@ def fit_named_pipeline_guard(
         )
     pipe = _load_without_captions(name, device)
     path_of(pipe.scheduler)  # whether there is anything to train for
-    channels, height, width = image_shape(pipe)
-    folders = (data, reference)
-    members, others = [read_data(folder, height, channels) for folder in folders]
-
-    # Arrays of images come as they are; only folders of pictures are cut to size.
-    for images, folder in zip((members, others), folders):
-        if images.shape[1:] != (channels, height, width):
-            advice = "give a folder or an archive of images, which are cut to size"
-            if height != width:
-                advice = "folders are cut to squares, so give an array of that shape (.npy)"
-            places = ", ".join(map(str, as_list(folder)))
-            raise ValueError(
-                f"{places} holds images of shape {tuple(images.shape[1:])}, the pipeline draws "
-                f"{(channels, height, width)}: {advice}"
-            )
+    members, others = _read_at_its_size(pipe, [data, reference])
     return fit_pipeline_guard(pipe, members, others, path, device=device, **settings)
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #49b04bb1
@@ -1333,3 +1352,156 @@ def _drawn_again(draw: Callable, call: BoundArguments, n: int) -> Any:
             "time where accept= is used"
         )
     return result
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #c2ec4fe5
+def _parameters_of(pipe: "DiffusionPipeline") -> set[str]:
+    "The names of what a pipeline can be called with."
+    return set(signature(type(pipe).__call__).parameters)
+
+
+def _check_prompts(pipe: "DiffusionPipeline", prompts: Sequence[str]) -> None:
+    "Raise ValueError for prompts that a pipeline cannot read, and where it lacks some."
+    kind, parameters = type(pipe).__name__, _parameters_of(pipe)
+    if "prompt" not in parameters:
+        if prompts:
+            raise ValueError(f"a {kind} draws without prompts: leave them out")
+        if "batch_size" not in parameters:
+            raise ValueError(
+                f"a {kind} draws neither for prompts nor by itself: give audit a function "
+                "generate(n, seed) of your own"
+            )
+        return
+
+    # It wants words, and something that reads them.
+    if not prompts:
+        raise ValueError(f"a {kind} draws for prompts: give one or several")
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    if encoders and all(getattr(pipe, name) is None for name in encoders):
+        raise ValueError(f"this {kind} has no text encoder, so it cannot read prompts: load it")
+
+
+def _served(pipe: "DiffusionPipeline", result: Any) -> Tensor:
+    "The pictures in a pipeline's result, as bytes [n, C, H, W]; n may be 0."
+    pictures = getattr(result, "images", None)
+    if not isinstance(pictures, np.ndarray) or pictures.ndim != 4:
+        raise ValueError(
+            f"a {type(pipe).__name__} returned no pictures, so there are none to audit"
+        )
+    if not np.isfinite(pictures).all():
+        raise ValueError(f"this {type(pipe).__name__} drew NaN: load it in float32")
+    as_bytes = (255 * pictures).round().astype(np.uint8)  # [n, H, W, C]
+    return torch.from_numpy(as_bytes).permute(0, 3, 1, 2)
+
+
+def pipeline_samplers(
+    pipe: "DiffusionPipeline", prompts: Sequence[str] = (), **settings: Any
+) -> dict[str, Generate]:
+    """{prompt: generate(n, seed)}, what `audit` and `draw_samples` draw from a pipeline.
+
+    Each gives pictures as the pipeline serves them, bytes [n, C, H, W], and fewer than n where
+    `protect_pipeline(…, accept=…)` withholds some.
+    prompts: what it is asked; a pipeline that draws without has one function, named "".
+    settings: of every call, such as num_inference_steps or guidance_scale.
+    Raises ValueError for prompts where none are read, for none where some are needed, and for
+    pipelines that need more than words.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    _check_prompts(pipe, prompts)
+
+    def sampler(words: dict[str, Any], number: str) -> Generate:
+        def generate(n: int, seed: int) -> Tensor:
+            call = {"generator": seeded_generator(seed), "output_type": "np"}
+            return _served(pipe, pipe(**words, **{number: n}, **call, **settings))
+
+        return generate
+
+    if not prompts:
+        return {"": sampler({}, "batch_size")}
+    return {prompt: sampler({"prompt": prompt}, "num_images_per_prompt") for prompt in prompts}
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #4b0b1c6b
+def through_autoencoder(pipe: "DiffusionPipeline", images: Tensor, *, chunk: int = 16) -> Tensor:
+    """Images as a pipeline could draw them at best: what its autoencoder gives back, as bytes.
+
+    Whatever a latent pipeline draws has passed there; an image of its training set has not, and its
+    copy would be as far from it as the autoencoder is bad. A pipeline of pixels leaves images as
+    they are.
+    images [N, C, H, W]: bytes, or in [−1, 1].
+    chunk: images at a time.
+    """
+    images, found = bytes_or_floats(images), _autoencoder_of(pipe)
+    if found is None:
+        return images
+    _, autoencoder = found
+    device, decoded = _device_of(autoencoder), []
+    with torch.no_grad(), _upcast(autoencoder):
+        for part in images.split(chunk):
+            x = pixels(part).to(device, autoencoder.dtype)
+            latents = _latents_of(autoencoder.encode(x), autoencoder)
+            decoded.append(autoencoder.decode(latents).sample.float().cpu())
+    return to_bytes(torch.cat(decoded).clamp(-1, 1))
+
+# %% ../../nbs/4_production/02_pipelines.ipynb #47b8364e
+def _load_to_draw(name: str, device: str | torch.device) -> "DiffusionPipeline":
+    "A whole pipeline, in float32. Raises OSError or ValueError, in one line."
+    _check_is_pipeline(name)
+    loader = import_optional("diffusers", "diffusers").DiffusionPipeline
+    with _pipeline_errors(name), _quiet():
+        pipe = loader.from_pretrained(name, use_safetensors=True).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class PipelineSets(NamedTuple):
+    """What an audit of a pipeline takes.
+
+    generate: {prompt: function}, see `pipeline_samplers`.
+    training [N, C, H, W]: the images that it was fine-tuned on, see `through_autoencoder`.
+    held_out [m, C, H, W]: images that it never saw, in the same way, or None.
+    is_latent: whether the pipeline has an autoencoder.
+    """
+
+    generate: dict[str, Generate]
+    training: Tensor
+    held_out: Tensor | None
+    is_latent: bool
+
+
+def named_pipeline_sets(
+    name: str,
+    prompts: Sequence[str],
+    training: Sources,
+    *,
+    held_out: Sources | None = None,
+    guard: Path | str | None = None,
+    device: str | torch.device = "cpu",
+    fit: str | None = None,
+    strict: bool = False,
+    **settings: Any,
+) -> PipelineSets:
+    """What `audit` takes, for a pipeline and images that are given by their names.
+
+    name: of a pipeline, in a folder or on the Hub.
+    prompts: what it is asked; none for a pipeline that draws without.
+    training, held_out: folder, archive or several (or what `read_data` takes), cut to the size that
+        the pipeline draws.
+    guard: file of the guard that protects it; if it is calibrated to recognise, it has the last
+        word, too (default: none).
+    fit, strict: see `load_folder`.
+    settings: of every call, such as num_inference_steps.
+    Raises OSError when the pipeline cannot be had, ValueError for prompts or images that do not fit
+    it.
+    """
+    pipe = _load_to_draw(name, device)
+    generate = pipeline_samplers(pipe, prompts, **settings)
+    folders = [training, *([held_out] if held_out else [])]
+    images = _read_at_its_size(pipe, folders, fit=fit, strict=strict)
+
+    # As it serves: with the guard, and its last word where there is one.
+    if guard is not None:
+        loaded = load_guard(guard)
+        accept = None if loaded.recognition is None else True
+        protect_pipeline(pipe, loaded, accept=accept)
+    training, *others = [through_autoencoder(pipe, x) for x in images]
+    is_latent = _autoencoder_of(pipe) is not None
+    return PipelineSets(generate, training, others[0] if others else None, is_latent)
