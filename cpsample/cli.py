@@ -1712,16 +1712,22 @@ _AuditPipeline = Annotated[
     str | None,
     typer.Option(
         help="Draw from a diffusers pipeline, in a folder or on the Hub; the images that are named "
-        "are then those that it was trained on."
+        "are then those that it was trained on (default: images are read, or a run draws)."
     ),
 ]
 _AuditPrompt = Annotated[
     list[str] | None,
-    typer.Option(help="What the pipeline is asked; give it several times for several prompts."),
+    typer.Option(
+        help="What the pipeline is asked; give it several times for several prompts "
+        "(default: nothing)."
+    ),
 ]
 _AuditPrompts = Annotated[
     Path | None,
-    typer.Option(help="A file of prompts, one per line; empty lines and those with # are skipped."),
+    typer.Option(
+        help="A file of prompts, one per line; empty lines and those with # are skipped "
+        "(default: none)."
+    ),
 ]
 _AuditGuard = Annotated[
     Path | None,
