@@ -230,6 +230,15 @@ def test_minutes_become_steps_which_the_run_remembers(tmp_path, step_takes):
     refused("was begun for 30 steps, and goes on", *TINY, "--minutes", 3, "--out", run)
 
 
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C stops a program, also where these tests run in a background that ignores it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_stopped_run_goes_on_to_the_same_step_on_the_same_learning_rate(
     tmp_path, step_takes, monkeypatch
 ):
@@ -260,6 +269,7 @@ def test_a_stopped_run_goes_on_to_the_same_step_on_the_same_learning_rate(
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_continuation_that_was_stopped_goes_on_without_saying_how_far(tmp_path, monkeypatch):
     run = tmp_path / "run"
     succeeds(*TINY, "--out", run)
