@@ -475,6 +475,20 @@ def test_the_flow_pushes_in_its_window_only_and_leaves_the_distant_alone():
     assert torch.equal(eps[[0, 2]], plain[[0, 2]]) and not torch.equal(eps[1], plain[1])
 
 
+def test_a_ball_may_attract():
+    "A strength below 0 is no use against copies, and not passed over either."
+    z, x, t = torch.zeros(1, 3), torch.tensor([[0.5, 0, 0]]), torch.tensor([300])
+    moved = moved_by(spell(at_rest, SCHEDULE, z, 1.0, strength=-0.5), x, t)
+    torch.testing.assert_close(moved, -0.5 * x, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("method", [safe_denoiser, safety_guided_flow])
+def test_a_kernel_without_width_is_refused(method, width):
+    with pytest.raises(ValueError, match="width must be finite and above 0"):
+        method(at_rest, SCHEDULE, torch.zeros(1, 3), width, 1.0)
+
+
 @pytest.mark.parametrize("method", [safe_denoiser, safety_guided_flow])
 def test_without_strength_nothing_changes_and_rows_are_alone(method):
     refs, x, t = images(20), images(8, 1), torch.full((8,), 300)

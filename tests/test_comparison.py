@@ -45,6 +45,7 @@ from cpsample.judgement.comparison_study import (
     compare,
     flops_per_image,
     growth_point,
+    outside_method,
     outside_study,
     run_seed,
     training_flops,
@@ -513,7 +514,6 @@ def my_method(tmp_path, monkeypatch):
 def test_a_method_from_outside_gets_its_row_and_twice_the_same_one(my_method, monkeypatch):
     sizes = dict(images=12, train_steps=4, guard_steps=4, drawn=8, sample_steps=3, attacked=100)
     monkeypatch.setitem(SITUATIONS, "digits", replace(DIGITS, **sizes))
-    monkeypatch.setattr(comparison_study, "REPORTED", (0,))
     study = outside_study(f"{my_method}:wrap")
     assert list(study.parts) == ["digits", "bags"] and study.name.startswith("comparison-mine_")
 
@@ -527,7 +527,10 @@ def test_a_method_from_outside_gets_its_row_and_twice_the_same_one(my_method, mo
             study, folder / "out", Workspace(folder, progress=False), parts=["digits"]
         )
         records.append(record["digits"])
-        images.append(sorted(path.read_bytes() for path in folder.glob("digits-*.safetensors")))
+        images.append(sorted(file.read_bytes() for file in folder.rglob("digits-*.safetensors")))
+
+        # Whoever keeps the comparison in the same folder finds there what it had chosen.
+        assert not list(folder.glob("*-chosen.json"))
     assert images[0] == images[1] and len(images[0]) == 5
     for part in ("tuning", "reported"):
         assert without_seconds(records[0][part]) == without_seconds(records[1][part])
@@ -543,6 +546,29 @@ def test_another_version_of_a_method_is_another_study(my_method):
     assert outside_study(f"{my_method}:wrap").name == first
     Path(f"{my_method}.py").write_text(MINE + "# changed")
     assert outside_study(f"{my_method}:wrap").name != first
+
+
+def test_a_method_that_serves_nothing_has_dashes_and_no_crash():
+    nothing = {"n": 40, "withheld": 40, "copies": 0, "ratio": 0, "neighbourhood": 0, "near": 0}
+    served = nothing | {"withheld": 0, "copies": 4, "fd": 2.0, "precision": 0.5}
+    words = beside_yardsticks({"digits": {"reported": {"mine": [served | {"redrawn": nothing}]}}})
+    rows = [" ".join(line.split()) for line in words.splitlines()]
+    assert rows[-2:] == ["mine 10.00% 0.00% 2.00 0.50", "with the last word 0.00% 0.00% – –"]
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_nobody_is_tuned_harder_than_the_others(number):
+    def wrap(model):
+        return model
+
+    wrap.settings = [{"x": k} for k in range(number)]
+    with pytest.raises(ValueError, match=f"may try 1 to 6 settings, like all others, got {number}"):
+        outside_method(wrap)
+
+
+def test_a_function_without_a_file_has_no_version_to_be_known_by():
+    with pytest.raises(ValueError, match="give a function of a file of Python"):
+        outside_study("math:sqrt")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,23 @@ def test_what_is_audited_are_the_bytes_that_users_get():
     assert torch.equal(generate(4, 7), images) and not torch.equal(generate(4, 8), images)
 
 
+def test_pictures_of_one_call_that_come_in_batches_are_all_different():
+    pipe = pixel_pipeline()
+    sizes, draw = [], pipe.unet.forward
+
+    def noted(x, *words, **options):
+        sizes.append(len(x))
+        return draw(x, *words, **options)
+
+    pipe.unet.forward = noted
+    (generate,) = pipeline_samplers(pipe, batch_size=3, num_inference_steps=1).values()
+    images = generate(7, 5)
+    assert sizes == [3, 3, 1] and len(images.unique(dim=0)) == 7
+    assert torch.equal(generate(7, 5), images)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        pipeline_samplers(pipe, batch_size=0)
+
+
 def test_a_guarded_pipeline_is_audited_as_it_serves():
     pipe = pixel_pipeline()
     (generate,) = pipeline_samplers(pipe, num_inference_steps=3).values()

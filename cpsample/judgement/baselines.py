@@ -275,7 +275,7 @@ def _moved_apart(
         weights = weigh(distance, t)
         moved = x0_pred + torch.einsum("bk,bk...->b...", weights, apart)
 
-        is_moved = _as_rows((weights > 0).any(1), x0_pred)
+        is_moved = _as_rows((weights != 0).any(1), x0_pred)
         return torch.where(is_moved, x0_to_eps(x_t, t, moved, schedule), eps)
 
     return moved_apart
@@ -341,6 +341,12 @@ def similarity_guidance(
     return guided
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #fdac8ec4
+def _check_width(width: float) -> None:
+    "Raise ValueError unless a kernel of this width is one: of any other, nothing would be near."
+    if not 0 < width < math.inf:
+        raise ValueError(f"width must be finite and above 0, got {width}")
+
+
 def _kernel(distance: Tensor, width: float) -> Tensor:
     "exp(−d²/2h²) of distances, and 0 where it is below 10⁻⁶."
     kernel = (-0.5 * (distance / width) ** 2).exp()
@@ -359,11 +365,12 @@ def safe_denoiser(
     """The denoiser with its x̂₀ moved away from the unsafe denoiser's, where images are near.
 
     refs [N, ...]: the images to avoid; ValueError if there are none, or NaN.
-    width: h of the kernel round x̂₀, in ℓ₂; near is what has Σᵢ kᵢ > e⁻².
+    width: h of the kernel round x̂₀, in ℓ₂, above 0; near is what has Σᵢ kᵢ > e⁻².
     strength: β, constant where images are near.
     k: so many images make up the unsafe denoiser, the nearest ones.
     Source: Safe Denoiser, Kim et al. 2025 (arXiv 2502.08011), theorem 3.2 and its approximation.
     """
+    _check_width(width)
 
     def weigh(distance, t):
         kernel = _kernel(distance, width)
@@ -386,12 +393,13 @@ def safety_guided_flow(
     """The denoiser with its x̂₀ moved down a potential that keeps it away from images.
 
     refs [N, ...]: the images to avoid; ValueError if there are none, or NaN.
-    width: h of the kernel round x̂₀, in ℓ₂; images from 5h on have no say.
+    width: h of the kernel round x̂₀, in ℓ₂, above 0; images from 5.3 h on have no say.
     strength: s, with the constants of the potential in it.
     above: the lowest noise level with a push (default: all have one).
     k: so many images are considered at once, the nearest ones.
     Source: Safety-Guided Flow, Kim et al. 2026 (arXiv 2603.13300): the gradient of the MMD.
     """
+    _check_width(width)
 
     def weigh(distance, t):
         return strength * _kernel(distance, width) * (t >= above)[:, None]

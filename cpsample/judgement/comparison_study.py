@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOOSING', 'REPORTED', 'SITUATIONS', 'world_of', 'PRESETS', 'TIMED', 'SHAPES', 'SIZES', 'GROWING', 'BESIDE_GUARDS',
-           'STUDY', 'GIVEN', 'YARDSTICKS', 'Trials', 'tune', 'report', 'chosen_settings', 'tuned', 'compare',
-           'keep_samples', 'run_seed', 'flops_per_image', 'presets_of', 'training_flops', 'sampling_seconds',
+           'STUDY', 'GIVEN', 'MOST_SETTINGS', 'YARDSTICKS', 'Trials', 'tune', 'report', 'chosen_settings', 'tuned',
+           'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'presets_of', 'training_flops', 'sampling_seconds',
            'situation_costs', 'costs', 'untrained', 'always_pushing_guard', 'denoiser_maker', 'peak_memory',
            'measure_growth', 'growth_point', 'growth', 'wrapper_named', 'outside_method', 'outside_study',
            'beside_yardsticks']
@@ -60,7 +60,7 @@ from cpsample.judgement.comparison import (
 )
 from ..practice.unet import UNet, UNetClassifier
 from ..workshop.costs import network_cost
-from ..workshop.files import atomic, provenance, save_json, write_tensors
+from ..workshop.files import atomic, provenance, save_json, writable, write_tensors
 from ..workshop.records import read_json
 from ..workshop.studies import Study, Workspace, cached_stage, kept_record, settings_of
 
@@ -195,18 +195,18 @@ def compare(
     seeds: those reported.
     check: see `report`.
     """
-    tried = sum(len(method.settings) for method in methods.values())
-    if situation.settings_of is not None:
-        tried = 0
-    total, data = tried + len(seeds) * len(methods), situation.data
-    with tqdm(total=total, desc=data, disable=not workspace.progress) as bar:
+    data, is_chosen_here = situation.data, situation.settings_of is None
+    tried = sum(len(method.settings) for method in methods.values()) if is_chosen_here else 0
+    with tqdm(
+        total=tried + len(seeds) * len(methods), desc=data, disable=not workspace.progress
+    ) as bar:
         trials = Trials(situation, methods, workspace, bar)
         tuning, best = tuned(trials)
         rows = [report(trials, best, seed, check=check) for seed in seeds]
 
     # What the costs are measured of, and what the page shows.
     save_json(workspace.folder / f"{data}-chosen.json", best)
-    keep_samples(trials, seeds[0])
+    keep_samples(trials, list(best), seeds[0])
     reported = {name: [row[name] for row in rows] for name in best}
     return {
         "seconds": _seconds_of_all([*tuning.values(), *reported.values()]),
@@ -219,13 +219,12 @@ def compare(
     }
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #a8b936bb
-def keep_samples(trials: Trials, seed: int, n: int = 14) -> Path:
-    "Add the first images of every method to comparison.safetensors in the workspace."
+def keep_samples(trials: Trials, names: list[str], seed: int, *, n: int = 14) -> Path:
+    "Add the first images of the named methods to comparison.safetensors in the workspace."
     data, path = trials.situation.data, trials.workspace.folder / "comparison.safetensors"
     images = {"members": world_images(trials.situation, seed)["members"]}
-    for name in trials.methods:
-        if (trials.workspace.folder / f"{trials.stage(seed, name, 'best')}.json").exists():
-            images[name] = trials.images(seed, name, "best")[:n]
+    for name in names:
+        images[name] = trials.images(seed, name, "best")[:n]
 
     tensors = load_file(path) if path.exists() else {}
     for name, x in images.items():
@@ -492,6 +491,7 @@ STUDY = Study(
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #c5b0ff5b
 GIVEN = ("schedule", "members", "reference", "held_out", "seed")
+MOST_SETTINGS = 6
 
 
 def wrapper_named(text: str) -> Callable[..., Denoiser]:
@@ -523,6 +523,7 @@ def outside_method(wrap: Callable[..., Denoiser]) -> Method:
         given what it names as parameters. Two attributes are optional: `settings`, a list of dicts
         of further arguments to choose from (default: there are none), and `keeps_images`, whether
         the training images are at hand where it samples (default: no).
+    Raises ValueError for no settings, and for more than the others have.
     """
     named = [name for name in GIVEN if name in inspect.signature(wrap).parameters]
 
@@ -530,42 +531,69 @@ def outside_method(wrap: Callable[..., Denoiser]) -> Method:
         of_world = {name: getattr(world, name, SCHEDULE) for name in named}
         return wrap(world.model, **of_world, **setting)
 
+    # As many settings as all others have, so that nobody is tuned harder.
     settings = list(getattr(wrap, "settings", grid()))
+    if not 1 <= len(settings) <= MOST_SETTINGS:
+        raise ValueError(
+            f"a method may try 1 to {MOST_SETTINGS} settings, like all others, got {len(settings)}"
+        )
     return Method(make, settings, keeps_images=getattr(wrap, "keeps_images", False))
 
 
-def _compare_outside(data: str, name: str, method: Method, workspace: Workspace) -> dict:
-    "One situation of a method from outside, with the check of the results on file behind it."
+def _compare_outside(
+    data: str, name: str, method: Method, folder: str, workspace: Workspace
+) -> dict:
+    """One situation of a method from outside, with the check of the results on file behind it.
+
+    folder: in the workspace, for its trials; what is chosen there is of nobody else.
+    """
+    apart = replace(workspace, folder=writable(workspace.folder / folder))
     check = comparison_on_file()[data]["chosen"].get("checked")
-    return compare(SITUATIONS[data], {name: method}, workspace, check=check)
+    return compare(SITUATIONS[data], {name: method}, apart, check=check)
 
 
 def outside_study(text: str) -> Study:
     """The rows of a method from outside, as a study: `digits` and `bags`.
 
-    text: MODULE:WRAP. The study is called after it and after its code, so that what was kept of
-        another version of it is never taken for this one.
+    text: MODULE:WRAP. The study is called after it and after the code of that module, so that what
+        was kept of another version of it is never taken for this one.
+    Raises ValueError when there is no such function, or no file of Python that it comes from.
     """
-    wrap = wrapper_named(text)
-    code = hashlib.sha256(Path(inspect.getsourcefile(wrap)).read_bytes()).hexdigest()[:8]
-    name, method = text.replace(":", "."), outside_method(wrap)
-    parts = {data: partial(_compare_outside, data, name, method) for data in TIMED}
-    return Study(f"comparison-{name}-{code}", parts)
+    wrap, name = wrapper_named(text), text.replace(":", ".")
+    file = getattr(sys.modules[text.partition(":")[0]], "__file__", None)
+    if file is None or not file.endswith(".py"):
+        raise ValueError(f"--method {text}: give a function of a file of Python, my_method.py")
+
+    # Another version of the code is another study, in a folder of its own.
+    code = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
+    study, method = f"comparison-{name}-{code}", outside_method(wrap)
+    parts = {data: partial(_compare_outside, data, name, method, study) for data in TIMED}
+    return Study(study, parts)
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #e298c4ad
 YARDSTICKS = ("unguarded", "rejection", "SPELL", "accepted")
 
 
 def _row_in_words(name: str, rows: list[dict]) -> str:
-    "Copies, near copies, distance and precision of a method: means over seeds, on one line."
-    requests = sum(row["n"] for row in rows)
-    cells = []
-    for key in ("copies", "near"):
-        known = all(key in row for row in rows)
-        share = sum(row[key] for row in rows) / requests if known else None
-        cells.append("        –" if share is None else f"{share:9.2%}")
-    for key, form in (("fd", "10.2f"), ("precision", "11.2f")):
-        cells.append(f"{sum(row[key] for row in rows) / len(rows):{form}}")
+    """Copies, near copies, distance and precision of a method: means over seeds, on one line.
+
+    A dash where older results do not have it, or where nothing was served that could be judged.
+    """
+    requests, cells = sum(row["n"] for row in rows), []
+    columns = {
+        "copies": (9, ".2%"),
+        "near": (9, ".2%"),
+        "fd": (10, ".2f"),
+        "precision": (11, ".2f"),
+    }
+    for key, (width, form) in columns.items():
+        if not all(key in row for row in rows):
+            cells.append(f"{'–':>{width}}")
+            continue
+
+        # Counts are of all requests, the rest are means over the seeds.
+        of_what = requests if form.endswith("%") else len(rows)
+        cells.append(f"{sum(row[key] for row in rows) / of_what:{width}{form}}")
     return f"{name:28}" + "".join(cells)
 
 

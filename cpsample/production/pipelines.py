@@ -1394,24 +1394,35 @@ def _served(pipe: "DiffusionPipeline", result: Any) -> Tensor:
 
 
 def pipeline_samplers(
-    pipe: "DiffusionPipeline", prompts: Sequence[str] = (), **settings: Any
+    pipe: "DiffusionPipeline",
+    prompts: Sequence[str] = (),
+    *,
+    batch_size: int = 8,
+    **settings: Any,
 ) -> dict[str, Generate]:
     """{prompt: generate(n, seed)}, what `audit` and `draw_samples` draw from a pipeline.
 
     Each gives pictures as the pipeline serves them, bytes [n, C, H, W], and fewer than n where
     `protect_pipeline(…, accept=…)` withholds some.
     prompts: what it is asked; a pipeline that draws without has one function, named "".
+    batch_size: pictures at a time, which have to fit into memory (default: 8).
     settings: of every call, such as num_inference_steps or guidance_scale.
     Raises ValueError for prompts where none are read, for none where some are needed, and for
     pipelines that need more than words.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_prompts(pipe, prompts)
+    batch_size = whole_number(batch_size, "batch_size", 1)
 
     def sampler(words: dict[str, Any], number: str) -> Generate:
         def generate(n: int, seed: int) -> Tensor:
-            call = {"generator": seeded_generator(seed), "output_type": "np"}
-            return _served(pipe, pipe(**words, **{number: n}, **call, **settings))
+            # The generator goes on from batch to batch, so no two have the same noise.
+            call = words | settings | {"generator": seeded_generator(seed), "output_type": "np"}
+            pictures = []
+            for start in range(0, n, batch_size):
+                size = {number: min(batch_size, n - start)}
+                pictures.append(_served(pipe, pipe(**call, **size)))
+            return torch.cat(pictures)
 
         return generate
 
