@@ -233,7 +233,7 @@ def _opened(path: AnyPath | str, formats: Iterable[str] = _FORMATS) -> Image.Ima
         raise ValueError(f"it claims {claimed:,} pixels in {size:,} bytes")
     return image
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #496d241e
 def _white_level(
     values: np.ndarray, mode: str, kind: str | None, white_of_floats: float | None
 ) -> float:
@@ -262,7 +262,7 @@ def _white_level(
         raise ValueError("it has 32 bits, which do not tell what is white: save it with 8 or 16")
     return 255
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #e190d1ac
 def _on_white(image: Image.Image) -> Image.Image:
     "A picture with transparent parts, laid on white."
     white = Image.new("RGBA", image.size, "white")
@@ -277,7 +277,7 @@ def _as_square(image: Image.Image, size: int, fit: str) -> Image.Image:
         return image.resize((size, size), Image.Resampling.BICUBIC)
     return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC)
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #e025a1fd
 class _Picture(NamedTuple):
     """What is read of a file.
 
@@ -476,7 +476,7 @@ def _holds_pictures(path: AnyPath) -> bool:
     except OSError:  # a folder that cannot be opened
         return False
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #ee9e73ae
 def _files_below(source: AnyPath, findings: _Findings) -> list[AnyPath]:
     "The files below a folder, sorted; without hidden ones, and without the folders of runs."
     seen, folders, linked, files = set(), [source], [], []
@@ -503,7 +503,7 @@ def _files_below(source: AnyPath, findings: _Findings) -> list[AnyPath]:
         seen.add(place)
     return sorted(files, key=lambda path: path.as_posix())
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #d4ab5dda
 # Formats that bytes of another kind cannot seem to be.
 _UNMISTAKABLE = "PNG JPEG GIF WEBP TIFF AVIF JPEG2000 QOI".split()
 
@@ -544,7 +544,7 @@ def _note_of_archive(source: ArchivePath, findings: _Findings) -> None:
     if source.archive.cut:
         findings.skip(source, "archives that end too early", f"[{source.archive.cut}]")
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #8636ebe7
 def _paths_below(source: AnyPath, findings: _Findings) -> list[AnyPath]:
     "The image files in a folder or an archive, sorted. Raises ValueError when there are none."
     endings, paths = picture_endings(), []
@@ -588,7 +588,7 @@ def picture_paths(folder: Sources) -> list[AnyPath]:
     "The pictures that `load_folder` would try to read, in its order. Raises ValueError as it does."
     return _image_paths(_Findings(_opened_sources(folder)))
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #df14d137
 def _shorter_side(path: AnyPath) -> int:
     "Of an image file, in pixels."
     with _opened(path) as image:
@@ -653,7 +653,7 @@ def _check_room(title: str, n: int, channels: int, size: int) -> None:
             "take a smaller size, or fewer pictures"
         )
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #e287496f
 def _too_bright(brightest: list[float | None]) -> list[int]:
     """The rows of pictures that were taken for floats from 0 to 1, beside others up to 255.
 
@@ -680,7 +680,7 @@ def _tell(findings: _Findings, n_read: int, n_paths: int, fit: str | None) -> No
     if n_read == 0:
         _refuse_unreadable(findings, n_paths)
 
-
+# %% ../../nbs/2_practice/02_datasets.ipynb #d33f817b
 def load_folder(
     folder: Sources,
     size: int | None = 32,
