@@ -476,6 +476,15 @@ def test_what_was_chosen_elsewhere_is_taken_as_it_is(calls, workspace, monkeypat
     assert list(record["reported"]) == ["first"]
 
 
+def test_some_methods_alone_leave_what_was_chosen_for_the_others(calls, workspace):
+    two_seeds(workspace)
+    one = {"second": FEW["second"]}
+    record = compare(SMALL, one, workspace, seeds=(0,))
+    assert list(record["chosen"]) == ["second"]
+    chosen = comparison_study.chosen_settings("digits", workspace)
+    assert chosen == {"first": {"x": 2}, "second": {"x": 3}}
+
+
 def test_the_check_behind_others_is_the_one_chosen_for_its_own_row(workspace, monkeypatch):
     checks = []
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOOSING', 'REPORTED', 'SITUATIONS', 'world_of', 'PRESETS', 'TIMED', 'SHAPES', 'SIZES', 'GROWING', 'BESIDE_GUARDS',
-           'STUDY', 'GIVEN', 'MOST_SETTINGS', 'YARDSTICKS', 'Trials', 'tune', 'report', 'chosen_settings', 'tuned',
-           'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'presets_of', 'training_flops', 'sampling_seconds',
-           'situation_costs', 'costs', 'untrained', 'always_pushing_guard', 'denoiser_maker', 'peak_memory',
-           'measure_growth', 'growth_point', 'growth', 'wrapper_named', 'outside_method', 'outside_study',
-           'beside_yardsticks']
+           'STUDY', 'GIVEN', 'MOST_SETTINGS', 'YARDSTICKS', 'Trials', 'tune', 'report', 'chosen_settings',
+           'keep_chosen', 'tuned', 'compare', 'keep_samples', 'run_seed', 'flops_per_image', 'presets_of',
+           'training_flops', 'sampling_seconds', 'situation_costs', 'costs', 'untrained', 'always_pushing_guard',
+           'denoiser_maker', 'peak_memory', 'measure_growth', 'growth_point', 'growth', 'wrapper_named',
+           'outside_method', 'outside_study', 'beside_yardsticks']
 
 # %% ../../nbs/3_judgement/10_comparison_study.ipynb #703e2f1f
 import copy
@@ -167,6 +167,13 @@ def chosen_settings(data: str, workspace: Workspace) -> dict[str, dict]:
     return comparison_on_file()[data]["chosen"]
 
 
+def keep_chosen(data: str, best: dict[str, dict], workspace: Workspace) -> None:
+    "Keep {method: setting} in the workspace, beside what was chosen there for other methods."
+    path = workspace.folder / f"{data}-chosen.json"
+    kept = read_json(path.read_text(), path) if path.exists() else {}
+    save_json(path, kept | best)
+
+
 def tuned(trials: Trials) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     "({method: numbers of every setting}, {method: setting}): chosen here, or carried over."
     source = trials.situation.settings_of
@@ -205,7 +212,7 @@ def compare(
         rows = [report(trials, best, seed, check=check) for seed in seeds]
 
     # What the costs are measured of, and what the page shows.
-    save_json(workspace.folder / f"{data}-chosen.json", best)
+    keep_chosen(data, best, workspace)
     keep_samples(trials, list(best), seeds[0])
     reported = {name: [row[name] for row in rows] for name in best}
     return {
