@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binom, mannwhitneyu, norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import gaussian_blur
 from typer.testing import CliRunner
 
@@ -797,3 +798,25 @@ def test_an_audit_draws_from_a_model_and_counts_by_prompt():
     assert "Prompt by prompt" not in report_html(audited)
     with pytest.raises(ValueError, match="these images are drawn already"):
         audit(draws.images, TRAIN[:60], n=150)
+
+
+class Gathered(TorchDispatchMode):
+    "Notes the shape of everything that is gathered or flipped, so that it is copied."
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.flip):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_an_audit_of_different_colour_images_copies_no_set_as_a_whole():
+    "The training set may be as large as half of the memory."
+    x, training = smooth_images(30, seed=1), smooth_images(600, seed=0)
+    with Gathered() as gathered:
+        audit(x, training, space="pca-64", flips=False)
+    assert gathered.shapes and tuple(training.shape) not in gathered.shapes

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -282,18 +282,37 @@ def _apart(a: Tensor, b: Tensor, least: float) -> float:
     return difference[difference.abs().argmax()].item()
 
 
-def _differences(x: Tensor, others: Tensor, brightness: float, contrast: float) -> list[float]:
+class _Channels(NamedTuple):
+    "Of every channel of images: its mean [N, C], and the logarithm of its standard deviation."
+
+    means: Tensor
+    contrasts: Tensor
+
+    @property
+    def redness(self) -> Tensor:
+        return self.means[:, :1] - self.means[:, -1:]
+
+    def exchanged(self) -> "_Channels":
+        "Those of the images with their channels the other way round."
+        return _Channels(self.means.flip(1), self.contrasts.flip(1))
+
+
+def _channels(x: Tensor) -> _Channels:
+    "Of images [N, C, H, W]."
+    return _Channels(x.mean((2, 3)), x.std((2, 3)).clamp(min=1e-6).log())
+
+
+def _differences(
+    of_x: _Channels, of_others: _Channels, brightness: float, contrast: float
+) -> list[float]:
     """By how much images are brighter, of a higher contrast (as a logarithm), and redder.
 
     brightness, contrast: the least that counts; of redness as of brightness.
     """
-    means, other_means = (images.mean((2, 3)) for images in (x, others))
-    spreads, other_spreads = (images.std((2, 3)).clamp(min=1e-6).log() for images in (x, others))
-    red, other_red = (mean[:, :1] - mean[:, -1:] for mean in (means, other_means))
     return [
-        _apart(means, other_means, brightness),
-        _apart(spreads, other_spreads, contrast),
-        _apart(red, other_red, brightness),
+        _apart(of_x.means, of_others.means, brightness),
+        _apart(of_x.contrasts, of_others.contrasts, contrast),
+        _apart(of_x.redness, of_others.redness, brightness),
     ]
 
 
@@ -317,8 +336,10 @@ def thumbnails(x: Tensor, limit: int = 200, *, side: int = 16, seed: int = 0) ->
     side: the largest, in pixels.
     seed: of the choice.
     """
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    some = x[order[:limit].sort().values.to(x.device)]
+    some = x
+    if limit < len(x):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        some = x[order[:limit].sort().values.to(x.device)]
     height, width = (min(length, side) for length in x.shape[-2:])
     return nn.functional.adaptive_avg_pool2d(some, (height, width))
 
@@ -363,13 +384,14 @@ def difference_as_wholes(x: Tensor, others: Tensor) -> str:
         return exchanged_words
 
     # Differences, also small ones, that go away when red and blue change places.
+    of_x, of_others = _channels(x), _channels(others)
     if x.shape[1] == 3:
-        as_they_are = _differences(x, others, 0.03, math.log(1.1))
-        exchanged = _differences(x.flip(1), others, 0.03, math.log(1.1))
+        as_they_are = _differences(of_x, of_others, 0.03, math.log(1.1))
+        exchanged = _differences(of_x.exchanged(), of_others, 0.03, math.log(1.1))
         if any(as_they_are) and not any(exchanged):
             return "red and blue seem to be exchanged"
 
-    brighter, higher, _ = _differences(x, others, 0.1, math.log(1.25))
+    brighter, higher, _ = _differences(of_x, of_others, 0.1, math.log(1.25))
     words = []
     if brighter:
         words.append(f"{abs(brighter):.2f} {'brighter' if brighter > 0 else 'darker'}")

@@ -729,7 +729,8 @@ def _check_sets(generated: Tensor, training: Tensor, held_out: Tensor | None) ->
                 f"{name} images are {tuple(x.shape[1:])}, training images {size}: "
                 "both must be [N, C, H, W] of one size"
             )
-        warn_of_difference(x, sets["training"], f"{name} images", "training images")
+        if name != "training":
+            warn_of_difference(x, sets["training"], f"{name} images", "training images")
 
     # Strangers tell how often the tests ring at innocents: they must be strangers.
     if held_out is not None:
@@ -798,10 +799,14 @@ class _Duplicates(NamedTuple):
     groups: Tensor
     different: Tensor
 
+    def different_of(self, x: Tensor) -> Tensor:
+        "The rows of x (training images, or their features) that are different: no copy if all are."
+        return x if len(self.different) == len(x) else x[self.different]
+
     def typical_of(self, training: Tensor) -> Tensor:
         "The training images, or only the different ones where most of them are repeats."
         is_mostly_repeats = 2 * len(self.different) < len(training)
-        return training[self.different] if is_mostly_repeats else training
+        return self.different_of(training) if is_mostly_repeats else training
 
     def numbers(self) -> dict:
         return {
@@ -825,15 +830,19 @@ def _find_duplicates(training: Tensor, flips: bool) -> _Duplicates:
 
 
 def _looks_of_sets(
-    sets: dict[str, Tensor], f: dict[str, Tensor], different: Tensor, *, flips: bool, seed: int
+    sets: dict[str, Tensor],
+    f: dict[str, Tensor],
+    known: tuple[Tensor, Tensor],
+    *,
+    flips: bool,
+    seed: int,
 ) -> dict[str, Any]:
     """How many generated images do not look like real ones: for the record.
 
     sets, f: {set: images or features}. Real are held-out images, if there are twenty, otherwise
         training images, each beside the others; at most 500 of each set are looked at.
-    different: rows of the training images that are no repeats.
+    known: the different training images, and their features.
     """
-    known = sets["training"][different], f["training"][different]
     is_training = len(sets.get("held-out", ())) < 20
     real = known if is_training else (sets["held-out"], f["held-out"])
     if len(real[0]) < 20:
@@ -861,14 +870,15 @@ def _doubts(
     sets, f: {set: images or features}.
     duplicates: of the training images.
     """
-    generated, different = sets["generated"], duplicates.different
-    hidden = hidden_copies(generated, sets["training"][different], limit=500, seed=seed)
+    generated = sets["generated"]
+    known = duplicates.different_of(sets["training"]), duplicates.different_of(f["training"])
+    hidden = hidden_copies(generated, known[0], limit=500, seed=seed)
     warn_of_hidden_copies(hidden, "generated images")
     largest = int(duplicate_groups(generated, duplicates.radius, flips).bincount().max())
     return {
         "hidden": hidden._asdict(),
         "same": {"largest": largest, "n": len(generated)},
-        "looks": _looks_of_sets(sets, f, different, flips=flips, seed=seed),
+        "looks": _looks_of_sets(sets, f, known, flips=flips, seed=seed),
     }
 
 

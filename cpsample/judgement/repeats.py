@@ -193,7 +193,8 @@ def find_repeats(x: Tensor, flips: bool = True) -> Repeats:
     first = repeats = Repeats(radius, duplicate_groups(x, radius, flips))
     while True:
         # Without the repeats, is the scale another one? (Of ten images there is no tenth other.)
-        different = x[repeats.groups.unique()]
+        rows = repeats.groups.unique()
+        different = x if len(rows) == len(x) else x[rows]
         radius = repeat_radius(different, flips=flips)
         if len(different) <= 10 or radius <= 1.2 * repeats.radius:
             break
