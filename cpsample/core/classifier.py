@@ -18,7 +18,7 @@ from torch import Tensor
 from .copying import rows_of_strangers, warn_of_twins
 from .ddpm import ResidualMLP
 from .images import check_images, first_occurrence, precision_of, warn_of_difference
-from .schedule import Schedule, add_noise
+from .schedule import Schedule, add_noise, rand
 from ..workshop.registry import networks
 from ..workshop.seeds import seeded_generator
 
@@ -80,8 +80,8 @@ def label_loss(
         raise ValueError(f"t_power must be positive, got {t_power}")
 
     # Fresh levels and fresh noise each time; the labels stay with their images.
-    u = torch.rand(len(x0), generator=generator, dtype=torch.float64)
-    t = (t_max * u**t_power).long().to(x0.device)
+    u = rand((len(x0),), generator, x0.device, dtype=torch.float64)
+    t = (t_max * u**t_power).long()
     x_t, _ = add_noise(x0, t, schedule, generator=generator)
 
     # [B] against [B, 1] would broadcast to [B, B], and the network would learn nonsense.

@@ -661,7 +661,7 @@ def fit_guard(
         batch_size=batch_size,
         lr=lr,
         weights=weights,
-        generator=seeded_generator(seed),
+        generator=seeded_generator(seed, x.device),
     )
     drive = drive or partial(_train_in_one_go, progress=progress)
     drive(classifier, loss, (x, targets), steps, **options)

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from .guard import Correction, Guard, correct_at_x_t
 from .predicted import per_row, undecided, within
 from .protection import NOTHING_LEFT, Corrector, Protected, level_per_row
-from .schedule import Schedule, abar_at, level_of, randn
+from .schedule import Schedule, abar_at, level_of, rand, randn
 from ..workshop.neighbours import at_least_float32
 
 # %% ../../nbs/1_core/19_paths.ipynb #aaf63484
@@ -35,7 +35,7 @@ def flow_loss(
     clock: what the model's clock shows at pure noise.
     Source: Lipman et al. 2023, eq. 23.
     """
-    tau = torch.rand(len(x0), generator=generator).to(x0.device)
+    tau = rand((len(x0),), generator, x0.device)
     noise = randn(x0.shape, generator, x0.device, dtype=x0.dtype)
     x = per_row(1 - tau, x0) * x0 + per_row(tau, x0) * noise
     return F.mse_loss(model(x, clock * tau), noise - x0)

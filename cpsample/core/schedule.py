@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'MOST_TRIES', 'Schedule', 'linear_betas', 'cosine_betas', 'make_schedule', 'same_levels', 'check_levels',
-           'abar_at', 'signal_noise', 'randn', 'row_seeds', 'row_generators', 'add_noise', 'eps_to_x0', 'x0_to_eps',
-           'eps_to_v', 'v_to_eps', 'eps_to_score', 'score_to_eps', 'level_of']
+           'abar_at', 'signal_noise', 'randn', 'rand', 'randint', 'row_seeds', 'row_generators', 'add_noise',
+           'eps_to_x0', 'x0_to_eps', 'eps_to_v', 'v_to_eps', 'eps_to_score', 'score_to_eps', 'level_of']
 
 # %% ../../nbs/1_core/01_schedule.ipynb #dbf52bbb
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class Schedule:
 
     name: str
     abar: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         abar = self.abar
@@ -43,6 +45,14 @@ class Schedule:
     def T(self) -> int:
         "The number of noise levels."
         return len(self.abar)
+
+    def abar_on(self, device: torch.device) -> Tensor:
+        "ᾱ on a device, copied there once: to copy it at every step would make a GPU wait."
+        if device == self.abar.device:
+            return self.abar
+        if device not in self._copies:
+            self._copies[device] = self.abar.to(device)
+        return self._copies[device]
 
 # %% ../../nbs/1_core/01_schedule.ipynb #7bb2dfba
 def linear_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -116,7 +126,7 @@ def abar_at(schedule: Schedule, t: Tensor) -> Tensor:
     Raises ValueError for levels that there are not, see `check_levels`.
     """
     check_levels(t, schedule.T)
-    abar = schedule.abar.to(t.device)
+    abar = schedule.abar_on(t.device)
     if not t.is_floating_point():
         return abar.index_select(0, t)
 
@@ -151,6 +161,17 @@ def signal_noise(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tens
     return abar.sqrt().to(x.dtype), (1 - abar).sqrt().to(x.dtype)
 
 # %% ../../nbs/1_core/01_schedule.ipynb #3e3b331c
+def _drawn(
+    draw: Callable[..., Tensor], generator: Generator | None, device: torch.device | str
+) -> Tensor:
+    "draw(generator=, device=) where the generator lives (default: on `device`), then on `device`."
+    place = device if generator is None else generator.device
+    numbers = draw(generator=generator, device=place)
+
+    # A GPU is handed numbers without waiting until it has done what it was asked before.
+    return numbers.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def randn(
     shape: Sequence[int],
     generator: Generator | Sequence[Generator] | None = None,
@@ -166,8 +187,7 @@ def randn(
     Raises ValueError for a list of another length.
     """
     if generator is None or isinstance(generator, Generator):
-        source = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+        return _drawn(partial(torch.randn, shape, dtype=dtype), generator, device)
 
     # Row by row, from its own generator.
     if len(generator) != shape[0]:
@@ -178,6 +198,35 @@ def randn(
     for row, of_row in zip(noise, generator):
         row.normal_(generator=of_row)
     return noise.to(device)
+
+# %% ../../nbs/1_core/01_schedule.ipynb #b1249a24
+def rand(
+    shape: Sequence[int],
+    generator: Generator | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random numbers in [0, 1), each equally likely.
+
+    generator: they are drawn where it lives (default: torch's own, on `device`).
+    device: where they are moved to.
+    """
+    return _drawn(partial(torch.rand, shape, dtype=dtype), generator, device)
+
+
+def randint(
+    end: int,
+    n: int,
+    generator: Generator | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """n random whole numbers 0 … end − 1, each equally likely: int64 [n].
+
+    generator, device: as for `rand`.
+    """
+    return _drawn(partial(torch.randint, end, (n,)), generator, device)
 
 # %% ../../nbs/1_core/01_schedule.ipynb #b297b2ef
 _MOST_ROWS, MOST_TRIES = 2**24, 2**8  # together the 2**32 seeds that there are

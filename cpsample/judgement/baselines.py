@@ -21,7 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.ddpm import Denoiser, TrainStep
 from ..core.images import check_images, pixels
 from ..core.protection import Protected
-from ..core.schedule import Schedule, add_noise, eps_to_x0, signal_noise, x0_to_eps
+from cpsample.core.schedule import (
+    Schedule,
+    add_noise,
+    eps_to_x0,
+    rand,
+    randint,
+    signal_noise,
+    x0_to_eps,
+)
 from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest
 from ..workshop.seeds import seeded_generator
@@ -71,7 +79,7 @@ def example_gradients(
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if len(x0) == 0:
         return _no_gradients(parameters, x0)
-    t = torch.randint(schedule.T, (len(x0) * draws,), generator=generator).to(x0.device)
+    t = randint(schedule.T, len(x0) * draws, generator, device=x0.device)
     x_t, eps = add_noise(x0.repeat_interleave(draws, 0), t, schedule, generator=generator)
 
     def loss(parameters, x_t, t, eps):
@@ -172,7 +180,7 @@ def train_private(
     )
     for step in range(steps):
         # Each image joins on its own, so a batch may be empty.
-        joins = (torch.rand(len(x), generator=generator) < rate).to(x.device)
+        joins = rand((len(x),), generator, x.device) < rate
         gradients, losses = example_gradients(
             model, pixels(x[joins]), schedule, draws=draws, generator=generator
         )
@@ -182,7 +190,7 @@ def train_private(
             p.grad_sample = gradients[name]
         optimizer.step()
         optimizer.zero_grad()
-        loss = losses.mean().item() if len(losses) else 0.0
+        loss = losses.mean() if len(losses) else torch.zeros(())
         yield TrainStep(step + 1, loss, lr)
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #e8188df1
@@ -191,7 +199,7 @@ def random_mask(x: Tensor, missing: float, generator: torch.Generator | None = N
 
     missing: the probability of 0, for each pixel on its own.
     """
-    return (torch.rand((len(x), 1, *x.shape[2:]), generator=generator) >= missing).to(x)
+    return (rand((len(x), 1, *x.shape[2:]), generator, x.device) >= missing).to(x)
 
 
 def _restored(network: nn.Module, x_t: Tensor, seen: Tensor, t: Tensor) -> Tensor:
@@ -218,7 +226,7 @@ def ambient_loss(
     generator: of levels, noises and further masks.
     Source: Daras et al. 2023, eq. 3.2.
     """
-    t = torch.randint(schedule.T, (len(x0),), generator=generator).to(x0.device)
+    t = randint(schedule.T, len(x0), generator, device=x0.device)
     x_t, _ = add_noise(x0, t, schedule, generator=generator)
     seen = mask * random_mask(x0, further, generator)  # Ã = B·A
     x0_pred = _restored(network, x_t, seen, t)

@@ -207,7 +207,7 @@ def _fit_denoiser(
         batch_size=situation.batch,
         lr=situation.lr,
         warmup=min(100, steps // 4),
-        generator=seeded_generator(seed),
+        generator=seeded_generator(seed, data[0].device),
     )
     run(training, steps, progress=False)
     return network.eval().requires_grad_(False)

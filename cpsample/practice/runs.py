@@ -655,7 +655,7 @@ def train_denoiser(
             after_checkpoint=after_checkpoint,
             accelerator=accelerator,
             use_compile=use_compile,
-            generator=seeded_generator(config.seed),
+            generator=seeded_generator(config.seed, device),
             **_fit_options(config),
         )
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.ddpm import seeded
 from ..core.guard import Guard
 from ..core.images import pixels, split
-from ..core.schedule import Schedule, add_noise, check_levels
+from ..core.schedule import Schedule, add_noise, check_levels, rand, randint
 from ..practice.datasets import load_fashion
 from ..practice.training import fit
 from cpsample.production.pipelines import (
@@ -241,9 +241,9 @@ def caption_loss(
     words [B, 6]: of their captions.
     Source: Ho & Salimans 2022.
     """
-    t = torch.randint(schedule.T, (len(x0),), generator=generator)
+    t = randint(schedule.T, len(x0), generator, device=x0.device)
     x_t, eps = add_noise(x0, t, schedule, generator=generator)
-    is_left_out = torch.rand(len(x0), 1, generator=generator) < 0.1
+    is_left_out = rand((len(x0), 1), generator, x0.device) < 0.1
     return F.mse_loss(model(x_t, t, torch.where(is_left_out, 0, words)), eps)
 
 # %% ../../nbs/4_production/06_stable_diffusion.ipynb #32a5317a

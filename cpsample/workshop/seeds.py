@@ -9,6 +9,7 @@ __all__ = ['whole_number', 'checked_seed', 'seeded_generator']
 import operator
 from typing import Any
 
+import torch
 from torch import Generator
 
 # %% ../../nbs/5_workshop/10_seeds.ipynb #f1cb541a
@@ -35,6 +36,11 @@ def checked_seed(seed: Any) -> int:
     return whole_number(seed, "seed", -(2**63), most=2**64 - 1)
 
 
-def seeded_generator(seed: Any) -> Generator:
-    "A generator on the CPU, seeded; see `checked_seed`."
-    return Generator().manual_seed(checked_seed(seed))
+def seeded_generator(seed: Any, device: torch.device | str = "cpu") -> Generator:
+    """A generator, seeded.
+
+    seed: see `checked_seed`.
+    device: where its numbers are used. On a CUDA device it lives there; for any other, on the CPU.
+    """
+    place = device if torch.device(device).type == "cuda" else "cpu"
+    return Generator(place).manual_seed(checked_seed(seed))
