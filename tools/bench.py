@@ -16,12 +16,20 @@ train_…                         one training step: ours; the loop of diffusers
                                 U-Nets of like size, over those networks' own time
 sample_…                        DDIM sampling: ours; diffusers' DDIMPipeline; smalldiffusion's
                                 sampler
+
+On a GPU, where there is one (else they are left out, and it is said):
+gpu_train_…_64, …_256           50 compiled training steps of this project in bfloat16, with average
+                                and losses read, over those of a plain loop with compiled network
+                                whose indices and noise are drawn on the GPU and that reads nothing;
+                                the U-Nets of the configurations fashion and cifar10, batches of 64
+                                and 256
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +39,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpsample.core.calibration import calibrate
-from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, sample, seeded, timesteps, train
+from cpsample.core.ddpm import (
+    READ_EVERY,
+    MLPDenoiser,
+    ddpm_loss,
+    sample,
+    seeded,
+    timesteps,
+    train,
+)
 from cpsample.core.demo import DEFAULTS, fit_denoiser
 from cpsample.core.guard import fit_guard
 from cpsample.core.images import load_digits, pixels, split
@@ -39,6 +55,7 @@ from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS
+from cpsample.practice.training import TrainingState, half_precision
 from cpsample.workshop.files import provenance, save_json
 from cpsample.workshop.registry import build_network
 
@@ -46,6 +63,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "data" / "results" / "bench.j
 N, STEPS, PAIRS = 1000, 100, 15  # of the demo's network
 BATCH, ROUNDS = 64, 25  # of training steps
 IMAGES, DDIM_STEPS, SAMPLING_ROUNDS = 128, 20, 7
+GPU_STEPS, GPU_ROUNDS = 50, 9
 
 Job = Callable[[], object]
 schedule = make_schedule()
@@ -313,6 +331,85 @@ def training_ratios() -> dict:
     return ratios
 
 
+# Training on a GPU
+
+
+def wait_for(device: torch.device) -> None:
+    "Until a GPU has done all that it was asked to do."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plain_gpu_steps(network: nn.Module, call: Callable, x0: Tensor, batch: int) -> Job:
+    """50 steps of a plain loop: everything is drawn on the device of x0, and nothing is read.
+
+    network, call: a network, and what is called for it, such as the same network compiled.
+    x0 [N, C, H, W]: images, as bytes.
+    """
+    device = x0.device
+    weights = list(network.parameters())
+    averages = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
+    abar = schedule.abar.to(device)
+
+    def step():
+        x = pixels(x0[torch.randint(len(x0), (batch,), device=device)])
+        t = torch.randint(schedule.T, (batch,), device=device)
+        eps = torch.randn(x.shape, device=device)
+        share = abar[t][:, None, None, None]
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            x_t = share.sqrt() * x + (1 - share).sqrt() * eps
+            loss = F.mse_loss(call(x_t, t), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1e-3)
+
+    def job():
+        for _ in range(GPU_STEPS):
+            step()
+        wait_for(device)
+
+    return job
+
+
+def our_gpu_steps(network: nn.Module, call: Callable, x0: Tensor, batch: int) -> Job:
+    "50 steps of `train`, with what `fit` does after each; arguments of `plain_gpu_steps`."
+    loss = half_precision(partial(ddpm_loss, schedule=schedule), x0.device.type)
+    state = TrainingState.fresh(network)
+    steps = train(call, loss, (x0,), 10**6, batch_size=batch, clip=1.0, **state.position)
+
+    def job():
+        for record in islice(steps, GPU_STEPS):
+            state.note(record)
+            if state.step % READ_EVERY == 0:
+                state.read_losses()
+        wait_for(x0.device)
+
+    return job
+
+
+def gpu_training_ratios() -> dict:
+    "Our compiled training over a plain compiled one, for small and large networks and batches."
+    ratios = {}
+    for name in ("fashion", "cifar10"):
+        config = CONFIGS[name]
+        x0 = torch.randint(256, (10_000, *config.shape), device="cuda", dtype=torch.uint8)
+        for batch in (64, 256):
+            torch.compiler.reset()  # or it would compile for batches of any size
+            jobs = {}
+            for loop in (plain_gpu_steps, our_gpu_steps):
+                arguments = {"shape": config.shape} | config.options
+                network = seeded(0, partial(build_network, config.network, arguments))
+                network = network.to("cuda", memory_format=torch.channels_last)
+                jobs[loop.__name__] = loop(network, torch.compile(network), x0, batch)
+            ratio_of = ratios_to_first(jobs, GPU_ROUNDS)
+            ratios[f"gpu_train_{name}_{batch}"] = ratio_of[our_gpu_steps.__name__]
+    return ratios
+
+
 # Sampling beside other libraries
 
 
@@ -393,6 +490,10 @@ def sampling_ratios() -> dict:
 
 def main() -> None:
     ratios = sampler_ratios() | guard_ratios() | training_ratios() | sampling_ratios()
+    if torch.cuda.is_available():
+        ratios |= gpu_training_ratios()
+    else:
+        print("there is no GPU here: the rows gpu_train_… are left out")
     settings = {
         "n": N,
         "steps": STEPS,

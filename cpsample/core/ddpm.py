@@ -197,11 +197,15 @@ def _why_no_loss(model, loss, step, *, start, lr):
 
 
 def _check_losses(model, unread, step, *, start, lr):
-    "Raise FloatingPointError unless `unread`, the losses of the steps up to `step`, are finite."
+    """Read `unread`, the losses of the steps up to `step`, and forget them.
+
+    Raises FloatingPointError unless they are finite.
+    """
     first = step + 1 - len(unread)
     for number, loss in enumerate(as_numbers(unread), first):
         if not math.isfinite(loss):
             raise FloatingPointError(_why_no_loss(model, loss, number, start=start, lr=lr))
+    unread.clear()
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #3d487bcb
 def _row_drawer(n_rows, weights, batch_size, *, generator, device):
@@ -266,7 +270,6 @@ def train(
         unread.append(value.detach())
         if _is_time_to_read(step, start, steps, device):
             _check_losses(model, unread, step, start=start, lr=lr)
-            unread.clear()
 
         # One step downhill.
         optimizer.zero_grad()

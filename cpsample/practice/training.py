@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +135,16 @@ class TrainingState:
     def position(self) -> dict:
         "Where `train` goes on, as its arguments."
         return dict(start=self.step, optimizer=self.optimizer, generator=self.generator)
+
+    @cached_property
+    def average(self) -> SideBySide:
+        "The weights and their average, collected once."
+        return SideBySide.of(self.ema_model, self.model)
+
+    def note(self, record: TrainStep, beta: float = 0.999) -> None:
+        "What follows a step of `train`: the average moves, and the loss is kept, unread."
+        self.average.update(record.step, beta)
+        self.unread.append(record.loss)
 
     def read_losses(self) -> None:
         "Read the losses that nobody has read yet, all at once: here a GPU is waited for."
@@ -686,12 +697,10 @@ def fit(
     # The loop of the lesson: a step, the average, and now and then a checkpoint. A compiled or
     # wrapped `network` shares the parameters of `model`, so the average is that of `model`.
     training = _train_parts(network, loss, data, state, ends, training_options)
-    average = SideBySide.of(state.ema_model, state.model)
     bar = _bar(name, state.step, ends[-1], shown=progress and is_main)
     with bar, noted_signals(path is not None) as signals:
         for record in training:
-            average.update(record.step, beta)
-            state.unread.append(record.loss)
+            state.note(record, beta)
             _advance(bar, state, training_options, watch)
             keeper.after_step(signals)
     return state.ema_model, state.losses
@@ -728,12 +737,12 @@ def seconds_per_step(
 
     # A step is one of the optimiser and one of the average, as in `fit`. To read the loss is to
     # wait for a GPU, which else would only have been asked for the step.
-    moments, average = [], SideBySide.of(state.ema_model, state.model)
+    moments = []
     with torch.random.fork_rng(gpus):
         training = train(network, loss, data, steps, **state.position, **training_options)
         for record in islice(training, timed + 1):
-            average.update(record.step)
-            record.loss.item()
+            state.note(record)
+            state.read_losses()
             moments.append(clock())
     durations = [end - begin for begin, end in zip(moments, moments[1:])]
     return statistics.median(durations)
