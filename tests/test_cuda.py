@@ -1,13 +1,15 @@
 "The same on a GPU, where there is one: everything follows its device, and nothing is drawn twice."
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from cpsample.core.calibration import calibrate
 from cpsample.core.copying import copy_test
-from cpsample.core.ddpm import MLPDenoiser, generate, seeded
+from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, generate, seeded, train
 from cpsample.core.guard import fit_guard
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import load_digits
@@ -16,10 +18,13 @@ from cpsample.core.schedule import make_schedule
 from cpsample.judgement.attacks import published_attacks, scores_of
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, train_denoiser
+from cpsample.practice.training import fit
 from cpsample.workshop.neighbours import nearest
+from cpsample.workshop.seeds import seeded_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 SCHEDULE = make_schedule()
+LOSS = partial(ddpm_loss, schedule=SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +130,45 @@ def test_a_run_is_trained_and_its_guard_with_it(tmp_path):
     guarded = protect(model, guard).cuda()
     x = generate(guarded, schedule, (1, 28, 28), 8, steps=10, device="cuda")
     assert x.shape == (8, 1, 28, 28) and torch.isfinite(x).all() and guarded.rows_seen == 80
+
+
+def test_steps_of_training_never_wait(digits):
+    "Torch itself refuses whatever would wait for the GPU, in steps 11 to 40."
+    model = MLPDenoiser((1, 8, 8)).cuda()
+    training = train(model, LOSS, (digits,), 100, clip=1.0, generator=seeded_generator(0, "cuda"))
+    for _ in range(10):
+        next(training)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(30):
+            next(training)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Dropping(MLPDenoiser):
+    "A denoiser with dropout, which uses torch's own generator on the GPU."
+
+    def forward(self, x_t, t):
+        return nn.functional.dropout(super().forward(x_t, t), 0.1)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(digits, tmp_path):
+    def train_to_the_end(path, stop=None):
+        torch.cuda.manual_seed(1)
+        model = seeded(0, lambda: Dropping((1, 8, 8), 32)).cuda()
+        options = dict(path=path, every=10, after_checkpoint=stop, progress=False)
+        _, losses = fit(model, LOSS, (digits,), 40, **options)
+        return model.state_dict(), losses
+
+    def stop_at_20(step, average):
+        if step == 20:
+            raise RuntimeError("stopped")
+
+    weights, losses = train_to_the_end(tmp_path / "through.safetensors")
+    path = tmp_path / "stopped.safetensors"
+    with pytest.raises(RuntimeError, match="stopped"):
+        train_to_the_end(path, stop_at_20)
+    again, losses_again = train_to_the_end(path)
+    assert losses_again == losses
+    assert all(torch.equal(value, weights[name]) for name, value in again.items())

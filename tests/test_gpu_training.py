@@ -457,6 +457,26 @@ def test_training_on_a_cpu_ends_in_the_weights_of_old(network):
         assert all(torch.equal(value, old[name]) for name, value in state.items())
 
 
+# What torch.compile is given.
+
+
+def test_a_unet_is_compiled_in_one_piece_and_once_for_all_levels():
+    "No break in the graph, so that norms and activations can be fused; no other graph for other t."
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    network = UNet((3, 16, 16), width=8)
+    compiled = torch.compile(network, backend=count, fullgraph=True)
+    for t in (torch.tensor([3, 500]), torch.tensor([999, 0])):
+        x = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(compiled(x, t), network(x, t))
+    assert len(graphs) == 1
+
+
 # The ratio of `make bench`: the two loops have to do the same work, or it says nothing.
 
 
@@ -480,7 +500,8 @@ def test_the_plain_loop_of_the_bench_draws_what_ours_draws_and_waits_for_nothing
         network = MLPDenoiser((3, 16, 16), 8, depth=1).to(GPU)
         monkeypatch.setattr(TrainingState, "position", dict(start=0, generator=GpuGenerator()))
         job = loop(network, network, x0, 4)
-        job()
+        with Watching():
+            job()
         with Watching() as watched[loop]:
             job()
     plain, ours = watched[bench.plain_gpu_steps], watched[bench.our_gpu_steps]

@@ -219,7 +219,7 @@ def _row_drawer(n_rows, weights, batch_size, *, generator, device):
 
     def draw_rows():
         rows = torch.multinomial(chances, batch_size, replacement=True, generator=generator)
-        return rows.to(device)
+        return rows.to(device, non_blocking=torch.device(device).type == "cuda")
 
     return draw_rows
 
