@@ -16,7 +16,6 @@ from cpsample.judgement import comparison, comparison_study
 from cpsample.judgement.comparison import (
     BAGS,
     DIGITS,
-    EARLIER,
     FACTOR,
     FASHION,
     METHODS,
@@ -120,7 +119,7 @@ def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_pa
     record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
     assert set(record["digits"]) - {"threads"} == set(file) - {"threads"}
     assert BAGS.on_file() == {"tries": BAGS.tries} | file["size"]
-    assert list(STUDY.parts) == ["digits", "bags", "fashion", "guards", "costs", "growth"]
+    assert list(STUDY.parts) == ["digits", "bags", "fashion", "costs", "growth"]
     trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
     seconds = sum(row["seconds"] for rows in trials for row in rows)
     assert record["digits"]["seconds"] == pytest.approx(seconds)
@@ -132,40 +131,16 @@ def test_the_methods_and_settings_are_those_of_the_results_on_file():
         methods, tried = METHODS[data], {}
         for method, rows in file[data]["tuning"].items():
             tried[method] = [row["setting"] for row in rows]
-        since = set() if "accepted" in tried else {"guarded", "checked", "accepted"}
-        since |= {"Safe Denoiser", "Safety-Guided Flow", "Safety-Guided Flow, early"} - set(tried)
-        asked = {name: method.settings for name, method in methods.items() if name not in since}
-        assert asked == tried, data
+        assert {name: method.settings for name, method in methods.items()} == tried, data
 
 
-def test_guards_that_were_measured_again_stand_in_for_older_rows(monkeypatch, tmp_path):
-    file = json.loads(data_path("results/comparison.json").read_text())
-    file["bags"] |= {"date": "2026-11-25"}
-    again = {"SPELL": "new", "accepted": "new"}
-    file["guards"] = {name: again for name in ("tuning", "chosen", "reported")}
-    path = tmp_path / "comparison.json"
-    monkeypatch.setattr(comparison, "data_path", lambda name: path)
-    for date, is_newer in (("2026-11-26", True), ("2026-11-25", False)):
-        file["guards"]["date"] = date
-        path.write_text(json.dumps(file))
-        bags = comparison_on_file()["bags"]
-        for key in ("tuning", "chosen", "reported"):
-            assert (bags[key]["SPELL"] == "new") == is_newer
-            assert list(bags[key]) == [name for name in METHODS["digits"] if name in bags[key]]
-        assert ("SPELL" in bags["earlier"], "unguarded" in bags["earlier"]) == (False, is_newer)
-
-
-def test_older_results_are_read_by_the_present_names():
+def test_the_results_on_file_are_of_all_methods():
     record = comparison_on_file()
-    for data in ("digits", "bags"):
-        methods = METHODS[data]
-        for part in (
-            record[data]["reported"],
-            record[data]["chosen"],
-            record["costs"][data]["rows"],
-        ):
-            assert part.keys() <= methods.keys()
-    assert not EARLIER.keys() & record["digits"]["tuning"].keys()
+    for data in record.keys() & SITUATIONS.keys():
+        assert set(record[data]["reported"]) == set(record[data]["chosen"]) == set(METHODS[data])
+    if "fashion" in record:
+        chosen = record["bags"]["chosen"]
+        assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
 
 
 def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
