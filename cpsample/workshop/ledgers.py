@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOLUME', 'Entries', 'MinutesOver', 'Stopwatch', 'in_volumes', 'Ledger', 'open_ledger']
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #8a771e05
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #33f4dc09
 import hashlib
 import itertools
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from .files import atomic, printable, save_json, write_tensors
 from .studies import differences, kept_record, settings_of
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #ad068ce8
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #504fd7d8
 class MinutesOver(Exception):
     "The minutes of a call are over. What is finished is kept, and the next call goes on."
 
@@ -48,9 +48,13 @@ class Stopwatch:
         if self.minutes is not None and self.clock() - self.start >= 60 * self.minutes:
             raise MinutesOver(f"{self.minutes:g} minutes are over")
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #95ab1f0a
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #e7e3c732
 VOLUME = 15_000_000  # bytes of a file, at most
-_HEADERS = 1 / 20  # of a volume, for the names and shapes of what is in it
+
+
+def _room(volume: int) -> float:
+    "What a volume holds besides the names and shapes of what is in it: a twentieth is for those."
+    return 0.95 * volume
 
 
 def _bytes_of(tensors: dict[str, Tensor]) -> int:
@@ -63,8 +67,7 @@ def in_volumes(tensors: dict[str, Tensor], volume: int = VOLUME) -> list[dict[st
 
     Raises ValueError for a tensor that is larger than that.
     """
-    room = volume * (1 - _HEADERS)
-    volumes = [{}]
+    room, volumes = _room(volume), [{}]
     for name, tensor in sorted(tensors.items()):
         size = _bytes_of({name: tensor})
         if size > room:
@@ -74,7 +77,7 @@ def in_volumes(tensors: dict[str, Tensor], volume: int = VOLUME) -> list[dict[st
         volumes[-1][name] = tensor
     return volumes
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #87e787de
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #f2e7ecf4
 _RECORD = "record.json"
 _SHARED = "small"  # the shelf of all small entries
 _VOLUME_NAME = re.compile(r"[a-z_]+-\d{5}-\d+\.safetensors")
@@ -108,7 +111,7 @@ def _read_volume(path: Path) -> dict[str, Tensor]:
             "another folder"
         ) from error
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #4cc0873a
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #637e8aae
 Entries = dict[str, dict[str, Tensor]]  # {name of an entry: its tensors}
 
 
@@ -116,7 +119,7 @@ def _shelves(entries: Entries, volume: int) -> Entries:
     "{shelf: its tensors}: large entries for themselves, of the others ENTRY/TENSOR on one."
     shelves = {}
     for name, tensors in entries.items():
-        if _bytes_of(tensors) > volume / 3:
+        if _bytes_of(tensors) > _room(volume):
             shelves[name] = tensors
             continue
         shared = shelves.setdefault(_SHARED, {})
@@ -142,7 +145,7 @@ def _updated(before: dict, changes: dict) -> dict:
     "A dict with changes; what changes to None is taken away."
     return {key: value for key, value in (before | changes).items() if value is not None}
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #9f594d2a
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #da7eb591
 @dataclass
 class Ledger:
     """The answers and tensors of one run, in a folder of few files; see `open_ledger`.
@@ -229,7 +232,7 @@ class Ledger:
         named = [*itertools.chain(*self.record["files"].values())]
         _sweep(self.folder, named, self.record["mark"])
 
-# %% ../../nbs/5_workshop/12_ledgers.ipynb #ae793d9c
+# %% ../../nbs/5_workshop/12_ledgers.ipynb #01b3cb04
 def open_ledger(
     folder: Path,
     identity: dict,
