@@ -92,8 +92,8 @@ def test_the_choices_are_those_of_the_modules_that_do_the_work():
     assert choices.COPY_TESTS == tuple(copy_audit.TESTS)
     assert choices.SEARCHES == tuple(neighbours.SEARCH)
     assert set(choices.EXPERIMENTS) == set(experiments.EXPERIMENTS)
-    assert all(
-        tuple(experiments.EXPERIMENTS[name]) == choices.SIZES for name in choices.EXPERIMENTS
+    assert {name: tuple(experiments.EXPERIMENTS[name]) for name in choices.EXPERIMENTS} == (
+        choices.SIZES
     )
     assert choices.DEMO.items() <= demo.DEFAULTS.items()
     assert choices.DEMO_LABELS == demo.DEFAULTS["K"]
