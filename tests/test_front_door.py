@@ -50,7 +50,11 @@ CLI = "from cpsample.cli import app; app()"
         ("reproduce guards --method a:b", 2, "--method is for comparison"),
         ("reproduce comparison --method a:b --n 3", 2, "--method is for comparison"),
         ("reproduce cifar10 all", 2, "cifar10 is an experiment: it has no parts"),
-        ("reproduce cifar10 --size huge", 2, "unknown size 'huge': choose one of full, colab"),
+        (
+            "reproduce cifar10 --size huge",
+            2,
+            "unknown size of cifar10 'huge': choose one of full, colab",
+        ),
     ],
 )
 def test_help_and_mistakes_load_nothing_heavy(arguments, status, words):
