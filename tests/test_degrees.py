@@ -27,6 +27,7 @@ from cpsample.production.degrees import (
     degrees_table,
     expected_draws,
     guards_of,
+    network_of,
     numbers_of,
     plan_degrees,
     read_base,
@@ -38,7 +39,6 @@ from cpsample.production.degrees import (
 )
 from cpsample.workshop import choices, ledgers
 from cpsample.workshop.ledgers import VOLUME, Ledger, open_ledger
-from cpsample.workshop.registry import build_network
 
 # tiny, with fewer arms and one guard
 TINY = replace(
@@ -165,7 +165,7 @@ def test_the_folder_of_the_h100_size_is_at_most_eight_files(tmp_path):
     "With everything at its largest: two models, all guards, rows of two arms, the figure's images."
     e = SIZES["h100"]
     ledger = open_ledger(tmp_path, {"name": "sizes"})
-    network = build_network(e.config.network, {"shape": e.config.shape} | e.config.options)
+    network = network_of(e.config)
     half = {name: torch.zeros(w.shape).half() for name, w in network.state_dict().items()}
     guards = {}
     for preset in guards_of(e):
@@ -233,7 +233,7 @@ def json_identity(folder):
 def test_the_two_degrees_are_the_legs_that_came_nearest(rates, low, high, demo, monkeypatch):
     e = replace(TINY, most_legs=6)
     run = replace(demo, experiment=e)
-    network = build_network(e.config.network, {"shape": e.config.shape} | e.config.options)
+    network = network_of(e.config)
 
     def leg(run, config, images, number, start):
         weights = {
@@ -280,7 +280,7 @@ def write_base(folder, e=TINY, parts=2, **changes):
     "A base in a folder: base.json, and weights in half precision in several files."
     folder.mkdir(exist_ok=True)
     torch.manual_seed(3)
-    network = build_network(e.config.network, {"shape": e.config.shape} | e.config.options)
+    network = network_of(e.config)
     names = sorted(network.state_dict())
     for part in range(parts):
         half = {name: network.state_dict()[name].half() for name in names[part::parts]}
@@ -298,13 +298,13 @@ def test_a_base_that_is_given_takes_the_place_of_the_training(tmp_path):
     identity = record["identity"]
     assert identity["weights"] == with_base(TINY, base).weights
     entries = open_ledger(folder, identity).entries
-    given = read_base(base, TINY.config)
+    given = read_base(base, TINY.config).state_dict()
     assert all(torch.equal(given[name], w) for name, w in entries["model"].items())
 
     # From here on it need not be there; another one is another run.
     assert go_on(folder, stage="tuned") is None
     other = write_base(tmp_path / "other", parts=1)
-    weights = {name: w + 1 for name, w in read_base(other, TINY.config).items()}
+    weights = {name: w + 1 for name, w in given.items()}
     save_file(weights, other / "base-0.safetensors")
     with pytest.raises(ValueError, match=r"belongs to another run \(weights"):
         go_on(folder, base=other)
@@ -437,7 +437,7 @@ def test_all_arms_of_the_tiny_size_have_samplers_that_draw(demo):
     run = replace(demo, experiment=e)
     assert {name.split("_1")[0] for name in arms_of(e)} | {"held_out"} == set(degrees.ARMS)
     assert [arm.preset for arm in arms_of(e).values() if arm.is_judged] == ["x0", "x0"]
-    model = build_network(e.config.network, {"shape": e.config.shape} | e.config.options).eval()
+    model = network_of(e.config).eval()
     for name, arm in arms_of(e).items():
         if arm.preset is None:
             drawn = degrees._draw(run, arm.build(model, None, run), 0)

@@ -156,7 +156,7 @@ def test_result_on_file_keeps_what_the_readme_promises():
     arms = json.loads(data_path("results/demo.json").read_text())["arms"]
     assert list(arms) == ["unguarded", "rejection", "paper", "guarded_xt", *ARMS[2:]]
     assert all(a["n"] >= 3000 for a in arms.values())
-    assert arms["unguarded"]["copy_rate"] >= 0.4
+    assert arms["unguarded"]["copy_rate"] > 0.5
     for name in ("guarded", "accepted"):
         arm, ideal = arms[name], arms["rejection"]
         assert arm["copies"] == 0 and arm["withheld"] <= 0.01 * arm["n"]
