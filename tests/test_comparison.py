@@ -30,6 +30,7 @@ from cpsample.judgement.comparison import (
     flops_served,
     grid,
     last_word,
+    make_world,
     model_itself,
     new_denoiser,
     trial,
@@ -52,6 +53,7 @@ from cpsample.judgement.comparison_study import (
     wrapper_named,
 )
 from cpsample.practice.datasets import load_fashion
+from cpsample.practice.training import weights_fingerprint
 from cpsample.workshop.files import data_path
 from cpsample.workshop.studies import Workspace, run_study
 
@@ -623,3 +625,15 @@ def test_growth_is_measured_in_a_process_of_its_own():
     assert 0 < point["min"] <= point["seconds"] <= point["max"] and point["peak_gb"] > 0.1
     with pytest.raises(RuntimeError, match="growth of SPELL at 0 images failed"):
         growth_point("digits", "SPELL", 0)
+
+
+def test_a_public_model_that_was_kept_makes_the_same_world_to_the_bit(tmp_path):
+    "In whatever layout its numbers lay when it was trained: that decides how sums are rounded."
+    tiny = replace(BAGS, small=True, images=10, reference=100, held_out=40, test=40)
+    tiny = replace(tiny, public_steps=4, train_steps=8, batch=16)
+    trained, read, without_folder = (make_world(tiny, 0, f) for f in (tmp_path, tmp_path, None))
+    assert (tmp_path / "public-bags-None.safetensors").exists()
+    prints = {weights_fingerprint(world.model) for world in (trained, read, without_folder)}
+    assert len(prints) == 1
+    for ours, theirs in zip(trained.model.parameters(), read.model.parameters()):
+        assert ours.stride() == theirs.stride()

@@ -272,7 +272,9 @@ def public_model(
     _fit_denoiser(network, loss, (images,), steps=situation.public_steps, situation=gentle)
     if path:
         save_model(network, SCHEDULE, path, {"missing": missing, "situation": known})
-    return network
+
+    # As it is read from a file: the layout of weights decides how sums are rounded.
+    return network.to(memory_format=torch.contiguous_format)
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #26e478e5
 @dataclass
