@@ -2363,7 +2363,7 @@ _ReproducePack = Annotated[
     Path | None,
     typer.Option(
         help="Of cifar10 in pieces: only write the pictures that a run with a base needs to this "
-        ".zip, which takes the place of --data."
+        ".zip, which takes the place of --data (default: nothing is written)."
     ),
 ]
 

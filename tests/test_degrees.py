@@ -423,12 +423,14 @@ def test_the_results_say_what_they_are(done):
     ]
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
-    (tmp_path / "results.json").write_text("his")
-    with pytest.raises(ValueError, match="holds results.json and no run: choose another folder"):
+@pytest.mark.parametrize("name", ["results.json", "experiment.json"])
+def test_folders_of_others_are_left_alone(tmp_path, name):
+    "Results without a run, and runs of the experiment that had this size before."
+    (tmp_path / name).write_text("his")
+    with pytest.raises(ValueError, match=f"holds {name} and no run: choose another folder"):
         go_on(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    assert (tmp_path / "results.json").read_text() == "his"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "his"
 
 
 def test_all_arms_of_the_tiny_size_have_samplers_that_draw(demo):

@@ -1273,10 +1273,10 @@ def _as_begun(e: TwoDegrees, folder: Path) -> TwoDegrees:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    "Raise ValueError for a folder that holds results, and no run that could have made them."
+    "Raise ValueError for a folder that holds files of something else than such a run."
     if (folder / "record.json").exists():
         return
-    for name in ("results.json", "figure.png"):
+    for name in ("results.json", "figure.png", "experiment.json"):
         if (folder / name).exists():
             raise ValueError(f"{printable(folder)} holds {name} and no run: choose another folder")
 
