@@ -32,7 +32,7 @@ help:  ## this list
 
 # To use and to read.
 
-demo: .venv/installed  ## the main job: train, guard, sample, count (about two minutes of computing)
+demo: .venv/installed  ## the main job: train, guard, sample, count (two to three minutes of computing)
 	$(BIN)/cpsample demo $(ARGS)
 
 lab: .venv/installed-notebook  ## JupyterLab on the book

@@ -18,8 +18,9 @@ __all__ = ['app', 'Quiet', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Stre
            'strangers_of_run', 'images_of_run', 'images_of_folders', 'draws_from_run', 'read_prompts', 'given_prompts',
            'sets_of_pipeline', 'end_with', 'print_prompts', 'print_audit', 'origins_of_pipeline', 'origins', 'ToAudit',
            'images_to_audit', 'pipeline_to_audit', 'who_draws', 'audit_and_report', 'audit_command', 'attack_in_words',
-           'some_of', 'attack_scores', 'strangers_for_attack', 'attack_command', 'reproduce_experiment', 'sized_study',
-           'reproduce_study', 'compare_method', 'reproduce_command']
+           'some_of', 'attack_scores', 'strangers_for_attack', 'attack_command', 'command_without_folders',
+           'reproduce_experiment', 'InPieces', 'reproduce_in_pieces', 'sized_study', 'reproduce_study',
+           'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -2297,8 +2298,8 @@ _ReproduceParts = Annotated[
 _ReproduceSize = Annotated[
     str | None,
     typer.Option(
-        help="Of an experiment: full (a large GPU; the default), colab (an evening on a free one) "
-        "or tiny (a CPU, to see everything run)."
+        help="Of an experiment: full (a large GPU; the default), colab (an evening on a free one), "
+        "h100 (cifar10: half an hour, in pieces) or tiny (a CPU, to see everything run)."
     ),
 ]
 _ReproduceOut = Annotated[
@@ -2337,8 +2338,44 @@ _ReproduceMethod = Annotated[
     ),
 ]
 _ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment will do and cost.")]
+_ReproduceMinutes = Annotated[
+    float | None,
+    typer.Option(
+        help="Of cifar10 in pieces (h100, tiny): after so many minutes no new piece of work is "
+        "begun; the same command goes on (default: no end)."
+    ),
+]
+_ReproduceStage = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Of cifar10 in pieces: go no further than this one of {one_of(choices.STAGES)} "
+        "(default: all)."
+    ),
+]
+_ReproduceBase = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of cifar10 in pieces: a folder with base.json and weights, to begin with (default: a "
+        "base is trained)."
+    ),
+]
+_ReproducePack = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of cifar10 in pieces: only write the pictures that a run with a base needs to this "
+        ".zip, which takes the place of --data (default: nothing is written)."
+    ),
+]
 
 # %% ../nbs/cli.ipynb #413b4070
+def command_without_folders(paths: list[Path]) -> str:
+    "The command as it was given, but of some paths the names alone."
+    command = command_line()
+    for path in paths:
+        command = command.replace(str(path), path.name)
+    return command
+
+
 def reproduce_experiment(
     name: str,
     size: str,
@@ -2349,7 +2386,6 @@ def reproduce_experiment(
     archives: list[Path],
 ) -> None:
     "An experiment for a GPU: its plan, and, unless only that was asked for, its run."
-    check_choice(size, choices.SIZES, "size")
     if archives and name not in choices.OF_ARCHIVES:
         raise ValueError(f"--data is for {one_of(choices.OF_ARCHIVES)}: leave it out for {name}")
     from cpsample.production.experiments import (
@@ -2365,14 +2401,71 @@ def reproduce_experiment(
     print(plan_table(experiment))
     if plan:
         return
-    folder = out or Path("runs") / f"{name}-{size}"
 
     # Where archives lie is nobody's business: the record names them.
-    command = command_line()
-    for archive in archives:
-        command = command.replace(str(archive), archive.name)
+    folder = out or Path("runs") / f"{name}-{size}"
+    command = command_without_folders(archives)
     run_experiment(experiment, folder, on_device(device), command=command, archives=archives)
     print(f"All results: {shown(folder / 'results.json')}")
+
+
+@dataclass(frozen=True)
+class InPieces:
+    """What is asked of an experiment that is run in pieces; see the options of `reproduce`."""
+
+    minutes: float | None = None
+    stage: str | None = None
+    base: Path | None = None
+    pack: Path | None = None
+
+    def __bool__(self) -> bool:
+        return any(asked is not None for asked in asdict(self).values())
+
+
+def reproduce_in_pieces(
+    name: str,
+    size: str,
+    out: Path | None,
+    plan: bool,
+    device: str | None,
+    *,
+    archives: list[Path],
+    asked: InPieces,
+) -> None:
+    "An experiment that is stopped and goes on: its plan, its pack, or a piece of its run."
+    from cpsample.production import degrees
+
+    experiment = degrees.with_pictures(degrees.SIZES[size], archives)
+    if asked.pack is not None:
+        degrees.write_pack(experiment, archives, asked.pack)
+        print(f"Pictures for a run: {shown(asked.pack)}")
+        return
+
+    # Always the plan, and then, unless only that was asked for, as much as there is time for.
+    based = degrees.with_base(experiment, asked.base) if asked.base else experiment
+    print(degrees.degrees_plan_table(based))
+    if plan:
+        return
+    folder = out or Path("runs") / f"{name}-{size}"
+    given = archives + ([asked.base] if asked.base else [])
+    left = degrees.run_two_degrees(
+        experiment,
+        folder,
+        on_device(device),
+        minutes=asked.minutes,
+        stage=asked.stage,
+        base=asked.base,
+        archives=archives,
+        command=command_without_folders(given),
+    )
+
+    # What there is, and what is to be done for the rest.
+    if left is not None:
+        print(f"The minutes are over in the stage {left}: the same command goes on.")
+    elif asked.stage not in (None, "results"):
+        print(f"Finished up to the stage {asked.stage}: without --stage it goes on.")
+    else:
+        print(f"All results: {shown(folder / 'results.json')}")
 
 
 def sized_study(name: str, n: int | None) -> Any:
@@ -2432,11 +2525,23 @@ def reproduce_command(
     data: _ReproduceData = None,
     method: _ReproduceMethod = None,
     plan: _ReproducePlan = False,
+    minutes: _ReproduceMinutes = None,
+    stage: _ReproduceStage = None,
+    base: _ReproduceBase = None,
+    pack: _ReproducePack = None,
     device: Device = None,
 ) -> None:
     "Measure the numbers of a table again: stage by stage, and what was stopped goes on."
     known = (*choices.studies, *choices.EXPERIMENTS)
     check_choice(name, known, "study or experiment")
+
+    # Some experiments are run in pieces, and have options for that.
+    asked = InPieces(minutes, stage, base, pack)
+    in_pieces = name in choices.IN_PIECES and size in choices.IN_PIECES[name]
+    if asked and not in_pieces:
+        raise ValueError(
+            "--minutes, --stage, --base and --pack are for cifar10 with --size h100 or --size tiny"
+        )
 
     # A method from outside, an experiment, or a study: each has options of its own.
     if method is not None:
@@ -2449,7 +2554,11 @@ def reproduce_command(
             raise ValueError(
                 f"{name} is an experiment: it has no parts and no --n, and no --work but its --out"
             )
-        reproduce_experiment(name, size or "full", out, plan, device, archives=data or [])
+        size = check_choice(size or "full", choices.SIZES[name], f"size of {name}")
+        if in_pieces:
+            reproduce_in_pieces(name, size, out, plan, device, archives=data or [], asked=asked)
+        else:
+            reproduce_experiment(name, size, out, plan, device, archives=data or [])
         return
     if plan or size or data:
         raise ValueError(f"{name} is a study: --plan, --size and --data are for experiments")

@@ -46,6 +46,7 @@ SLOW_FILES = {
     "test_checkpoints",
     "test_comparison",
     "test_core_studies",
+    "test_degrees",
     "test_demo",
     "test_distributed",
     "test_experiments",

@@ -73,6 +73,40 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def way_of(path, end):
+    """{"←": the page before, "map": the start page, "→": the page behind} at one end of a page."""
+    cell = json.loads(path.read_text(encoding="utf-8"))["cells"][1 if end == "top" else -1]
+    links = re.findall(r"\[([^]]+)\]\(([^)]+)\)", "".join(cell["source"]))
+    return {re.search("←|map|→", words)[0]: (path.parent / to).resolve() for words, to in links}
+
+
+@pytest.mark.parametrize("end", ["top", "bottom"])
+def test_the_pages_are_one_chain_that_leads_to_each_of_them_once_and_back(end):
+    start, *pages = sorted(BOOK, key=lambda path: path.stem != "index")
+    for before, page in zip([None, *pages], pages):
+        way = way_of(page, end)
+        assert way["map"] == start and way.get("←") == before
+        assert before is None or way_of(before, end)["→"] == page
+    assert "→" not in way
+
+
+def test_whoever_adds_a_page_finds_it_in_the_chain(tmp_path):
+    for name in ("index", "1_a/01_first", "1_a/02_second", "2_b/01_third"):
+        path = tmp_path / "nbs" / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = {"cell_type": "markdown", "id": "t", "metadata": {}, "source": [f"# {name}"]}
+        path.write_text(json.dumps({"cells": [title]}))
+    for _ in range(2):  # the second time changes nothing
+        book.write_ways(tmp_path)
+    first, second, third = (cells(path, "markdown") for path in book.notebooks(tmp_path)[:3])
+    assert second[1] == second[-1] and len(second) == 3
+    assert second[1] == (
+        "[← 1.1 1_a/01_first](01_first.ipynb) · [map](../index.ipynb) · "
+        "[2.1 2_b/01_third →](../2_b/01_third.ipynb)"
+    )
+    assert "←" not in first[1] and "→" not in third[1]
+
+
 @pytest.mark.parametrize("path", BOOK, ids=below)
 def test_first_code_cell_installs_and_badge_is_derived(path):
     ini = ConfigParser(delimiters=["="])
@@ -123,7 +157,7 @@ def test_the_package_needs_none_of_the_extras():
 
 def test_what_ships_is_small_and_says_how_it_was_made():
     data = ROOT / "data"
-    assert sum(p.stat().st_size for p in data.rglob("*") if p.is_file()) < 10.5e6
+    assert sum(p.stat().st_size for p in data.rglob("*") if p.is_file()) < 16e6
     for path in (data / "weights").glob("*.safetensors"):
         record = json.loads(path.with_suffix(".json").read_text())
         assert {"command", "commit", "hardware", "date", "seed"} <= record.keys() and not record[
@@ -139,8 +173,8 @@ def test_what_ships_is_small_and_says_how_it_was_made():
 @pytest.mark.parametrize(
     "name, first, tables",
     [
-        ("index", "#| echo: false", 7),
-        ("3_judgement/09_comparison", "# results", 8),
+        ("index", "#| echo: false", 6),
+        ("3_judgement/09_comparison", "# results", 9),
         ("4_production/07_stable_diffusion_study", "# results", 5),
     ],
 )

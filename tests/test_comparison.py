@@ -16,7 +16,6 @@ from cpsample.judgement import comparison, comparison_study
 from cpsample.judgement.comparison import (
     BAGS,
     DIGITS,
-    EARLIER,
     FACTOR,
     FASHION,
     METHODS,
@@ -31,6 +30,7 @@ from cpsample.judgement.comparison import (
     flops_served,
     grid,
     last_word,
+    make_world,
     model_itself,
     new_denoiser,
     trial,
@@ -53,6 +53,7 @@ from cpsample.judgement.comparison_study import (
     wrapper_named,
 )
 from cpsample.practice.datasets import load_fashion
+from cpsample.practice.training import weights_fingerprint
 from cpsample.workshop.files import data_path
 from cpsample.workshop.studies import Workspace, run_study
 
@@ -120,7 +121,7 @@ def test_the_record_has_the_keys_of_the_results_on_file(calls, workspace, tmp_pa
     record = run_study(study, tmp_path / "out", workspace, command="cpsample reproduce comparison")
     assert set(record["digits"]) - {"threads"} == set(file) - {"threads"}
     assert BAGS.on_file() == {"tries": BAGS.tries} | file["size"]
-    assert list(STUDY.parts) == ["digits", "bags", "fashion", "guards", "costs", "growth"]
+    assert list(STUDY.parts) == ["digits", "bags", "fashion", "costs", "growth"]
     trials = [*record["digits"]["tuning"].values(), *record["digits"]["reported"].values()]
     seconds = sum(row["seconds"] for rows in trials for row in rows)
     assert record["digits"]["seconds"] == pytest.approx(seconds)
@@ -132,40 +133,16 @@ def test_the_methods_and_settings_are_those_of_the_results_on_file():
         methods, tried = METHODS[data], {}
         for method, rows in file[data]["tuning"].items():
             tried[method] = [row["setting"] for row in rows]
-        since = set() if "accepted" in tried else {"guarded", "checked", "accepted"}
-        since |= {"Safe Denoiser", "Safety-Guided Flow", "Safety-Guided Flow, early"} - set(tried)
-        asked = {name: method.settings for name, method in methods.items() if name not in since}
-        assert asked == tried, data
+        assert {name: method.settings for name, method in methods.items()} == tried, data
 
 
-def test_guards_that_were_measured_again_stand_in_for_older_rows(monkeypatch, tmp_path):
-    file = json.loads(data_path("results/comparison.json").read_text())
-    file["bags"] |= {"date": "2026-11-25"}
-    again = {"SPELL": "new", "accepted": "new"}
-    file["guards"] = {name: again for name in ("tuning", "chosen", "reported")}
-    path = tmp_path / "comparison.json"
-    monkeypatch.setattr(comparison, "data_path", lambda name: path)
-    for date, is_newer in (("2026-11-26", True), ("2026-11-25", False)):
-        file["guards"]["date"] = date
-        path.write_text(json.dumps(file))
-        bags = comparison_on_file()["bags"]
-        for key in ("tuning", "chosen", "reported"):
-            assert (bags[key]["SPELL"] == "new") == is_newer
-            assert list(bags[key]) == [name for name in METHODS["digits"] if name in bags[key]]
-        assert ("SPELL" in bags["earlier"], "unguarded" in bags["earlier"]) == (False, is_newer)
-
-
-def test_older_results_are_read_by_the_present_names():
+def test_the_results_on_file_are_of_all_methods():
     record = comparison_on_file()
-    for data in ("digits", "bags"):
-        methods = METHODS[data]
-        for part in (
-            record[data]["reported"],
-            record[data]["chosen"],
-            record["costs"][data]["rows"],
-        ):
-            assert part.keys() <= methods.keys()
-    assert not EARLIER.keys() & record["digits"]["tuning"].keys()
+    for data in record.keys() & SITUATIONS.keys():
+        assert set(record[data]["reported"]) == set(record[data]["chosen"]) == set(METHODS[data])
+    if "fashion" in record:
+        chosen = record["bags"]["chosen"]
+        assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
 
 
 def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
@@ -648,3 +625,15 @@ def test_growth_is_measured_in_a_process_of_its_own():
     assert 0 < point["min"] <= point["seconds"] <= point["max"] and point["peak_gb"] > 0.1
     with pytest.raises(RuntimeError, match="growth of SPELL at 0 images failed"):
         growth_point("digits", "SPELL", 0)
+
+
+def test_a_public_model_that_was_kept_makes_the_same_world_to_the_bit(tmp_path):
+    "In whatever layout its numbers lay when it was trained: that decides how sums are rounded."
+    tiny = replace(BAGS, small=True, images=10, reference=100, held_out=40, test=40)
+    tiny = replace(tiny, public_steps=4, train_steps=8, batch=16)
+    trained, read, without_folder = (make_world(tiny, 0, f) for f in (tmp_path, tmp_path, None))
+    assert (tmp_path / "public-bags-None.safetensors").exists()
+    prints = {weights_fingerprint(world.model) for world in (trained, read, without_folder)}
+    assert len(prints) == 1
+    for ours, theirs in zip(trained.model.parameters(), read.model.parameters()):
+        assert ours.stride() == theirs.stride()

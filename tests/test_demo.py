@@ -16,7 +16,6 @@ from cpsample.core.demo import (
     DEFAULTS,
     measure,
     pool,
-    readme_table,
     run_demo,
     run_seed,
     show_arms,
@@ -136,7 +135,7 @@ def test_counts_add_up_and_distances_are_averaged():
 def test_table_and_picture_show_every_arm(small):
     record, images, members = small
     for name in record["arms"]:
-        assert name in table(record) and name in readme_table(record)
+        assert name in table(record)
     assert len(show_arms(images, members, columns=5).axes) == 2 * len(ARMS) * 5
 
 
@@ -148,10 +147,8 @@ def test_a_table_of_a_model_that_does_not_copy_says_that_it_shows_nothing():
     assert words in table(record) and "2 of 60" in table(record)
 
 
-def test_readme_quotes_the_result_on_file():
-    "The README's table is the file's, made with the settings that the package ships."
+def test_the_result_on_file_is_made_with_the_settings_that_the_package_ships():
     record = json.loads(data_path("results/demo.json").read_text())
-    assert readme_table(record) in (ROOT / "README.md").read_text()
     assert record["settings"] == DEFAULTS | {"rivals": True} and len(record["seeds"]) >= 3
 
 
@@ -159,7 +156,7 @@ def test_result_on_file_keeps_what_the_readme_promises():
     arms = json.loads(data_path("results/demo.json").read_text())["arms"]
     assert list(arms) == ["unguarded", "rejection", "paper", "guarded_xt", *ARMS[2:]]
     assert all(a["n"] >= 3000 for a in arms.values())
-    assert arms["unguarded"]["copy_rate"] >= 0.4
+    assert arms["unguarded"]["copy_rate"] > 0.5
     for name in ("guarded", "accepted"):
         arm, ideal = arms[name], arms["rejection"]
         assert arm["copies"] == 0 and arm["withheld"] <= 0.01 * arm["n"]
@@ -174,7 +171,7 @@ def test_sentences_of_the_front_page_agree_with_the_records():
     assert 1.75 < seconds["guard"] / seconds["denoiser"] < 2.25
 
     # Neighbours by the second test: three in four, nearly all, a third of real digits.
-    assert "three in four of the accepted digits" in readme
+    assert "Three in four of the accepted digits" in readme
     arms = json.loads(data_path("results/digits.json").read_text())["arms"]
     share = {name: arm["neighbourhood"] / arm["n"] for name, arm in arms.items()}
     assert 0.7 < share["accepted"] < 0.8 and share["rejection"] > 0.95

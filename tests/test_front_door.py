@@ -50,7 +50,11 @@ CLI = "from cpsample.cli import app; app()"
         ("reproduce guards --method a:b", 2, "--method is for comparison"),
         ("reproduce comparison --method a:b --n 3", 2, "--method is for comparison"),
         ("reproduce cifar10 all", 2, "cifar10 is an experiment: it has no parts"),
-        ("reproduce cifar10 --size huge", 2, "unknown size 'huge': choose one of full, colab"),
+        (
+            "reproduce cifar10 --size huge",
+            2,
+            "unknown size of cifar10 'huge': choose one of full, colab",
+        ),
     ],
 )
 def test_help_and_mistakes_load_nothing_heavy(arguments, status, words):
@@ -92,8 +96,8 @@ def test_the_choices_are_those_of_the_modules_that_do_the_work():
     assert choices.COPY_TESTS == tuple(copy_audit.TESTS)
     assert choices.SEARCHES == tuple(neighbours.SEARCH)
     assert set(choices.EXPERIMENTS) == set(experiments.EXPERIMENTS)
-    assert all(
-        tuple(experiments.EXPERIMENTS[name]) == choices.SIZES for name in choices.EXPERIMENTS
+    assert {name: tuple(experiments.EXPERIMENTS[name]) for name in choices.EXPERIMENTS} == (
+        choices.SIZES
     )
     assert choices.DEMO.items() <= demo.DEFAULTS.items()
     assert choices.DEMO_LABELS == demo.DEFAULTS["K"]

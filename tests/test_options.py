@@ -545,7 +545,13 @@ def test_whatever_somebody_types(words, place):
     before = place.files()
     code, _, messages = place.call(words)
     errors = [line for line in messages if not line.startswith("warning: ")]
-    assert code in (0, 1, 2) and len(errors) == (code == 2), (words, messages)
+    # 1 and 3 are verdicts of an audit: copies, and too few images to tell.
+    assert code in (0, 1, 2, 3) and len(errors) == (code == 2), (words, messages)
     assert not any("cpsample: unexpected" in line for line in errors), (words, errors)
     if code == 2:
-        assert errors[0].startswith("cpsample: ") and place.files() == before, (words, errors)
+        assert errors[0].startswith("cpsample: "), (words, errors)
+
+        # A guard that covers too little keeps its checkpoint, and says so; else nothing changes.
+        changed = {path for path, _ in place.files().items() ^ before.items()}
+        may_change = {"guard.checkpoint.safetensors"} if "continues it" in errors[0] else set()
+        assert {path.name for path in changed} <= may_change, (words, errors)

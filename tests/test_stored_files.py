@@ -17,7 +17,8 @@ from cpsample.core.guard_files import load_guard
 from cpsample.core.images import to_bytes
 from cpsample.practice.runs import load_model, load_protected_run, members_of
 from cpsample.production import experiments
-from cpsample.production.experiments import EXPERIMENTS, run_experiment
+from cpsample.production.cifar10 import CIFAR10, NARROW
+from cpsample.production.experiments import EXPERIMENTS, run_experiment, tiny_size
 from cpsample.workshop.studies import Study, Workspace, cached_stage, run_study
 
 V0_1 = Path(__file__).parent / "data" / "v0_1"
@@ -140,7 +141,9 @@ def test_an_experiment_is_recognised_and_its_stages_are_kept(tmp_path, monkeypat
 
     monkeypatch.setattr(experiments, "train_denoiser", stop)
     with pytest.raises(Stopped):
-        run_experiment(EXPERIMENTS["cifar10"]["tiny"], folder, progress=False)
+        run_experiment(
+            tiny_size(CIFAR10["full"], "crops-32", options=NARROW), folder, progress=False
+        )
     with pytest.raises(ValueError, match="belongs to another run"):
         run_experiment(EXPERIMENTS["celeba64"]["tiny"], folder, progress=False)
 

@@ -1,7 +1,8 @@
 """The book's housekeeping.
 
-python tools/book.py write   links from settings.ini into the notebooks, export to cpsample/,
-                             README.md from nbs/index.ipynb, the map in CONTRIBUTING.md
+python tools/book.py write   links from settings.ini into the notebooks, the way from page to
+                             page, export to cpsample/, README.md from nbs/index.ipynb, the map
+                             in CONTRIBUTING.md
 python tools/book.py check   fail unless `write` would change nothing and every notebook is fit
                              to be published
 python tools/book.py run     run notebooks top to bottom and keep their outputs: all of nbs/,
@@ -9,6 +10,7 @@ python tools/book.py run     run notebooks top to bottom and keep their outputs:
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ BADGE = re.compile(
 INSTALL = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+")
 CHAPTER = re.compile(r"\[((?:[Cc]hapters? )?)(\d\.\d+)\]\(([\w./]+\.ipynb)\)")
 MAP = re.compile(r"(<!-- map[^>]*-->\n).*?(<!-- /map -->)", re.DOTALL)
+WAYS = ("way-on-top", "way-at-the-end")  # the ids of cells
 PICTURE = "data/architecture.png"
 NOT_COPIED = (".venv", ".git", "build", "dist", ".*cache", "*.egg-info", ".ipynb_checkpoints")
 
@@ -93,6 +96,44 @@ def write_links(root):
         save(path, notebook)
 
 
+def heading(path):
+    "What a page is called in links: its number, if it has one, and its title."
+    title = "".join(read(path)["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+    return " ".join(filter(None, [chapter_number(path), title]))
+
+
+def way(path, pages, start):
+    """The line at both ends of a page: the page before it, the map, the page behind it.
+
+    pages: all of them, in reading order.
+    start: the page with the map.
+    """
+    place = pages.index(path)
+    before, behind = pages[max(place - 1, 0) : place], pages[place + 1 : place + 2]
+
+    def link_to(page):
+        return f"({Path(os.path.relpath(page, path.parent)).as_posix()})"
+
+    steps = [f"[← {heading(page)}]{link_to(page)}" for page in before]
+    steps.append(f"[map]{link_to(start)}")
+    steps += [f"[{heading(page)} →]{link_to(page)}" for page in behind]
+    return " · ".join(steps)
+
+
+def write_ways(root):
+    "At both ends of every page but the start page, which is the map: the way to the others."
+    start = root / "nbs" / "index.ipynb"
+    pages = [path for path in notebooks(root) if path != start]
+    for path in pages:
+        notebook, line = read(path), way(path, pages, start)
+        top, end = (
+            {"cell_type": "markdown", "id": name, "metadata": {}, "source": [line]} for name in WAYS
+        )
+        cells = [cell for cell in notebook["cells"] if cell["id"] not in WAYS]
+        notebook["cells"] = [cells[0], top, *cells[1:], end]
+        save(path, notebook)
+
+
 def output_text(output):
     "An output as Markdown for the README, or None where it has nothing to read."
     data = output.get("data", {})
@@ -145,8 +186,9 @@ def write_map(root):
 
 
 def write(root=ROOT):
-    "Links, package, README and map, from the notebooks."
+    "Links, ways, package, README and map, from the notebooks."
     write_links(root)
+    write_ways(root)
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=root, check=True)
     write_readme(root)
     write_map(root)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'Draw', 'fit_denoiser', 'Drawn', 'Sampler', 'samplers', 'Arm', 'draw_arm', 'draw_arms', 'measure',
            'check_demo', 'Digits', 'split_digits', 'SeedResult', 'fit_guards', 'give_last_word', 'run_seed', 'pool',
-           'DemoResult', 'run_demo', 'table', 'readme_table', 'show_arms']
+           'DemoResult', 'run_demo', 'table', 'show_arms']
 
 # %% ../../nbs/1_core/16_demo.ipynb #553a07d5
 import itertools
@@ -561,67 +561,6 @@ def table(record: dict) -> str:
     lines.append(f"Time per seed: {stages}.")
 
     return "\n".join([*lines, *_nothing_shown(record["arms"]["unguarded"])])
-
-# %% ../../nbs/1_core/16_demo.ipynb #469a40b5
-_ARM_NAMES = {
-    "unguarded": "unguarded",
-    "rejection": "exact rejection of copies (the ideal)",
-    "paper": "the paper's guard, as printed",
-    "guarded_xt": "our guard, pushing at $x_t$",
-    "guarded": "guarded: our guard, asked about $\\hat x_0$",
-    "checked": "checked: the guard has the last word, no push",
-    "accepted": "**accepted**: guarded and checked",
-}
-_COLUMNS = [
-    "arm",
-    "copies of training images",
-    "by seed",
-    "near copies",
-    "Fréchet distance to held-out digits (by seed)",
-    "withheld",
-    "operations per image",
-    "seconds per 1,000 requests",
-]
-
-
-def _readme_row(name: str, arm: dict) -> str:
-    "An arm as a row of the README's table."
-    distances = ", ".join(f"{fd:.1f}" for fd in arm["fd_seeds"])
-    per_thousand = 1000 * arm["seconds"] * len(arm["fd_seeds"]) / arm["n"]
-
-    # One for each of the columns.
-    entries = [
-        _ARM_NAMES[name],
-        _copies_in_words(name, arm),
-        ", ".join(map(str, arm["copies_seeds"])),
-        f"{arm['near']:.1%}",
-        f"{arm['fd']:.1f} ({distances})",
-        f"{arm['withheld'] / arm['n']:.1%}",
-        f"× {arm['cost']:.2f}",
-        f"{per_thousand:.1f}",
-    ]
-    return f"| {' | '.join(entries)} |"
-
-# %% ../../nbs/1_core/16_demo.ipynb #cbed7aa7
-def _readme_note(record: dict) -> str:
-    "The sentences below the table: how it was made."
-    settings, seconds = record["settings"], record["seconds"]
-    real = record["arms"]["unguarded"]["fd_held_out"]
-    seeds = ", ".join(map(str, record["seeds"]))
-    return (
-        f"Seeds {seeds}, {settings['samples']:,} samples each; "
-        f"{settings['reference']} other real digits are at {real:.1f} from the held-out ones. "
-        f"Per seed: denoiser {seconds['denoiser']:.0f} s, guard {seconds['guard']:.0f} s, "
-        f"sampling of all arms {seconds['sampling']:.0f} s on {record['hardware']}. "
-        f"Made by `{record['command']}` at commit `{record['commit']}`."
-    )
-
-
-def readme_table(record: dict) -> str:
-    "The record's arms as a Markdown table, with a line that says how it was made."
-    head = f"| {' | '.join(_COLUMNS)} |"
-    rows = [_readme_row(name, arm) for name, arm in record["arms"].items()]
-    return "\n".join([head, "|---" * len(_COLUMNS) + "|", *rows, "", _readme_note(record)])
 
 # %% ../../nbs/1_core/16_demo.ipynb #935dec2e
 def _draw_row(axes: "list[Axes]", pictures: Tensor, copied: Tensor, label: str) -> None:

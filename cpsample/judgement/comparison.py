@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'BAGS', 'FASHION', 'SCHEDULE', 'FACTOR', 'LEARNED', 'CHECK', 'BOTH', 'AHEAD', 'EARLY', 'METHODS', 'SPACE',
-           'EARLIER', 'Situation', 'new_denoiser', 'public_model', 'World', 'world_images', 'make_world', 'guard_of',
-           'copied', 'draw_images', 'no_copies', 'real_images', 'unguarded', 'public_alone', 'stopped_early', 'masked',
+           'Situation', 'new_denoiser', 'public_model', 'World', 'world_images', 'make_world', 'guard_of', 'copied',
+           'draw_images', 'no_copies', 'real_images', 'unguarded', 'public_alone', 'stopped_early', 'masked',
            'dp_from_nothing', 'dp_from_public', 'outside_balls', 'away_from_unsafe', 'down_the_potential',
            'guided_by_similarity', 'calibrated', 'behind_guard', 'behind_printed_guard', 'Look', 'looking_ahead',
            'PushedEarly', 'behind_look', 'judging_guard', 'word_of_one', 'last_word', 'model_itself', 'Method', 'grid',
-           'looks_at', 'judge', 'attack_model', 'flops_served', 'redrawn', 'trial', 'choose', 'present_name',
-           'in_order', 'comparison_on_file']
+           'looks_at', 'judge', 'attack_model', 'flops_served', 'redrawn', 'trial', 'choose', 'comparison_on_file']
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #fa7fb127
 import copy
@@ -273,7 +272,9 @@ def public_model(
     _fit_denoiser(network, loss, (images,), steps=situation.public_steps, situation=gentle)
     if path:
         save_model(network, SCHEDULE, path, {"missing": missing, "situation": known})
-    return network
+
+    # As it is read from a file: the layout of weights decides how sums are rounded.
+    return network.to(memory_format=torch.contiguous_format)
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #26e478e5
 @dataclass
@@ -1003,39 +1004,6 @@ def choose(trials: list[dict]) -> dict:
     return min(usable, key=failures)
 
 # %% ../../nbs/3_judgement/09_comparison.ipynb #c57cd660
-EARLIER = {"CPSample as printed": "paper", "CPSample": "guarded_xt"}
-
-
-def present_name(method: str) -> str:
-    "What a method is called now; older results have other names for two of them."
-    return EARLIER.get(method, method)
-
-
-def in_order(rows: dict) -> dict:
-    "What there is of each method, by its present name and in the order of the table."
-    present = {present_name(method): value for method, value in rows.items()}
-    return {name: present[name] for name in METHODS["digits"] if name in present}
-
-
 def comparison_on_file() -> dict:
-    """The numbers of the full experiment on file, by the present names of the methods.
-
-    Where the guards of the bags were measured again, on a later day than all of them, those rows
-    stand in for the older ones; a part says in `earlier` which methods are of the earlier run.
-    """
-    record = read_json(data_path("results/comparison.json").read_text(), "comparison.json")
-    again = record.get("guards", {"date": ""})
-
-    # Each method's rows, the newer ones where there are two.
-    for data in record.keys() & SPACE.keys():
-        part, newer = record[data], {}
-        if data == "bags" and again["date"] > part["date"]:
-            newer = again
-        for key in ("tuning", "chosen", "reported"):
-            part[key] = in_order(part[key] | newer.get(key, {}))
-        again_too = newer.get("chosen", part["chosen"])
-        part["earlier"] = [name for name in part["chosen"] if name not in again_too]
-    for costs in record["costs"].values():
-        if isinstance(costs, dict) and "rows" in costs:
-            costs["rows"] = in_order(costs["rows"])
-    return record
+    "The numbers of the full experiment on file: a part for each situation, its costs, its growth."
+    return read_json(data_path("results/comparison.json").read_text(), "comparison.json")

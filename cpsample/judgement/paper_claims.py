@@ -307,16 +307,16 @@ def _others_lose(records: Records) -> Verdict:
 
     # Smaller on every seed, than each of them.
     wins = {}
-    for method in ("CPSample as printed", "CPSample"):
+    for method in ("paper", "accepted"):
         nearest_rival = [min(fds) for fds in zip(*(by_method[rival] for rival in rivals))]
         wins[method] = all(fd < other for fd, other in zip(by_method[method], nearest_rival))
     spans = [f"{name} {min(fds):.0f} to {max(fds):.0f}" for name, fds in by_method.items()]
-    shown = [span for span in spans if span.startswith((*rivals, "CPSample"))]
-    is_better = "nearer" if wins["CPSample"] else "not nearer"
-    ours = f"at x_t {is_better} than each of them on every seed"
+    shown = [span for span in spans if span.startswith((*rivals, "paper", "accepted"))]
+    is_better = "nearer" if wins["accepted"] else "not nearer"
+    ours = f"accepted is {is_better} than each of them on every seed"
     evidence = f"distances over seeds: {'; '.join(shown)}"
     command = "cpsample reproduce comparison"
-    return Verdict(_word(wins["CPSample as printed"]), evidence, ours, command)
+    return Verdict(_word(wins["paper"]), evidence, ours, command)
 
 # %% ../../nbs/3_judgement/13_paper_claims.ipynb #38cbdc78
 COLLAPSED = "a photo of a bag"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..practice.runs import CONFIGS
-from .experiments import TUNE, Counted, Experiment, colab_size, tiny_size
+from .experiments import TUNE, Counted, Experiment, colab_size
 from ..workshop.costs import NetworkCost
 from ..workshop.files import import_optional
 from ..workshop.registry import networks
@@ -82,5 +82,4 @@ _FULL = Experiment(
 CIFAR10 = {
     "full": _FULL,
     "colab": colab_size(_FULL, options={}),
-    "tiny": tiny_size(_FULL, "crops-32", options=NARROW),
 }

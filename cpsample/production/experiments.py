@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TUNE', 'INCEPTION', 'ATTACKS', 'EXPERIMENTS', 'ImageSource', 'Question', 'Experiment', 'colab_size',
-           'tiny_size', 'with_archives', 'Counted', 'StageCost', 'plan', 'plan_table', 'Run', 'public_denoiser',
-           'reproduce', 'run_experiment', 'results_table', 'results']
+           'tiny_size', 'with_archives', 'ArchivedImages', 'archived_images', 'Counted', 'StageCost', 'plan',
+           'plan_table', 'Run', 'public_denoiser', 'reproduce', 'run_experiment', 'results_table', 'results']
 
 # %% ../../nbs/4_production/03_experiments.ipynb #131b0dea
 import functools
@@ -334,15 +334,38 @@ def with_archives(e: Experiment, archives: Sequence[Path | str]) -> Experiment:
     return replace(e, data=name, given=counts)
 
 
-def _archived(archives: Sequence[Path | str], e: Experiment) -> tuple[Tensor, Tensor]:
-    "Training images and held-out images of archives."
+class ArchivedImages(NamedTuple):
+    """The pictures of archives, in the order of their names.
+
+    images [N, C, H, W]: bytes.
+    paths: where each of them lies.
+    is_test bool [N]: whether it is held out.
+    """
+
+    images: Tensor
+    paths: list[ArchivePath]
+    is_test: Tensor
+
+
+def archived_images(archives: Sequence[Path | str], e: Experiment) -> ArchivedImages:
+    """The pictures of archives that an experiment is about.
+
+    archives: those that `with_archives` was given, in any order.
+    Raises ValueError when there are none, or one cannot be read.
+    """
     if not archives:
         raise ValueError(f"the experiment is about {e.data}: give these archives again, --data")
     channels, size, _ = e.config.shape
     images, paths = load_folder(archives, size, channels, fit="cut", progress=True)
     order = _in_order(paths)
-    is_test = torch.tensor([is_held_out(paths[row].inner) for row in order])
-    images = images[order]
+    paths = [paths[row] for row in order]
+    is_test = torch.tensor([is_held_out(path.inner) for path in paths])
+    return ArchivedImages(images[order], paths, is_test)
+
+
+def _archived(archives: Sequence[Path | str], e: Experiment) -> tuple[Tensor, Tensor]:
+    "Training images and held-out images of archives."
+    images, _, is_test = archived_images(archives, e)
     return images[~is_test], images[is_test]
 
 # %% ../../nbs/4_production/03_experiments.ipynb #351115a2
@@ -1125,6 +1148,6 @@ EXPERIMENTS = Registry(
     "experiment",
     {
         "celeba64": "cpsample.production.celeba64:CELEBA64",
-        "cifar10": "cpsample.production.cifar10:CIFAR10",
+        "cifar10": "cpsample.production.degrees:SIZES",
     },
 )
