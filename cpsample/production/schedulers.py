@@ -205,7 +205,8 @@ def sigmas_at(scheduler: "SchedulerMixin", t: Tensor) -> Tensor:
 
     t [B]: as the network was told: a time of the scheduler, or that divided by 1,000 (more exactly
         by its num_train_timesteps), up to a hundredth.
-    Raises ValueError for other times. While the scheduler is stepping there is only one.
+    Raises ValueError for other times, and for one that means two levels by the two clocks: τ = 1,
+    pure noise, is also t = 1. While the scheduler is stepping there is only one.
     """
     times = scheduler.timesteps.double().cpu()
     sigmas = scheduler.sigmas[: len(times)].double().cpu()
@@ -219,8 +220,16 @@ def sigmas_at(scheduler: "SchedulerMixin", t: Tensor) -> Tensor:
     asked = torch.stack([given, clock * given])
     off = (asked[:, :, None] - times).abs() / asked[:, :, None].abs().clamp(min=1)
 
-    # The nearest line, by the clock that is nearer.
+    # The nearest line by each clock; where both have one, it must be the same.
     least, line = off.min(2)
+    is_either = (least <= 0.01).all(0) & (line[0] != line[1])
+    if is_either.any():
+        raise ValueError(
+            f"the network was asked at {given[is_either][0]:g}, which may be a time of "
+            f"{clock:g} or one of 1: call scheduler.set_begin_index(0) before the first step"
+        )
+
+    # The clock that is nearer.
     least, of_clock = least.min(0)
     if (least > 0.01).any():
         known = [f"{time:g}" for time in times.tolist()]
