@@ -113,6 +113,7 @@ class Trials:
         label: the number of the setting among those tried, or "best", which is attacked, too.
         check: of the guard that has the last word behind it, see `trial`.
         """
+        # What was asked for, unless it is there.
         folder, stage = self.workspace.folder, self.stage(seed, name, label)
 
         drop_unless_asked(folder / f"{stage}.json", {"setting": setting, "check": check})
@@ -669,7 +670,7 @@ def beside_yardsticks(record: dict) -> str:
         if data not in record:
             continue
         lines.append(f"{data + ':':28}   copies     near  distance  precision")
-        is_tiny = record[data]["size"] == TINY.on_file()
+        is_tiny = record[data].get("size") == TINY.on_file()
         for name in () if is_tiny else YARDSTICKS:
             lines.append(_row_in_words(name, on_file[data]["reported"][name]))
 
