@@ -143,9 +143,8 @@ def test_the_results_on_file_are_of_all_methods():
     record = comparison_on_file()
     for data in SITUATIONS:
         assert set(record[data]["reported"]) == set(record[data]["chosen"]) == set(METHODS[data])
-    if "fashion" in record:
-        chosen = record["bags"]["chosen"]
-        assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
+    chosen = record["bags"]["chosen"]
+    assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
 
 
 def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
@@ -642,6 +641,16 @@ def test_another_version_of_what_a_method_imports_is_another_study(my_method):
     assert outside_study(f"{my_method}:wrap").name == first
     Path(f"{helper}.py").write_text(MINE + "# changed")
     assert outside_study(f"{my_method}:wrap").name != first
+
+
+def test_a_method_may_be_any_object_that_can_be_called(my_method):
+    Path(f"{my_method}.py").write_text(
+        "from functools import partial\n"
+        "class Same:\n    def __call__(self, model):\n        return model\n"
+        "wrap, halved = Same(), partial(lambda model, size: model, size=0.5)\n"
+    )
+    for name in ("wrap", "halved"):
+        assert outside_study(f"{my_method}:{name}").name.startswith("comparison-mine_")
 
 
 def test_a_method_that_serves_nothing_has_dashes_and_no_crash():

@@ -294,7 +294,7 @@ class PathCorrector(Corrector):
 
     def look_at_path(self, x: Tensor, time: Tensor) -> None:
         "In the first calls, warn of images that are far larger or smaller than on the path."
-        if self.looks == LOOKS or x.numel() < 64:
+        if self.looks == LOOKS or x.numel() < 64:  # the size of few numbers says little
             return
         self.looks += 1
         a, b = self.path.parts(time)
@@ -305,7 +305,7 @@ class PathCorrector(Corrector):
         # Images lie in [−1, 1], so that x is between b and √(a² + b²) in size; where a poor model
         # has led it by later is its own affair.
         reason = None
-        if self.looks == 1 and not noise / 3 < size < 3 * largest:
+        if self.looks == 1 and not noise / 3 <= size <= 3 * largest:
             reason = f"images of size {size:.2g} where its own have {noise:.2g} to {largest:.2g}"
         elif self.looks == LOOKS and self.most_noise < 0.05:
             reason = f"no image with more than {self.most_noise:.2g} of noise in {LOOKS} calls"
@@ -340,8 +340,8 @@ def protect_path(
         `ddpm_path(schedule)`.
     prediction: what it answers with, a key of `PREDICTIONS`, or a function that reads it.
     Warns as `protect` does, and, in the first calls, of images that are none of the path's.
-    Raises ValueError for what is no path, for an unknown prediction, and
-    as `protect` does; when called, for times beyond the path's clock.
+    Raises ValueError for what is no path, for an unknown prediction, and as `protect` does; when
+    called, for times beyond the path's clock.
     Not a differential-privacy guarantee, and whoever holds the model can leave it off.
     """
     if not isinstance(path, GaussianPath):
@@ -368,6 +368,7 @@ def walk(
     x [n, ...]: where to start: noise of the size that there is at the first time.
     times: of the path's clock, falling; at the last one there should be no noise left.
     clip: bound on the predicted images, such as 1 (default: none).
+    Raises ValueError for times beyond the clock.
     Source: Song et al. 2021, eq. 12 with η = 0; Karras et al. 2022, algorithm 1 without the second
     order.
     """

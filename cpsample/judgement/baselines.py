@@ -308,12 +308,11 @@ def spell(
     """The denoiser with its x̂₀ pushed out of balls round images; rows outside are not touched.
 
     refs [N, ...]: the centres; ValueError if there are none, or NaN.
-    radius: of all balls, in ℓ₂.
-    strength: 1 moves to the surface of a ball.
+    radius: of all balls, in ℓ₂, above 0.
+    strength: 0 or above; 1 moves to the surface of a ball.
     k: so many balls are considered at once, the nearest ones.
     Source: SPELL, Kirchhof et al. 2025.
     """
-
     _check_push(strength, k, radius=radius)
 
     def weigh(distance, t):
@@ -335,8 +334,8 @@ def similarity_guidance(
     Costs a backward pass through the model in every step.
 
     refs [N, ...]: the images; ValueError if there are none, or NaN.
-    threshold: similar is what is nearer than this, in ℓ₂ per √D.
-    scale: s of the push.
+    threshold: similar is what is nearer than this, in ℓ₂ per √D, above 0.
+    scale: s of the push, 0 or above.
     Source: after AMG, Chen et al. 2024, without text.
     """
     _check_push(scale, threshold=threshold)

@@ -113,9 +113,8 @@ class Trials:
         label: the number of the setting among those tried, or "best", which is attacked, too.
         check: of the guard that has the last word behind it, see `trial`.
         """
-        # What was asked for, unless it is there.
+        # A trial that was kept with another setting of its method is none: it is made again.
         folder, stage = self.workspace.folder, self.stage(seed, name, label)
-
         drop_unless_asked(folder / f"{stage}.json", {"setting": setting, "check": check})
 
         def make():
@@ -533,7 +532,7 @@ def wrapper_named(text: str) -> Callable[..., Denoiser]:
     except ModuleNotFoundError as error:
         raise ValueError(f"--method {text}: there is no module {error.name!r} here") from error
     except Exception as error:  # whatever a file of somebody else may raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"--method {text}: {module} cannot be imported ({reason})") from error
     if not callable(wrap):
         raise ValueError(f"--method {text}: {module} has no function {name!r}")
@@ -554,7 +553,7 @@ def outside_method(wrap: Callable[..., Denoiser]) -> Method:
     named = [name for name in GIVEN if name in signature.parameters]
 
     def make(world: World, **setting: float) -> Denoiser:
-        # Copies, since what is changed in place would be judged by, or tuned further.
+        # Copies: what it changes in place must reach neither its judge nor its next setting.
         of_world = {name: getattr(world, name, SCHEDULE) for name in named}
         model, of_world = copy.deepcopy((world.model, of_world))
         denoiser = wrap(model, **of_world, **setting)
@@ -599,11 +598,12 @@ def _code_of(wrap: Callable[..., Denoiser], file: str) -> bytes:
     file: of the module that was named. With it go the one where `wrap` is written, and what was
         imported from the working folder.
     """
-    files = {Path(file), Path(inspect.getsourcefile(inspect.unwrap(wrap)) or file)}
+    files = {Path(file)}
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "/")
-        is_own = path.suffix == ".py" and path.is_relative_to(Path.cwd())
-        if is_own and "site-packages" not in path.parts and name.split(".")[0] != "cpsample":
+        is_here = path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts
+        is_written_here = module is inspect.getmodule(wrap) or is_here
+        if path.suffix == ".py" and is_written_here and name.split(".")[0] != "cpsample":
             files.add(path)
     return b"".join(path.read_bytes() for path in sorted(files))
 
