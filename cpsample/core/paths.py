@@ -340,10 +340,13 @@ class PathCorrector(Corrector):
             of_image, of_noise, of_x, of_answer = numbers
             x0 = of_x * shown + of_answer * answered
             eps = (shown - of_image * x0) / of_noise
-            size, noise = [part.square().mean().sqrt().item() for part in (x0, eps)]
 
-            # A picture in [−1, 1] has at most size 1, noise about 1.
-            if size > 2 or noise > 3:
+            # A picture in [−1, 1] has at most size 1, noise about 1; and so has x on this scale,
+            # unless a poor model has led it elsewhere.
+            on_scale = shown / (of_image**2 + of_noise**2).sqrt()
+            parts = (x0, eps, on_scale)
+            size, noise, led = [part.square().mean().sqrt().item() for part in parts]
+            if led <= 1.5 and (size > 2 or noise > 3):
                 self.untried = []
                 warnings.warn(
                     f"read as was said, the answers mean pictures of size {size:.2g} and noise of "
