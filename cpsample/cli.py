@@ -1651,6 +1651,7 @@ def sample_command(
     """Draw images from the model of a run, protected by its guard.
 
     The guard steers, and has the last word: what it recognises in the end is drawn anew.
+    With accelerate launch, on several processes, which share them and give the same bits as one.
     """
     strength = strength_of(strength, unguarded)
 
@@ -2185,6 +2186,8 @@ def audit_command(
     Exit status: 0, no copies found (or no more than are allowed), and enough samples to say so;
     1, copies found; 3, too few samples to say: more of them are needed, or such as look like the
     data; 2, something is wrong, and nothing was counted.
+
+    With accelerate launch, on several processes, which share the drawing and the features.
     """
     # Who draws the images, or where do they lie? Mistakes are told before torch is loaded.
     compared = who_draws(
