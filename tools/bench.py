@@ -346,6 +346,7 @@ def plain_gpu_steps(network: nn.Module, call: Callable, x0: Tensor, batch: int) 
     network, call: a network, and what is called for it, such as the same network compiled.
     x0 [N, C, H, W]: images, as bytes.
     """
+    # What a loop keeps: weights, their averages, Adam, and the noise levels where they are needed.
     device = x0.device
     weights = list(network.parameters())
     averages = [weight.detach().clone() for weight in weights]
@@ -353,6 +354,7 @@ def plain_gpu_steps(network: nn.Module, call: Callable, x0: Tensor, batch: int) 
     abar = schedule.abar.to(device)
 
     def step():
+        # A batch, noised, and how wrong the network is about the noise.
         x = pixels(x0[torch.randint(len(x0), (batch,), device=device)])
         t = torch.randint(schedule.T, (batch,), device=device)
         eps = torch.randn(x.shape, device=device)
@@ -360,6 +362,8 @@ def plain_gpu_steps(network: nn.Module, call: Callable, x0: Tensor, batch: int) 
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             x_t = share.sqrt() * x + (1 - share).sqrt() * eps
             loss = F.mse_loss(call(x_t, t), eps)
+
+        # Downhill, and the averages after it.
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -399,6 +403,8 @@ def gpu_training_ratios() -> dict:
         x0 = torch.randint(256, (10_000, *config.shape), device="cuda", dtype=torch.uint8)
         for batch in (64, 256):
             torch.compiler.reset()  # or it would compile for batches of any size
+
+            # Each loop with a network of its own, from the same first weights.
             jobs = {}
             for loop in (plain_gpu_steps, our_gpu_steps):
                 arguments = {"shape": config.shape} | config.options

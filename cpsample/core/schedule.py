@@ -32,7 +32,9 @@ class Schedule:
 
     name: str
     abar: Tensor
-    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _copies: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         abar = self.abar
