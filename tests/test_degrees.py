@@ -487,7 +487,7 @@ def test_the_command_is_stopped_and_goes_on(tmp_path, monkeypatch):
 
 def test_options_of_pieces_are_for_experiments_in_pieces():
     for words, says in (
-        (("cifar10", "--minutes", 8), "are for cifar10 with --size h100 or --size tiny"),
+        (("cifar10", "--minutes", 8), "are for cifar10 with --size h100, cores or tiny"),
         (("celeba64", "--size", "tiny", "--stage", "base"), "are for cifar10 with --size h100"),
         (("celeba64", "--size", "h100"), "unknown size of celeba64 'h100': choose one of full"),
         (("cifar10", "--size", "tiny", "--stage", "arms"), "unknown stage 'arms'"),
