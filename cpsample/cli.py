@@ -2299,7 +2299,8 @@ _ReproduceSize = Annotated[
     str | None,
     typer.Option(
         help="Of an experiment: full (a large GPU; the default), colab (an evening on a free one), "
-        "h100 (cifar10: half an hour, in pieces) or tiny (a CPU, to see everything run)."
+        "h100 (cifar10: half an hour, in pieces) or tiny (a CPU, to see everything run; with "
+        "--method, too)."
     ),
 ]
 _ReproduceOut = Annotated[
@@ -2500,14 +2501,20 @@ def reproduce_study(
 
 
 def compare_method(
-    method: str, parts: list[str], out: Path, work: Path | None, device: str | None
+    method: str,
+    parts: list[str],
+    out: Path,
+    work: Path | None,
+    device: str | None,
+    *,
+    is_tiny: bool = False,
 ) -> None:
     "The rows of a method from outside, MODULE:WRAP, beside the yardsticks of the comparison."
     from cpsample.judgement.comparison_study import beside_yardsticks, outside_study
     from cpsample.workshop.files import CACHE, writable
     from cpsample.workshop.studies import Workspace, run_study
 
-    study = outside_study(method)
+    study = outside_study(method, is_tiny=is_tiny)
     workspace = Workspace(writable(work or CACHE / study.name), device or "cpu")
     record = run_study(study, out, workspace, parts=parts, command=command_line())
     print(beside_yardsticks(record))
@@ -2545,9 +2552,12 @@ def reproduce_command(
 
     # A method from outside, an experiment, or a study: each has options of its own.
     if method is not None:
-        if name != "comparison" or any((size, n, data, plan)):
-            raise ValueError("--method is for comparison, and goes with parts, --out and --work")
-        compare_method(method, parts or [], out or Path("results"), work, device)
+        if name != "comparison" or n or data or plan or size not in (None, "tiny"):
+            raise ValueError(
+                "--method is for comparison, and goes with parts, --out, --work and --size tiny"
+            )
+        folder = out or Path("results")
+        compare_method(method, parts or [], folder, work, device, is_tiny=size == "tiny")
         return
     if name in choices.EXPERIMENTS:
         if parts or work or n:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from cpsample.cli import app
 from cpsample.core.calibration import UncoveredGuardError
 from cpsample.core.copying import ideal_denoiser, neighbourhood_test
 from cpsample.judgement import comparison, comparison_study
@@ -48,6 +50,7 @@ from cpsample.judgement.comparison_study import (
     outside_method,
     outside_study,
     run_seed,
+    situation_costs,
     training_flops,
     world_of,
     wrapper_named,
@@ -138,7 +141,7 @@ def test_the_methods_and_settings_are_those_of_the_results_on_file():
 
 def test_the_results_on_file_are_of_all_methods():
     record = comparison_on_file()
-    for data in record.keys() & SITUATIONS.keys():
+    for data in SITUATIONS:
         assert set(record[data]["reported"]) == set(record[data]["chosen"]) == set(METHODS[data])
     if "fashion" in record:
         chosen = record["bags"]["chosen"]
@@ -534,6 +537,48 @@ def test_a_method_from_outside_gets_its_row_and_twice_the_same_one(my_method, mo
 
     words = beside_yardsticks({"digits": records[0]})
     assert f"{my_method}.wrap" in words and "rejection" in words and "bags" not in words
+
+
+def test_a_tiny_run_of_a_method_stands_beside_nothing(my_method, monkeypatch):
+    sizes = dict(images=12, train_steps=4, guard_steps=4, drawn=8, sample_steps=3, attacked=100)
+    monkeypatch.setattr(comparison_study, "TINY", replace(DIGITS, **sizes))
+    command = ["reproduce", "comparison", "--method", f"{my_method}:wrap", "--out", "out"]
+    result = CliRunner().invoke(app, [*command, "--size", "tiny", "--work", "work"])
+    assert result.exit_code == 0, result.output
+    assert f"{my_method}.wrap" in result.stdout and "SPELL" not in result.stdout
+    (file,) = Path("out").glob("*.json")
+    assert file.stem.endswith("-tiny")
+    result = CliRunner().invoke(app, [*command, "--size", "full"])
+    assert result.exit_code == 2 and "--size tiny" in result.stderr
+
+
+def test_a_setting_that_a_method_does_not_take_is_refused_before_anything_is_made():
+    def wrap(model, radius):
+        return model
+
+    wrap.settings = [{"radius": 1.0}, {"raduis": 1.0}]
+    with pytest.raises(ValueError, match="cannot be called with {'raduis': 1.0}: .*radius"):
+        outside_method(wrap)
+
+
+def test_costs_are_kept_method_by_method_and_made_again_for_another_setting(tmp_path, monkeypatch):
+    timed = []
+
+    def measured(world, name, method, setting):
+        timed.append(name)
+        return {"setting": setting, "sampling": 1.0}
+
+    monkeypatch.setattr(comparison_study, "world_of", lambda *_: None)
+    monkeypatch.setattr(comparison_study, "method_costs", measured)
+    workspace = Workspace(tmp_path, progress=False)
+    settings = {"real images": {}, "unguarded": {}, "SPELL": {"radius": 1.0}}
+    first = situation_costs(SMALL, METHODS["digits"], settings, workspace)
+    assert timed == ["unguarded", "SPELL"] and list(first["rows"]) == timed
+    assert situation_costs(SMALL, METHODS["digits"], settings, workspace) == first
+    settings["SPELL"] = {"radius": 2.0}
+    again = situation_costs(SMALL, METHODS["digits"], settings, workspace)
+    assert timed == ["unguarded", "SPELL", "SPELL"]
+    assert again["rows"]["SPELL"]["setting"] == {"radius": 2.0}
 
 
 def test_another_version_of_a_method_is_another_study(my_method):

@@ -235,6 +235,23 @@ def test_an_unprotected_model_must_be_seen_through(records):
     assert verdict_of(records, words).word == "not reproduced"
 
 
+def test_nearer_than_rivals_is_nearer_on_every_seed_of_every_situation(records):
+    words, comparison = "earlier protections lose more", records["comparison"]
+    for data in ("digits", "bags"):
+        comparison[data]["reported"] = reported = {}
+        for name, fd in (("paper", 30.0), ("accepted", 20.0), ("DP-SGD, public start", 50.0)):
+            reported[name] = [{"fd": fd}, {"fd": fd}]
+        reported["ambient, p = 0.2"] = [{"fd": 31.0}, {"fd": 40.0}]
+    verdict = verdict_of(records, words)
+    assert verdict.word == "reproduced" and "bags on 2 of 2 seeds" in verdict.evidence
+
+    # One seed of one situation.
+    comparison["bags"]["reported"]["ambient, p = 0.2"][0]["fd"] = 29.9
+    verdict = verdict_of(records, words)
+    assert verdict.word == "not reproduced" and "bags on 1 of 2 seeds" in verdict.evidence
+    assert "bags on 2 of 2 seeds" in verdict.ours
+
+
 def test_settings_that_change_nothing_are_no_adjustment(records):
     words = "adjusted without training"
     assert verdict_of(records, words).word == "reproduced"

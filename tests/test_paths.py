@@ -231,6 +231,32 @@ def test_what_is_refused_and_what_is_told():
     assert told[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    "path, time",
+    [
+        (flow_path(), 500.0),
+        (flow_path(), 1.01),
+        (flow_path(1000), -1.0),
+        (flow_path(), float("nan")),
+        (edm_path(), -0.5),
+    ],
+)
+def test_a_time_beyond_the_clock_is_refused(path, time):
+    "Its square would hide the sign, and the guard would look on in silence."
+    model = protect_path(wave, looking(), path, "flow")
+    x = torch.randn(4, 1, 4, 4)
+    times = torch.tensor([0.5, 0.2, time, 0.9])
+    with pytest.raises(ValueError, match="beyond the clock of the path"):
+        model(x, times)
+    with pytest.raises(ValueError, match="beyond the clock of the path"):
+        walk(wave, path, "flow", x=x, times=[time, 0.0])
+
+
+def test_what_makes_a_path_is_not_a_path():
+    with pytest.raises(ValueError, match="must be a GaussianPath, such as flow_path()"):
+        protect_path(wave, looking(), flow_path, "flow")
+
+
 def test_a_protected_network_is_a_network():
     network = seeded(2, lambda: MLPDenoiser((1, 4, 4), width=16, depth=1)).eval()
     nn.init.normal_(network.out.weight, std=0.1)

@@ -54,9 +54,24 @@ class GaussianPath:
     signal: Callable[[Tensor], Tensor]
     noise: Callable[[Tensor], Tensor]
 
+    def parts(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) at times [B]: float64 [B] each.
+
+        Raises ValueError for a time beyond the clock, where one of them would be negative.
+        """
+        a, b = [part(time).double() for part in (self.signal, self.noise)]
+        is_beyond = ~((a > -1e-6) & (b > -1e-6))  # NaN, too
+        if is_beyond.any():
+            raise ValueError(
+                f"time {time[is_beyond].flatten()[0].item():g} lies beyond the clock of the path "
+                f"{self.name!r}: give the path the clock that the model is called with, such as "
+                "flow_path(1000)"
+            )
+        return a, b
+
     def abar(self, time: Tensor) -> Tensor:
         "The share of signal, ᾱ = a² / (a² + b²), at times [B]: float64 [B]."
-        a, b = [part(time).double() for part in (self.signal, self.noise)]
+        a, b = self.parts(time)
         return a**2 / (a**2 + b**2)
 
 
@@ -239,8 +254,8 @@ def correction_on_path(
     time = time.double() if time.is_floating_point() else time
 
     # Where on its path each row is, and how its answer is read: numbers per row, [B].
-    a, b = path.signal(time).double(), path.noise(time).double()
-    abar = path.abar(time)
+    a, b = path.parts(time)
+    abar = a**2 / (a**2 + b**2)
     level = level_of(guard.schedule, abar)
     reading = prediction(a, b)
 
@@ -287,9 +302,12 @@ def protect_path(
     path: what the model is shown: `flow_path()`, `edm_path()`, `edm_network_path()`,
         `ddpm_path(schedule)`.
     prediction: what it answers with, a key of `PREDICTIONS`, or a function that reads it.
-    Warns as `protect` does. Raises ValueError for an unknown prediction, and as `protect` does.
+    Warns as `protect` does. Raises ValueError for what is no path, for an unknown prediction, and
+    as `protect` does; when called, for times beyond the path's clock.
     Not a differential-privacy guarantee, and whoever holds the model can leave it off.
     """
+    if not isinstance(path, GaussianPath):
+        raise ValueError(f"path must be a GaussianPath, such as flow_path(), got {path!r:.60}")
     reads = prediction_of(prediction)
     return Protected(model, guard, partial(PathCorrector, path=path, prediction=reads))
 
@@ -318,7 +336,7 @@ def walk(
     read = prediction_of(prediction)
     clock = torch.tensor(list(times), dtype=torch.float64)
     for now, later in pairwise(clock):
-        a, b = path.signal(now), path.noise(now)
+        a, b = path.parts(now)
         of_x, of_answer = [number.item() for number in read(a, b)]
         answer = model(x, now.float().expand(len(x)).to(x.device))
         x0 = of_x * x + of_answer * answer
