@@ -33,6 +33,7 @@ from cpsample.production.degrees import (
     read_base,
     read_pictures,
     run_two_degrees,
+    stages_of,
     with_base,
     with_pictures,
     write_pack,
@@ -159,6 +160,39 @@ def test_a_run_goes_no_further_than_the_stage_that_is_named(done, tmp_path):
     with pytest.raises(ValueError, match="unknown stage 'arms': choose one of base, tuned"):
         go_on(tmp_path, stage="arms")
     assert tuple(STAGES) == choices.STAGES
+
+
+def test_one_degree_is_half_the_stages(tmp_path):
+    "In bfloat16, too; what is left out is neither planned nor drawn nor reported."
+    e = replace(TINY, degrees=("high",), in_bfloat16=True, arms=("unguarded", "held_out"))
+    stages = [name for name in STAGES if not name.startswith("low")]
+    assert [stage.stage for stage in plan_degrees(e)] == stages == list(stages_of(e))
+    with pytest.raises(ValueError, match="unknown stage 'low_arms'"):
+        go_on(tmp_path, e, stage="low_arms")
+    assert go_on(tmp_path, e) is None
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert list(record["degrees"]) == ["high"] and "low:" not in degrees_table(record)
+    assert set(record["degrees"]["high"]["arms"]) == {"unguarded", "held_out"}
+
+
+def test_in_bfloat16_a_model_answers_nearly_the_same_in_float32(tmp_path):
+    e, answers = replace(TINY, in_bfloat16=True), []
+    x, t = torch.randn(4, *TINY.config.shape), torch.tensor([0, 100, 500, 999])
+    weights = network_of(TINY.config).state_dict()  # its last layer is zero
+    weights = {name: w + 0.02 * torch.randn(w.shape) for name, w in weights.items()}
+    ledger = open_ledger(tmp_path, {"name": "precision"})
+    for experiment in (TINY, e):
+        run = DegreesRun(experiment, ledger, read_pictures(TINY, ()))
+        answers.append(run.model_with(weights, what="it")(x, t))
+    assert answers[1].dtype == torch.float32 and not torch.equal(*answers)
+    torch.testing.assert_close(*answers, rtol=0.05, atol=0.02)
+
+
+def test_the_size_for_two_cores_is_planned_at_their_pace():
+    e = replace(SIZES["cores"], weights="given")
+    table = degrees_plan_table(e)
+    assert "a trial on one CPU core" in table and "low" not in table
+    assert 60 < sum(stage.minutes for stage in plan_degrees(e)) < 600
 
 
 def test_the_folder_of_the_h100_size_is_at_most_eight_files(tmp_path):
