@@ -475,11 +475,42 @@ def test_the_flow_pushes_in_its_window_only_and_leaves_the_distant_alone():
     assert torch.equal(eps[[0, 2]], plain[[0, 2]]) and not torch.equal(eps[1], plain[1])
 
 
-def test_a_ball_may_attract():
-    "A strength below 0 is no use against copies, and not passed over either."
-    z, x, t = torch.zeros(1, 3), torch.tensor([[0.5, 0, 0]]), torch.tensor([300])
-    moved = moved_by(spell(at_rest, SCHEDULE, z, 1.0, strength=-0.5), x, t)
-    torch.testing.assert_close(moved, -0.5 * x, atol=1e-3, rtol=0)
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (lambda bad: spell(at_rest, SCHEDULE, torch.zeros(1, 3), bad), "radius"),
+        (
+            lambda bad: similarity_guidance(at_rest, SCHEDULE, torch.zeros(1, 3), bad, 1.0),
+            "threshold",
+        ),
+    ],
+)
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_push_that_reaches_nothing_is_refused(wrap, reason, bad):
+    with pytest.raises(ValueError, match=f"{reason} must be finite and above 0"):
+        wrap(bad)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_a_push_that_attracts_is_refused(bad):
+    z = torch.zeros(1, 3)
+    for wrap in (
+        lambda: spell(at_rest, SCHEDULE, z, 1.0, strength=bad),
+        lambda: similarity_guidance(at_rest, SCHEDULE, z, 1.0, bad),
+        lambda: safe_denoiser(at_rest, SCHEDULE, z, 1.0, bad),
+        lambda: safety_guided_flow(at_rest, SCHEDULE, z, 1.0, bad),
+    ):
+        with pytest.raises(ValueError, match="strength of a push must be finite and not below 0"):
+            wrap()
+
+
+def test_a_window_beyond_all_levels_and_no_images_to_look_at_are_refused():
+    z = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="above must be a level, 0 to 999, got 2000"):
+        safety_guided_flow(at_rest, SCHEDULE, z, 1.0, 1.0, above=2000)
+    for k in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="k must be"):
+            spell(at_rest, SCHEDULE, z, 1.0, k=k)
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])

@@ -143,9 +143,8 @@ def test_the_results_on_file_are_of_all_methods():
     record = comparison_on_file()
     for data in SITUATIONS:
         assert set(record[data]["reported"]) == set(record[data]["chosen"]) == set(METHODS[data])
-    if "fashion" in record:
-        chosen = record["bags"]["chosen"]
-        assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
+    chosen = record["bags"]["chosen"]
+    assert record["fashion"]["chosen"] == {name: chosen[name] for name in METHODS["fashion"]}
 
 
 def test_the_page_gets_samples_of_the_first_reported_seed_and_the_members(calls, workspace):
@@ -581,11 +580,77 @@ def test_costs_are_kept_method_by_method_and_made_again_for_another_setting(tmp_
     assert again["rows"]["SPELL"]["setting"] == {"radius": 2.0}
 
 
+def test_what_a_method_changes_in_place_nobody_else_sees():
+    "Neither who judges it nor the setting that comes next."
+    world = SimpleNamespace(
+        model=torch.nn.Linear(2, 2), schedule=None, members=torch.ones(3, 2), seed=0
+    )
+
+    def wrap(model, members):
+        members.mul_(-1)
+        model.weight.data.zero_()
+        return model
+
+    assert (outside_method(wrap).make(world).weight == 0).all()
+    assert (world.members == 1).all() and (world.model.weight != 0).any()
+
+
+def test_a_method_that_returns_no_denoiser_is_told_so():
+    world = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the method returned None, not a denoiser"):
+        outside_method(lambda model: None).make(world)
+
+
+def test_a_method_may_draw_from_the_state_of_torch_and_comes_out_twice_the_same(tmp_path):
+    def noisy(model):
+        return lambda x_t, t: model(x_t, t) + 0.1 * torch.randn_like(x_t)
+
+    sizes = dict(images=12, train_steps=4, guard_steps=4, drawn=8, sample_steps=3, attacked=100)
+    rows = []
+    for run in ("one", "two"):
+        torch.rand(1)  # the state is another one
+        workspace = Workspace(tmp_path / run, progress=False)
+        workspace.folder.mkdir()
+        method = {"noisy": outside_method(noisy)}
+        record = compare(replace(DIGITS, **sizes), method, workspace, seeds=(0,))
+        rows.append(without_seconds(record["reported"]))
+    assert rows[0] == rows[1]
+
+
+def test_a_module_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("half_written.py").write_text("def wrap(model:")
+    with pytest.raises(ValueError, match="half_written cannot be imported .SyntaxError") as error:
+        wrapper_named("half_written:wrap")
+    assert "\n" not in str(error.value)
+
+
 def test_another_version_of_a_method_is_another_study(my_method):
     first = outside_study(f"{my_method}:wrap").name
     assert outside_study(f"{my_method}:wrap").name == first
     Path(f"{my_method}.py").write_text(MINE + "# changed")
     assert outside_study(f"{my_method}:wrap").name != first
+
+
+def test_another_version_of_what_a_method_imports_is_another_study(my_method):
+    helper = f"{my_method}_helper"
+    Path(f"{helper}.py").write_text(MINE)
+    Path(f"{my_method}.py").write_text(f"from {helper} import wrap")
+    first = outside_study(f"{my_method}:wrap").name
+    assert outside_study(f"{my_method}:wrap").name == first
+    Path(f"{helper}.py").write_text(MINE + "# changed")
+    assert outside_study(f"{my_method}:wrap").name != first
+
+
+def test_a_method_may_be_any_object_that_can_be_called(my_method):
+    Path(f"{my_method}.py").write_text(
+        "from functools import partial\n"
+        "class Same:\n    def __call__(self, model):\n        return model\n"
+        "wrap, halved = Same(), partial(lambda model, size: model, size=0.5)\n"
+    )
+    for name in ("wrap", "halved"):
+        assert outside_study(f"{my_method}:{name}").name.startswith("comparison-mine_")
 
 
 def test_a_method_that_serves_nothing_has_dashes_and_no_crash():

@@ -170,8 +170,8 @@ def test_sentences_of_the_front_page_agree_with_the_records():
     assert "takes twice as long as training so small a model" in readme
     assert 1.75 < seconds["guard"] / seconds["denoiser"] < 2.25
 
-    # Neighbours by the second test: three in four, nearly all, a third of real digits.
-    assert "Three in four of the accepted digits" in readme
+    # Neighbours by the second test: a third of real digits, three quarters, nearly all.
+    assert "Of real digits a third" in readme and "of accepted digits three quarters do" in readme
     arms = json.loads(data_path("results/digits.json").read_text())["arms"]
     share = {name: arm["neighbourhood"] / arm["n"] for name, arm in arms.items()}
     assert 0.7 < share["accepted"] < 0.8 and share["rejection"] > 0.95

@@ -1,5 +1,6 @@
 "Flow matching and EDM under pipelines: what the hook changes, against formulas of their own."
 
+import copy
 from types import SimpleNamespace
 
 import diffusers
@@ -7,6 +8,7 @@ import pytest
 import torch
 from small_pipelines import (
     QUIET,
+    VAE,
     draw_flow,
     draw_latents,
     flow_pipeline,
@@ -14,12 +16,14 @@ from small_pipelines import (
     linear_guard,
     same,
     scheduler_of,
+    seeded,
 )
 
 from cpsample.core.classifier import log_odds
 from cpsample.core.guard import Guard
 from cpsample.core.predicted import undecided
 from cpsample.core.schedule import make_schedule
+from cpsample.production import pipelines
 from cpsample.production.pipelines import encode, fit_pipeline_guard, protect_pipeline
 from cpsample.production.schedulers import patches_of, path_of, schedule_of, sigmas_at
 
@@ -223,6 +227,55 @@ def test_a_clock_that_runs_backwards_is_refused():
         with pytest.raises(ValueError, match="asked at 0, which is no time of its Flow") as told:
             pipe.transformer(hidden_states=x, timestep=torch.zeros(1), **given)
     assert "\n" not in str(told.value)
+
+
+def test_a_time_that_means_two_levels_is_not_guessed():
+    "τ = 1 is pure noise, and t = 1 of 1,000 as good as none: in a loop that has not begun to step."
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(1000)
+    assert scheduler.timesteps[-1] == 1
+    with pytest.raises(ValueError, match=r"asked at 1, .* call scheduler.set_begin_index\(0\)"):
+        sigmas_at(scheduler, torch.tensor([1.0]))
+    assert sigmas_at(scheduler, torch.tensor([500.0])).item() == pytest.approx(0.5)
+    scheduler.set_begin_index(0)
+    assert sigmas_at(scheduler, torch.tensor([1.0])).item() == 1
+
+
+@pytest.mark.parametrize("w", [4.0, 1.0])
+def test_the_guard_of_a_dit_looks_at_what_its_sampler_is_fed(w, monkeypatch):
+    "It shows images with their class first and without it after that, unlike all others."
+
+    def build():
+        size = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
+        network = diffusers.DiTTransformer2DModel(**size, out_channels=8, num_embeds_ada_norm=1000)
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return network.eval()
+
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = diffusers.DiTPipeline(seeded(1, build), copy.deepcopy(VAE), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    # What the guard is asked about, and what the scheduler is given.
+    asked, fed, combine, step = [], [], pipelines._combined, scheduler.step
+
+    def combined(answers, says, **options):
+        asked.append(combine(answers, says, **options))
+        return asked[-1]
+
+    def stepped(answer, t, x, **options):
+        fed.append(answer.clone())
+        return step(answer, t, x, **options)
+
+    monkeypatch.setattr(pipelines, "_combined", combined)
+    scheduler.step = stepped
+    guard = picture_guard(bias=0.0, schedule=path_of(scheduler).schedule)
+    with protect_pipeline(pipe, guard):
+        generator = torch.Generator().manual_seed(0)
+        pipe([3], guidance_scale=w, num_inference_steps=3, generator=generator)
+    assert len(asked) == len(fed) == 3
+    for ours, theirs in zip(asked, fed):
+        torch.testing.assert_close(ours, theirs[:1], atol=1e-4, rtol=1e-3)
 
 
 def test_while_a_scheduler_steps_there_is_one_time():

@@ -14,6 +14,7 @@ from cpsample.core.ddpm import MLPDenoiser, sample, seeded
 from cpsample.core.guard import IdleGuardWarning, UncalibratedGuardWarning, correct_at_x_t
 from cpsample.core.paths import (
     PREDICTIONS,
+    OtherPathWarning,
     ddpm_path,
     edm_network_path,
     edm_path,
@@ -250,6 +251,38 @@ def test_a_time_beyond_the_clock_is_refused(path, time):
         model(x, times)
     with pytest.raises(ValueError, match="beyond the clock of the path"):
         walk(wave, path, "flow", x=x, times=[time, 0.0])
+
+
+@pytest.mark.parametrize(
+    "path, times, size",
+    [
+        (edm_network_path(), [80.0, 10.0, 1.0], 80.0),  # a σ-model, taken for EDM's network
+        (flow_path(1000), [1.0, 0.8, 0.6, 0.4, 0.2], 1.0),  # a flow with another clock
+        (ddpm_path(SCHEDULE), [0.999, 0.7, 0.5, 0.2, 0.0], 1.0),  # a DDPM that is told t/1000
+        (flow_path(), [0.01, 0.005], 20.0),
+    ],
+)
+def test_a_plausible_path_that_is_another_is_told(path, times, size):
+    x = size * torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = protect_path(wave, looking(), path, "flow")
+    with pytest.warns(OtherPathWarning, match="is it the model's path") as told:
+        for time in times:
+            model(x, time)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "path, times",
+    [(edm_path(), (80.0, 9, 1, 0.1, 0.01, 0.002)), (flow_path(1000), (1000, 700, 300, 90, 20, 1))],
+)
+def test_images_of_a_path_are_believed_whatever_the_noise(path, times, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    model = protect_path(wave, looking(), path, "flow")
+    for time in torch.tensor(times):
+        for picture in (torch.zeros(4, 1, 4, 4), torch.ones(4, 1, 4, 4)):
+            noise = torch.randn(picture.shape, generator=generator)
+            model(path.signal(time) * picture + path.noise(time) * noise, time)
+    assert not [one for one in recwarn if issubclass(one.category, OtherPathWarning)]
 
 
 def test_what_makes_a_path_is_not_a_path():

@@ -24,7 +24,7 @@ from ..core.protection import Protected
 from ..core.schedule import Schedule, add_noise, eps_to_x0, signal_noise, x0_to_eps
 from ..workshop.files import import_optional
 from ..workshop.neighbours import nearest
-from ..workshop.seeds import seeded_generator
+from ..workshop.seeds import seeded_generator, whole_number
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #24979463
 def _no_gradients(parameters: dict[str, Tensor], x0: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -281,6 +281,21 @@ def _moved_apart(
     return moved_apart
 
 
+def _check_push(strength: float, k: int = 1, **reach: float) -> None:
+    """Raise ValueError for settings with which a push would reach nothing, or attract.
+
+    strength: 0 is allowed: no push.
+    k: so many images are considered at once.
+    reach: radius, width or threshold.
+    """
+    whole_number(k, "k", 1)
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"the strength of a push must be finite and not below 0, got {strength}")
+    for name, number in reach.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be finite and above 0, got {number}")
+
+
 def spell(
     model: Denoiser,
     schedule: Schedule,
@@ -293,11 +308,12 @@ def spell(
     """The denoiser with its x̂₀ pushed out of balls round images; rows outside are not touched.
 
     refs [N, ...]: the centres; ValueError if there are none, or NaN.
-    radius: of all balls, in ℓ₂.
-    strength: 1 moves to the surface of a ball.
+    radius: of all balls, in ℓ₂, above 0.
+    strength: 0 or above; 1 moves to the surface of a ball.
     k: so many balls are considered at once, the nearest ones.
     Source: SPELL, Kirchhof et al. 2025.
     """
+    _check_push(strength, k, radius=radius)
 
     def weigh(distance, t):
         return strength * (radius / distance - 1).clamp(min=0)
@@ -318,10 +334,11 @@ def similarity_guidance(
     Costs a backward pass through the model in every step.
 
     refs [N, ...]: the images; ValueError if there are none, or NaN.
-    threshold: similar is what is nearer than this, in ℓ₂ per √D.
-    scale: s of the push.
+    threshold: similar is what is nearer than this, in ℓ₂ per √D, above 0.
+    scale: s of the push, 0 or above.
     Source: after AMG, Chen et al. 2024, without text.
     """
+    _check_push(scale, threshold=threshold)
     refs = check_images(refs, "training images", dtype=None)
 
     def guided(x_t, t):
@@ -341,12 +358,6 @@ def similarity_guidance(
     return guided
 
 # %% ../../nbs/3_judgement/03_baselines.ipynb #fdac8ec4
-def _check_width(width: float) -> None:
-    "Raise ValueError unless a kernel of this width is one: of any other, nothing would be near."
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be finite and above 0, got {width}")
-
-
 def _kernel(distance: Tensor, width: float) -> Tensor:
     "exp(−d²/2h²) of distances, and 0 where it is below 10⁻⁶."
     kernel = (-0.5 * (distance / width) ** 2).exp()
@@ -370,7 +381,7 @@ def safe_denoiser(
     k: so many images make up the unsafe denoiser, the nearest ones.
     Source: Safe Denoiser, Kim et al. 2025 (arXiv 2502.08011), theorem 3.2 and its approximation.
     """
-    _check_width(width)
+    _check_push(strength, k, width=width)
 
     def weigh(distance, t):
         kernel = _kernel(distance, width)
@@ -395,11 +406,13 @@ def safety_guided_flow(
     refs [N, ...]: the images to avoid; ValueError if there are none, or NaN.
     width: h of the kernel round x̂₀, in ℓ₂, above 0; images from 5.3 h on have no say.
     strength: s, with the constants of the potential in it.
-    above: the lowest noise level with a push (default: all have one).
+    above: the lowest noise level with a push, below T (default: all have one).
     k: so many images are considered at once, the nearest ones.
     Source: Safety-Guided Flow, Kim et al. 2026 (arXiv 2603.13300): the gradient of the MMD.
     """
-    _check_width(width)
+    _check_push(strength, k, width=width)
+    if not 0 <= above < schedule.T:
+        raise ValueError(f"above must be a level, 0 to {schedule.T - 1}, got {above}")
 
     def weigh(distance, t):
         return strength * _kernel(distance, width) * (t >= above)[:, None]

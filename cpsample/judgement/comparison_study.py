@@ -113,14 +113,15 @@ class Trials:
         label: the number of the setting among those tried, or "best", which is attacked, too.
         check: of the guard that has the last word behind it, see `trial`.
         """
+        # A trial that was kept with another setting of its method is none: it is made again.
         folder, stage = self.workspace.folder, self.stage(seed, name, label)
-
         drop_unless_asked(folder / f"{stage}.json", {"setting": setting, "check": check})
 
         def make():
             world = world_of(self.situation, seed, folder)
             how = {"attack": label == "best", "check": check}
-            record, x = trial(self.methods[name], setting, world, **how)
+            method = self.methods[name]  # one from outside may draw from torch's own state
+            record, x = seeded(seed, lambda: trial(method, setting, world, **how))
             record |= {"check": check} if check else {}
             with atomic(folder / f"{stage}.safetensors") as temporary:
                 write_tensors({"x": x}, temporary, {})
@@ -530,6 +531,9 @@ def wrapper_named(text: str) -> Callable[..., Denoiser]:
         wrap = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise ValueError(f"--method {text}: there is no module {error.name!r} here") from error
+    except Exception as error:  # whatever a file of somebody else may raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--method {text}: {module} cannot be imported ({reason})") from error
     if not callable(wrap):
         raise ValueError(f"--method {text}: {module} has no function {name!r}")
     return wrap
@@ -549,8 +553,13 @@ def outside_method(wrap: Callable[..., Denoiser]) -> Method:
     named = [name for name in GIVEN if name in signature.parameters]
 
     def make(world: World, **setting: float) -> Denoiser:
+        # Copies: what it changes in place must reach neither its judge nor its next setting.
         of_world = {name: getattr(world, name, SCHEDULE) for name in named}
-        return wrap(world.model, **of_world, **setting)
+        model, of_world = copy.deepcopy((world.model, of_world))
+        denoiser = wrap(model, **of_world, **setting)
+        if not callable(denoiser):
+            raise ValueError(f"the method returned {denoiser!r:.40}, not a denoiser (x_t, t) → ε")
+        return denoiser
 
     # As many settings as all others have, so that nobody is tuned harder.
     settings = list(getattr(wrap, "settings", grid()))
@@ -583,11 +592,27 @@ def _compare_outside(
     return compare(situation, {name: method}, apart, seeds=seeds, check=check)
 
 
+def _code_of(wrap: Callable[..., Denoiser], file: str) -> bytes:
+    """The code that a method comes from.
+
+    file: of the module that was named. With it go the one where `wrap` is written, and what was
+        imported from the working folder.
+    """
+    files = {Path(file)}
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        is_here = path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts
+        is_written_here = module is inspect.getmodule(wrap) or is_here
+        if path.suffix == ".py" and is_written_here and name.split(".")[0] != "cpsample":
+            files.add(path)
+    return b"".join(path.read_bytes() for path in sorted(files))
+
+
 def outside_study(text: str, *, is_tiny: bool = False) -> Study:
     """The rows of a method from outside, as a study: `digits` and `bags`.
 
-    text: MODULE:WRAP. The study is called after it and after the code of that module, so that what
-        was kept of another version of it is never taken for this one.
+    text: MODULE:WRAP. The study is called after it and after its code, with what that imports from
+        the working folder, so that what was kept of another version is never taken for this one.
     is_tiny: `digits` alone, few of them and next to no training, to see whether a method runs.
     Raises ValueError when there is no such function, or no file of Python that it comes from.
     """
@@ -597,7 +622,7 @@ def outside_study(text: str, *, is_tiny: bool = False) -> Study:
         raise ValueError(f"--method {text}: give a function of a file of Python, my_method.py")
 
     # Another version of the code is another study, in a folder of its own.
-    code = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
+    code = hashlib.sha256(_code_of(wrap, file)).hexdigest()[:8]
     study, method = f"comparison-{name}-{code}", outside_method(wrap)
     if is_tiny:
         study += "-tiny"
@@ -645,7 +670,7 @@ def beside_yardsticks(record: dict) -> str:
         if data not in record:
             continue
         lines.append(f"{data + ':':28}   copies     near  distance  precision")
-        is_tiny = record[data]["size"] == TINY.on_file()
+        is_tiny = record[data].get("size") == TINY.on_file()
         for name in () if is_tiny else YARDSTICKS:
             lines.append(_row_in_words(name, on_file[data]["reported"][name]))
 

@@ -315,6 +315,7 @@ def _nearer_than_rivals(reported: dict[str, list[dict]], method: str) -> list[bo
 
 def _others_lose(records: Records) -> Verdict:
     "Distances of earlier protections, in two situations, a seed at a time."
+    # The push of the paper decides, the book's stands beside it.
     found, is_nearer = {}, {}
     for method in ("paper", "accepted"):
         words, seeds = [], []

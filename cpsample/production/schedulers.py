@@ -200,12 +200,26 @@ def path_of(scheduler: "SchedulerMixin") -> SchedulerPath:
     return SchedulerPath(ddpm_path(schedule), _READINGS[prediction], schedule)
 
 # %% ../../nbs/4_production/00_schedulers.ipynb #a98a8a87
+def _check_one_meaning(given: Tensor, off: Tensor, line: Tensor) -> None:
+    """Raise ValueError for times [B] that are near two lines of a table, one by either clock.
+
+    off, line [2, B]: how far the nearest line is, and which it is.
+    """
+    is_either = (off <= 0.01).all(0) & (line[0] != line[1])
+    if is_either.any():
+        raise ValueError(
+            f"the network was asked at {given[is_either][0]:g}, which means one level if its clock "
+            "ends at 1 and another if not: call scheduler.set_begin_index(0) before the first step"
+        )
+
+
 def sigmas_at(scheduler: "SchedulerMixin", t: Tensor) -> Tensor:
     """A scheduler's σ at the times at which its network was asked: float64 [B], on the CPU.
 
     t [B]: as the network was told: a time of the scheduler, or that divided by 1,000 (more exactly
         by its num_train_timesteps), up to a hundredth.
-    Raises ValueError for other times. While the scheduler is stepping there is only one.
+    Raises ValueError for other times, and for one that means two levels by the two clocks: τ = 1,
+    pure noise, is also t = 1. While the scheduler is stepping there is only one.
     """
     times = scheduler.timesteps.double().cpu()
     sigmas = scheduler.sigmas[: len(times)].double().cpu()
@@ -221,6 +235,7 @@ def sigmas_at(scheduler: "SchedulerMixin", t: Tensor) -> Tensor:
 
     # The nearest line, by the clock that is nearer.
     least, line = off.min(2)
+    _check_one_meaning(given, least, line)
     least, of_clock = least.min(0)
     if (least > 0.01).any():
         known = [f"{time:g}" for time in times.tolist()]
