@@ -364,6 +364,42 @@ def test_what_has_no_clean_picture_is_refused(name):
     assert "\n" not in str(told.value) and not pipe.unet._forward_hooks
 
 
+class OfLevels(Strange):
+    "Levels of its own, of pictures or of tokens: nobody knows."
+
+    def __init__(self):
+        super().__init__()
+        self.alphas_cumprod = make_schedule().abar
+
+
+class Unscaled(diffusers.EulerDiscreteScheduler):
+    "Shows its network x0 + σ·ε as it is."
+
+    def scale_model_input(self, x, t):
+        return x
+
+
+class Renamed(diffusers.EulerDiscreteScheduler):
+    "Another name, and nothing else."
+
+
+def test_a_scheduler_of_ones_own_must_say_what_it_is():
+    one = OfLevels()
+    with pytest.raises(ValueError, match="OfLevels does not say what its network answers with"):
+        path_of(one)
+    one.register_to_config(prediction_type="epsilon")
+    assert path_of(one).schedule.abar.equal(one.alphas_cumprod)
+    with pytest.raises(ValueError, match="Unscaled has a scale_model_input of its own"):
+        path_of(Unscaled())
+    assert path_of(Renamed()).schedule is not None
+
+
+@pytest.mark.parametrize("name", ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"])
+def test_what_makes_noise_of_pictures_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} runs backwards"):
+        path_of(getattr(diffusers, name)())
+
+
 def test_a_flow_that_is_read_as_none_is_refused():
     scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, **V)
     with pytest.raises(ValueError, match="take flow_prediction"):
