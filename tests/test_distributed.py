@@ -4,9 +4,12 @@ Labels follow the image, not the process.
 """
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -159,3 +162,60 @@ def test_two_processes_count_the_copies_of_one(tmp_path, monkeypatch):
     assert [record["own"] for record in records] == [[9, 30], [0, 19]]
     for record in records:
         assert abs(record["rate"] - expected.rate) < 1e-6
+
+
+# What commands share: the same work in one process, and dealt out to two by torchrun.
+
+PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TRAIN = ("train", "digits", "--images", 8, "--tiny", "--device", "cpu")
+
+
+def command(*words, processes=1):
+    "A call of the command line, in several processes if it is said."
+    start = PROCESSES if processes > 1 else ()
+    call = [sys.executable, *start, "-m", "cpsample", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(call, capture_output=True, text=True, env=environment)
+
+
+def succeeds(*words, processes=1):
+    done = command(*words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_draw_the_images_of_one(tmp_path):
+    "In chunks of 500; what the guard recognises is drawn anew in the process that drew it."
+    succeeds(*TRAIN, "--out", tmp_path / "run")
+    succeeds("guard", tmp_path / "run", "--preset", "x_t", "--steps", 500, "--wanted", 0.02)
+    draw = ("sample", tmp_path / "run", "-n", 540, "--steps", 4)
+    alone = succeeds(*draw, "--out", tmp_path / "alone")
+    together = succeeds(*draw, "--out", tmp_path / "together", processes=2)
+    for name in (".npz", ".png"):
+        of_one, of_two = (tmp_path / f"{who}{name}" for who in ("alone", "together"))
+        assert of_one.read_bytes() == of_two.read_bytes()
+    assert together.replace("together", "alone") == alone  # said once, with the same counts
+
+
+def test_two_processes_audit_as_one(tmp_path):
+    "Features are shared a thousand at a time; the verdict is said once, by its status by both."
+    images = (load_digits()[0] * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "known.npy", images[:1300])
+    np.save(tmp_path / "made.npy", images[1280:1400])
+    audit = ("audit", tmp_path / "made.npy", tmp_path / "known.npy", "--space", "digits-mlp-64")
+    of = {}
+    for processes, name in ((1, "alone"), (2, "together")):
+        done = command(*audit, "--out", tmp_path / name, processes=processes)
+        assert done.returncode == 1 and done.stdout.count("this test counts") == 1
+        of[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert of["alone"]["tests"] == of["together"]["tests"]
+
+
+def test_what_one_process_raises_is_said_and_nobody_waits(tmp_path):
+    done = command("sample", tmp_path / "nothing", processes=2)
+    assert done.returncode and f"{tmp_path / 'nothing'} holds no run" in done.stderr
+
+
+def test_a_command_that_shares_nothing_is_started_once():
+    done = command("demo", processes=2)
+    assert done.returncode and "demo does not share its work among processes" in done.stderr

@@ -338,6 +338,14 @@ def test_a_home_that_was_not_found_makes_no_folder_called_tilde(tmp_path, monkey
     assert names(tmp_path) == [] and writable(tmp_path / "a~b" / "~").is_dir()
 
 
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason():
+    "/proc takes no folders, whoever asks."
+    with pytest.raises(
+        OSError, match=r"^/proc/nope cannot be written \(.*\): give another folder$"
+    ):
+        writable("/proc/nope")
+
+
 def test_a_writer_that_fails_names_no_temporary_file(tmp_path):
     with pytest.raises(RuntimeError), atomic(tmp_path / "r.json"):
         raise RuntimeError

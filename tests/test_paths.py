@@ -285,6 +285,50 @@ def test_images_of_a_path_are_believed_whatever_the_noise(path, times, recwarn):
     assert not [one for one in recwarn if issubclass(one.category, OtherPathWarning)]
 
 
+PICTURES = 2.0 * torch.randint(2, (8, 1, 4, 4), generator=torch.Generator().manual_seed(1)) - 1
+
+
+def who_knows_the_pictures(path, kind):
+    "A network that has `PICTURES` in mind, whatever it is shown, and answers in one kind."
+
+    def answer(x, time):
+        a, b = path.parts(time.double().expand(len(x)))
+        of_x, of_answer = (per_row(part).float() for part in PREDICTIONS[kind](a, b))
+        return (PICTURES - of_x * x) / of_answer
+
+    return answer
+
+
+def ask_along(model, path):
+    "Ask about noised pictures, from much noise to little, as a sampler does."
+    generator = torch.Generator().manual_seed(0)
+    start = 0.99 if path.name == "flow matching" else 999.0
+    for time in torch.linspace(start, start / 50, 40):
+        noise = torch.randn(PICTURES.shape, generator=generator)
+        model(path.signal(time) * PICTURES + path.noise(time) * noise, time)
+
+
+OTHER_READINGS = [
+    (flow_path(), "flow", "eps"),
+    (flow_path(), "flow", "x0"),
+    (ddpm_path(SCHEDULE), "eps", "x0"),
+    (ddpm_path(SCHEDULE), "x0", "eps"),
+    (ddpm_path(SCHEDULE), "v", "eps"),
+    (ddpm_path(SCHEDULE), "v", "x0"),
+]
+
+
+@pytest.mark.parametrize("path, answered, read", OTHER_READINGS)
+def test_an_answer_that_is_read_as_another_kind_is_told(path, answered, read, recwarn):
+    network = who_knows_the_pictures(path, answered)
+    ask_along(protect_path(network, looking(), path, answered), path)
+    assert not [one for one in recwarn if issubclass(one.category, OtherPathWarning)]
+    with pytest.warns(OtherPathWarning, match="is the prediction the model's") as told:
+        ask_along(protect_path(network, looking(), path, read), path)
+    (one,) = [one for one in told if issubclass(one.category, OtherPathWarning)]
+    assert one.filename == __file__
+
+
 def test_what_makes_a_path_is_not_a_path():
     with pytest.raises(ValueError, match="must be a GaussianPath, such as flow_path()"):
         protect_path(wave, looking(), flow_path, "flow")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.images import check_images, to_bytes
 from ..workshop.files import data_path, import_optional
+from ..workshop.parallel import shared_out
 from ..workshop.registry import feature_spaces
 
 # %% ../../nbs/2_practice/05_encoders.ipynb #612c844b
@@ -129,8 +130,9 @@ def features(x: Tensor, space: str = "fashion-conv-64", chunk: int = 1000) -> Te
 
     x [N, C, H, W]: in [−1, 1].
     space: a key of `feature_spaces`.
-    chunk: images at a time.
+    chunk: images at a time; processes that share their work share these, see `shared_out`.
     Raises ValueError for an unknown space, and for images that are NaN or infinite.
     """
-    encode = feature_spaces[space]
-    return torch.cat([encode(part) for part in check_images(x).split(chunk)])
+    encode, x = feature_spaces[space], check_images(x)
+    of_chunks = shared_out(lambda rows: encode(x[rows.start : rows.stop]), len(x), chunk)
+    return torch.cat(of_chunks)

@@ -385,11 +385,15 @@ def writable(folder: Path | str) -> Path:
     # What the system says of a file in the place of a folder is not helpful.
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (FileExistsError, NotADirectoryError):
         words = f"{printable(folder)} cannot be a folder: it is a file, or lies below one"
         raise OSError(words) from None
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        words = f"{printable(folder)} cannot be written ({reason}): give another folder"
+        raise type(error)(words) from None
     return folder
 
 # %% ../../nbs/5_workshop/01_files.ipynb #locks002
