@@ -1,10 +1,13 @@
 "An experiment in pieces: however it is cut or killed, its folder holds the same bytes."
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,6 +43,8 @@ from cpsample.production.degrees import (
 )
 from cpsample.workshop import choices, ledgers
 from cpsample.workshop.ledgers import VOLUME, Ledger, open_ledger
+
+ROOT = Path(__file__).parent.parent
 
 # tiny, with fewer arms and one guard
 TINY = replace(
@@ -102,6 +107,37 @@ def demo(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
     return DegreesRun(TINY, open_ledger(folder, {"name": "demo"}), read_pictures(TINY, ()))
+
+
+def show_results(folder, monkeypatch):
+    "Run the cells of chapter 4.4 that show what is on file, with `folder` for data/results."
+    monkeypatch.setattr(experiments, "data_path", lambda _: folder)
+    monkeypatch.setattr(plt, "imread", lambda path: shown.append(path.name) or imread(path))
+    imread, shown = plt.imread, []
+    chapter = json.loads((ROOT / "nbs/4_production/04_cifar10.ipynb").read_text())
+    sources = ["".join(cell["source"]) for cell in chapter["cells"]]
+    first = next(k for k, source in enumerate(sources) if source.startswith("tables = "))
+    names = vars(experiments) | vars(degrees) | {"plt": plt, "data_path": lambda _: folder}
+    for source in (sources[first], sources[first + 2]):
+        exec(source, names)
+    plt.close("all")
+    return shown
+
+
+def test_the_chapter_shows_what_is_on_file_and_says_how_to_get_the_rest(
+    done, tmp_path, monkeypatch, capsys
+):
+    assert show_results(tmp_path, monkeypatch) == []
+    printed = capsys.readouterr().out
+    assert all(f"reproduce cifar10 --size {size} " in printed for size in ("full", "h100", "cores"))
+
+    # Of one that was run its table and its picture.
+    shutil.copy(done / "results.json", tmp_path / "cifar10-cores.json")
+    shutil.copy(done / "figure.png", tmp_path / "cifar10-cores.png")
+    assert show_results(tmp_path, monkeypatch) == ["cifar10-cores.png"]
+    printed = capsys.readouterr().out
+    assert degrees_table(json.loads((done / "results.json").read_text())) in printed
+    assert "--size h100 " in printed and "--size cores " not in printed
 
 
 def test_a_run_that_minutes_cut_holds_the_same_bytes(done, tmp_path):
