@@ -2355,8 +2355,8 @@ _ReproduceSize = Annotated[
     str | None,
     typer.Option(
         help="Of an experiment: full (a large GPU; the default), colab (an evening on a free one), "
-        "h100 (cifar10: half an hour, in pieces) or tiny (a CPU, to see everything run; with "
-        "--method, too)."
+        "h100 (cifar10: half an hour, in pieces), cores (cifar10: a CPU in about five hours, in "
+        "pieces) or tiny (a CPU, to see everything run; with --method, too)."
     ),
 ]
 _ReproduceOut = Annotated[
@@ -2398,8 +2398,8 @@ _ReproducePlan = Annotated[bool, typer.Option(help="Only say what an experiment 
 _ReproduceMinutes = Annotated[
     float | None,
     typer.Option(
-        help="Of cifar10 in pieces (h100, tiny): after so many minutes no new piece of work is "
-        "begun; the same command goes on (default: no end)."
+        help="Of cifar10 in pieces (h100, cores, tiny): after so many minutes no new piece of work "
+        "is begun; the same command goes on (default: no end)."
     ),
 ]
 _ReproduceStage = Annotated[
@@ -2609,7 +2609,7 @@ def reproduce_command(
     in_pieces = name in choices.IN_PIECES and size in choices.IN_PIECES[name]
     if asked and not in_pieces:
         raise ValueError(
-            "--minutes, --stage, --base and --pack are for cifar10 with --size h100 or --size tiny"
+            "--minutes, --stage, --base and --pack are for cifar10 with --size h100, cores or tiny"
         )
 
     # A method from outside, an experiment, or a study: each has options of its own.

@@ -1,10 +1,13 @@
 "An experiment in pieces: however it is cut or killed, its folder holds the same bytes."
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,12 +36,15 @@ from cpsample.production.degrees import (
     read_base,
     read_pictures,
     run_two_degrees,
+    stages_of,
     with_base,
     with_pictures,
     write_pack,
 )
 from cpsample.workshop import choices, ledgers
 from cpsample.workshop.ledgers import VOLUME, Ledger, open_ledger
+
+ROOT = Path(__file__).parent.parent
 
 # tiny, with fewer arms and one guard
 TINY = replace(
@@ -103,6 +109,37 @@ def demo(tmp_path):
     return DegreesRun(TINY, open_ledger(folder, {"name": "demo"}), read_pictures(TINY, ()))
 
 
+def show_results(folder, monkeypatch):
+    "Run the cells of chapter 4.4 that show what is on file, with `folder` for data/results."
+    monkeypatch.setattr(experiments, "data_path", lambda _: folder)
+    monkeypatch.setattr(plt, "imread", lambda path: shown.append(path.name) or imread(path))
+    imread, shown = plt.imread, []
+    chapter = json.loads((ROOT / "nbs/4_production/04_cifar10.ipynb").read_text())
+    sources = ["".join(cell["source"]) for cell in chapter["cells"]]
+    first = next(k for k, source in enumerate(sources) if source.startswith("tables = "))
+    names = vars(experiments) | vars(degrees) | {"plt": plt, "data_path": lambda _: folder}
+    for source in (sources[first], sources[first + 2]):
+        exec(source, names)
+    plt.close("all")
+    return shown
+
+
+def test_the_chapter_shows_what_is_on_file_and_says_how_to_get_the_rest(
+    done, tmp_path, monkeypatch, capsys
+):
+    assert show_results(tmp_path, monkeypatch) == []
+    printed = capsys.readouterr().out
+    assert all(f"reproduce cifar10 --size {size} " in printed for size in ("full", "h100", "cores"))
+
+    # Of one that was run its table and its picture.
+    shutil.copy(done / "results.json", tmp_path / "cifar10-cores.json")
+    shutil.copy(done / "figure.png", tmp_path / "cifar10-cores.png")
+    assert show_results(tmp_path, monkeypatch) == ["cifar10-cores.png"]
+    printed = capsys.readouterr().out
+    assert degrees_table(json.loads((done / "results.json").read_text())) in printed
+    assert "--size h100 " in printed and "--size cores " not in printed
+
+
 def test_a_run_that_minutes_cut_holds_the_same_bytes(done, tmp_path):
     stops = []
     while (stage := go_on(tmp_path, minutes=8)) is not None:
@@ -159,6 +196,39 @@ def test_a_run_goes_no_further_than_the_stage_that_is_named(done, tmp_path):
     with pytest.raises(ValueError, match="unknown stage 'arms': choose one of base, tuned"):
         go_on(tmp_path, stage="arms")
     assert tuple(STAGES) == choices.STAGES
+
+
+def test_one_degree_is_half_the_stages(tmp_path):
+    "In bfloat16, too; what is left out is neither planned nor drawn nor reported."
+    e = replace(TINY, degrees=("high",), in_bfloat16=True, arms=("unguarded", "held_out"))
+    stages = [name for name in STAGES if not name.startswith("low")]
+    assert [stage.stage for stage in plan_degrees(e)] == stages == list(stages_of(e))
+    with pytest.raises(ValueError, match="unknown stage 'low_arms'"):
+        go_on(tmp_path, e, stage="low_arms")
+    assert go_on(tmp_path, e) is None
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert list(record["degrees"]) == ["high"] and "low:" not in degrees_table(record)
+    assert set(record["degrees"]["high"]["arms"]) == {"unguarded", "held_out"}
+
+
+def test_in_bfloat16_a_model_answers_nearly_the_same_in_float32(tmp_path):
+    e, answers = replace(TINY, in_bfloat16=True), []
+    x, t = torch.randn(4, *TINY.config.shape), torch.tensor([0, 100, 500, 999])
+    weights = network_of(TINY.config).state_dict()  # its last layer is zero
+    weights = {name: w + 0.02 * torch.randn(w.shape) for name, w in weights.items()}
+    ledger = open_ledger(tmp_path, {"name": "precision"})
+    for experiment in (TINY, e):
+        run = DegreesRun(experiment, ledger, read_pictures(TINY, ()))
+        answers.append(run.model_with(weights, what="it")(x, t))
+    assert answers[1].dtype == torch.float32 and not torch.equal(*answers)
+    torch.testing.assert_close(*answers, rtol=0.05, atol=0.02)
+
+
+def test_the_size_for_two_cores_is_planned_at_their_pace():
+    e = replace(SIZES["cores"], weights="given")
+    table = degrees_plan_table(e)
+    assert "a trial on one CPU core" in table and "low" not in table
+    assert 60 < sum(stage.minutes for stage in plan_degrees(e)) < 600
 
 
 def test_the_folder_of_the_h100_size_is_at_most_eight_files(tmp_path):
@@ -487,7 +557,7 @@ def test_the_command_is_stopped_and_goes_on(tmp_path, monkeypatch):
 
 def test_options_of_pieces_are_for_experiments_in_pieces():
     for words, says in (
-        (("cifar10", "--minutes", 8), "are for cifar10 with --size h100 or --size tiny"),
+        (("cifar10", "--minutes", 8), "are for cifar10 with --size h100, cores or tiny"),
         (("celeba64", "--size", "tiny", "--stage", "base"), "are for cifar10 with --size h100"),
         (("celeba64", "--size", "h100"), "unknown size of celeba64 'h100': choose one of full"),
         (("cifar10", "--size", "tiny", "--stage", "arms"), "unknown stage 'arms'"),

@@ -648,9 +648,9 @@ def test_a_table_of_results_has_a_line_for_every_arm_of_both_questions(done):
 @pytest.mark.parametrize("name", ["cifar10", "celeba64"])
 def test_without_results_the_page_says_how_to_get_them(name, tmp_path, monkeypatch, done):
     monkeypatch.setattr(experiments, "data_path", lambda _: tmp_path)
-    assert results(name).startswith(f"{name}: not run yet")
+    assert results(name).startswith(f"{name}, full: not run yet")
     assert f"cpsample reproduce {name} --size full" in results(name)
-    shutil.copy(done[0] / "results.json", tmp_path / f"{name}.json")
+    shutil.copy(done[0] / "results.json", tmp_path / f"{name}-full.json")
     assert results(name) == results_table(done[1])
 
 
@@ -685,14 +685,17 @@ def test_archives_take_the_place_of_a_data_set(tmp_path, monkeypatch):
     assert replace(archived, data=TINY.data, given=None) == TINY
     assert plan(archived) == plan(TINY) and archived.data in plan_table(archived)
 
-    # The images are those of the set, in their order, and no record knows where they lay.
+    # The images are those of the set, in the seed's order, and no record knows where they lay.
     folder = tmp_path / "run"
     folder.mkdir()
     run = experiments.Run(folder, progress=False, experiment=archived, archives=archives)
     experiments._claim_folder(run, "test")
     images, originals = experiments._image_sets(run), DATA["crops-32"].load()
-    assert torch.equal(images["all"].members, originals[0][: TINY.images])
-    assert torch.equal(images["all"].held_out, originals[1])
+    seed = archived.config.seed
+    for found, side in zip((images["all"].members, images["all"].held_out), originals):
+        order = torch.randperm(len(side), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(found, side[order][: len(found)])
+        assert (order[: len(found) // 2] > len(side) // 2).any()  # also of the last class
     kept = b"".join(path.read_bytes() for path in folder.iterdir())
     assert str(tmp_path).encode() not in kept and archived.data.encode() in kept
 

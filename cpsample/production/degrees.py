@@ -6,9 +6,9 @@
 __all__ = ['ARMS', 'SIZES', 'STAGES', 'TwoDegrees', 'Pictures', 'rows_of_kinds', 'Side', 'network_of', 'read_base', 'with_base',
            'DegreesRun', 'Leg', 'train_leg', 'make_base', 'nearest_leg', 'high_leg', 'fine_tune', 'why_no_guard',
            'read_guard', 'make_guards', 'Sampler', 'Arm', 'arms_of', 'guards_of', 'looked_at', 'joined', 'numbers_of',
-           'Drawn', 'measure_arms', 'attack_arms', 'figure', 'record_of', 'write_results', 'Trial', 'StagePlan',
-           'expected_draws', 'plan_degrees', 'degrees_plan_table', 'write_pack', 'is_pack', 'with_pictures',
-           'read_pictures', 'run_two_degrees', 'degrees_table']
+           'Drawn', 'measure_arms', 'attack_arms', 'figure', 'record_of', 'write_results', 'Trial', 'trial_of',
+           'StagePlan', 'expected_draws', 'plan_degrees', 'degrees_plan_table', 'write_pack', 'is_pack',
+           'with_pictures', 'read_pictures', 'stages_of', 'run_two_degrees', 'degrees_table']
 
 # %% ../../nbs/4_production/09_degrees.ipynb #d3dc22a8
 import io
@@ -46,7 +46,7 @@ from ..judgement.inference import loss_test, verdicts
 from ..practice.datasets import load_folder
 from ..practice.quality_measures import precision_recall
 from ..practice.runs import CONFIGS, Config, fit_run_guard, train_denoiser
-from ..practice.training import weights_fingerprint
+from ..practice.training import HalfPrecision, weights_fingerprint
 from .cifar10 import CIFAR10
 from .experiments import ATTACKS, DATA, archived_images, with_archives
 from ..workshop.archives import Archive, ArchivePath, is_archive
@@ -86,6 +86,7 @@ class TwoDegrees:
     tune: what differs in a leg of the fine-tuning.
     base_legs: of the base's training, where no base is given.
     most_legs: of the fine-tuning, at most.
+    degrees: of "low" and "high", the models that the arms are measured with.
     low, high: the shares of copies that are looked for.
     judged: samples that each leg of the fine-tuning is judged by.
     images: training images that members, reference and strangers are taken from.
@@ -106,6 +107,7 @@ class TwoDegrees:
     given: where `data` is what archives are called, how many of their pictures are for training,
         and how many are held out.
     weights: a hash of the base, where it is given.
+    in_bfloat16: whether the denoiser is trained and asked in bfloat16 on a CPU, too.
     """
 
     name: str
@@ -115,6 +117,7 @@ class TwoDegrees:
     tune: dict
     base_legs: int = 3
     most_legs: int = 24
+    degrees: tuple[str, ...] = ("low", "high")
     low: float = 0.2
     high: float = 0.9
     judged: int = 500
@@ -138,6 +141,7 @@ class TwoDegrees:
     shown: int = 10
     given: tuple[int, int] | None = None
     weights: str | None = None
+    in_bfloat16: bool = False
 
     @property
     def tuned(self) -> Config:
@@ -193,7 +197,36 @@ _TINY = replace(
     attacked=3,
     shown=4,
 )
-SIZES = CIFAR10 | {"tiny": _TINY, "h100": _H100}
+_CORES = replace(
+    _H100,
+    size="cores",
+    config=replace(
+        _H100.config,
+        guard={"width": 24, "mults": (1, 2, 2), "unshuffle": 2},
+        guard_steps=2000,
+        guard_batch_size=64,
+        sample_steps=25,
+    ),
+    tune={"steps": 80, "batch_size": 16, "lr": 6e-4, "warmup": 8, "beta": 0.95, "every": 80},
+    most_legs=24,
+    degrees=("high",),
+    judged=40,
+    members=20,
+    reference=1000,
+    strangers=100,
+    held_out=300,
+    real=1000,
+    arms=("unguarded", "rejection", "guarded", "guarded_xt", "accepted", "checked", "held_out")
+    + ("paper", "spell"),
+    samples=300,
+    fewer=300,
+    chunk=20,
+    most_draws=2,
+    radii=(10.0,),
+    attacked=20,
+    in_bfloat16=True,
+)
+SIZES = CIFAR10 | {"tiny": _TINY, "h100": _H100, "cores": _CORES}
 
 # %% ../../nbs/4_production/09_degrees.ipynb #1c1c0bba
 class Pictures(NamedTuple):
@@ -362,7 +395,8 @@ class DegreesRun:
         "The model with these weights, on the device, for sampling."
         network = network_of(self.experiment.config, weights, what=what)
         network.to(self.device, memory_format=torch.channels_last)
-        return network.eval().requires_grad_(False)
+        network.eval().requires_grad_(False)
+        return HalfPrecision(network) if self.experiment.in_bfloat16 else network
 
 
 def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -391,9 +425,15 @@ def train_leg(
     number: of the leg, from 0; each draws noise of its own.
     start: the entry that it begins from (default: fresh weights).
     """
-    model = None if start is None else run.model(start)
+    e, model = run.experiment, None
+    if start is not None:
+        model = network_of(e.config, run.ledger.entries[start], what=f"the entry {start}")
     config = replace(config, seed=config.seed + number)
-    with tempfile.TemporaryDirectory() as folder:
+
+    # A GPU computes in bfloat16 in any case.
+    half = {"enabled": e.in_bfloat16, "cache_enabled": False}
+    precision = torch.autocast(torch.device(run.device).type, torch.bfloat16, **half)
+    with tempfile.TemporaryDirectory() as folder, precision:
         trained = train_denoiser(
             config, images, folder, start=model, device=run.device, progress=False
         )
@@ -479,7 +519,7 @@ def _tune_one_leg(run: DegreesRun, number: int) -> tuple[dict, Entries]:
     before = _rates(run.ledger)
     rates = [*before, copied]
     changes: dict[str, Any] = {"model": leg.weights}
-    if nearest_leg(rates, e.low) == number:
+    if "low" in e.degrees and nearest_leg(rates, e.low) == number:
         changes["low"] = leg.weights
 
     # At the end the model before or this one is the high degree.
@@ -490,7 +530,7 @@ def _tune_one_leg(run: DegreesRun, number: int) -> tuple[dict, Entries]:
 
 
 def fine_tune(run: DegreesRun) -> None:
-    "The stage `tuned`: the entries `low` and `high` are models of the two degrees."
+    "The stage `tuned`: the entries `low` and `high`, or one of them, are models of these degrees."
     e, ledger = run.experiment, run.ledger
     for number in range(e.most_legs):
         if not _is_tuned(e, _rates(ledger)):
@@ -500,7 +540,7 @@ def fine_tune(run: DegreesRun) -> None:
     rates = _rates(ledger)
     if "degrees" not in ledger.answers:
         legs = {"low": nearest_leg(rates, e.low), "high": high_leg(rates, e.high)}
-        found = {name: {"leg": leg, "copied": rates[leg]} for name, leg in legs.items()}
+        found = {name: {"leg": legs[name], "copied": rates[legs[name]]} for name in e.degrees}
         ledger.keep({"degrees": found})
 
 # %% ../../nbs/4_production/09_degrees.ipynb #cb659515
@@ -892,12 +932,12 @@ def attack_arms(run: DegreesRun, degree: str) -> None:
 
 # %% ../../nbs/4_production/09_degrees.ipynb #41486e3d
 def figure(run: DegreesRun) -> Any:
-    "A pyplot figure: for both degrees, samples of some arms over their nearest members."
+    "A pyplot figure: for each degree, samples of some arms over their nearest members."
     import matplotlib.pyplot as plt
 
     shown, members = run.ledger.entries["shown"], run.pictures.members
-    low, high = ([f"{degree} {name}" for name in _SHOWN] for degree in ("low", "high"))
-    keys = [key for key in low + high if len(shown.get(f"{key} images", ())) > 0]
+    keys = [f"{degree} {name}" for degree in run.experiment.degrees for name in _SHOWN]
+    keys = [key for key in keys if len(shown.get(f"{key} images", ())) > 0]
     columns = run.experiment.shown
 
     # A strip of two rows for each arm; where fewer were served, places stay white.
@@ -949,8 +989,9 @@ def write_results(run: DegreesRun) -> None:
 
 # %% ../../nbs/4_production/09_degrees.ipynb #d7ba9403
 class Trial(NamedTuple):
-    """What was measured on one H100 with the network of the configuration `cifar10`.
+    """What was measured with the network of the configuration `cifar10`.
 
+    hardware: that it was measured on.
     images: trained on per second, in large batches.
     small_images: the same in batches of 64.
     calls: of the network per second while sampling, for one image each.
@@ -958,11 +999,21 @@ class Trial(NamedTuple):
     asking: how many times as long a call takes when a guard is asked.
     """
 
-    images: float = 3380
-    small_images: float = 64 / 0.038
-    calls: float = 160 * 50
-    guard_step: float = 0.020
-    asking: float = 1.2
+    hardware: str
+    images: float
+    small_images: float
+    calls: float
+    guard_step: float
+    asking: float
+
+
+_ON_H100 = Trial("one H100", 3380, 64 / 0.038, 160 * 50, guard_step=0.020, asking=1.2)
+_ON_CORE = Trial("one CPU core", 8, 8, 22, guard_step=0.3, asking=1.2)
+
+
+def trial_of(e: TwoDegrees) -> Trial:
+    "Where the minutes of a plan come from."
+    return _ON_CORE if e.size == "cores" else _ON_H100
 
 
 class StagePlan(NamedTuple):
@@ -971,7 +1022,7 @@ class StagePlan(NamedTuple):
     stage: a key of `STAGES`.
     needs: in words.
     flops: floating-point operations of the denoiser.
-    minutes: on an H100.
+    minutes: on the hardware of the trial that it is derived from.
     """
 
     stage: str
@@ -1013,7 +1064,7 @@ def _arms_calls(e: TwoDegrees, copied: float, asking: float) -> float:
 
 def _training_plan(e: TwoDegrees, forward: int, step: int) -> list[StagePlan]:
     "The stages `base`, `tuned` and `guards`."
-    trial, config, tuned = Trial(), e.config, e.tuned
+    trial, config, tuned = trial_of(e), e.config, e.tuned
     call_of_trial, step_of_trial = _flops(CONFIGS["cifar10"])
 
     # How many images are trained on, and drawn to judge a leg.
@@ -1041,11 +1092,12 @@ def plan_degrees(e: TwoDegrees) -> list[StagePlan]:
 
     Fine-tuning is counted to its last leg, though it ends where enough is copied.
     """
-    trial, (forward, step) = Trial(), _flops(e.config)
+    trial, (forward, step) = trial_of(e), _flops(e.config)
     per_call = forward / _flops(CONFIGS["cifar10"])[0] / trial.calls / 60  # minutes
     stages = _training_plan(e, forward, step)
     n_attacked = 2 * min(e.attacked, e.members, e.strangers)
-    for degree, copied in (("low", e.low), ("high", e.high)):
+    for degree in e.degrees:
+        copied = {"low": e.low, "high": e.high}[degree]
         attacked = [name for name in arms_of(e) if name in _ATTACKED]
         calls = _arms_calls(e, copied, asking=1)
         minutes = _arms_calls(e, copied, trial.asking) * per_call
@@ -1065,13 +1117,14 @@ def degrees_plan_table(e: TwoDegrees) -> str:
     stages = plan_degrees(e)
     total = sum(stage.minutes for stage in stages)
     flops = sum(stage.flops for stage in stages)
-    everything = StagePlan("total", f"{len(arms_of(e)) + 1} arms, twice", flops, total)
+    arms = f"{len(arms_of(e)) + 1} arms, of degrees: {', '.join(e.degrees)}"
+    everything = StagePlan("total", arms, flops, total)
 
     # Above the table what is planned, below it what its numbers rest on.
     lines = [
         f"{e.name}, {e.size}: {e.members:,} members of {e.data}; base model: "
         f"{'given, ' + e.weights if e.weights else 'trained here'}",
-        f"{'stage':14}{'TFLOP':>12}{'H100, min':>11}  needs",
+        f"{'stage':14}{'TFLOP':>12}{'minutes':>11}  needs",
     ]
     for stage in [*stages, everything]:
         numbers = f"{stage.flops / 1e12:12,.2f}{stage.minutes:11.2f}"
@@ -1081,8 +1134,8 @@ def degrees_plan_table(e: TwoDegrees) -> str:
         "Pictures: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()),
         f"Folder: at most 8 files of at most {VOLUME / 1e6:g} MB: record.json, volumes "
         "NAME-NUMBER-PART.safetensors; at the end results.json and figure.png.",
-        "FLOPs (of the denoiser) are counted; minutes are derived from a trial on one H100, not "
-        "measured; they leave out loading, neighbours and calibration.",
+        "FLOPs (of the denoiser) are counted; minutes are derived from a trial on "
+        f"{trial_of(e).hardware}, not measured, and leave out loading, neighbours and calibration.",
     ]
     return "\n".join(lines)
 
@@ -1191,6 +1244,12 @@ STAGES: dict[str, Callable[[DegreesRun], None]] = {
 }
 
 
+def stages_of(e: TwoDegrees) -> dict[str, Callable[[DegreesRun], None]]:
+    "The stages of an experiment: {name: work}, without those of degrees that it leaves out."
+    left_out = {"low", "high"} - set(e.degrees)
+    return {name: work for name, work in STAGES.items() if name.split("_")[0] not in left_out}
+
+
 def run_two_degrees(
     experiment: TwoDegrees,
     folder: Path | str,
@@ -1210,7 +1269,7 @@ def run_two_degrees(
     folder: of the run: at most eight files of at most `volume` bytes.
     device: of the computation, "cpu" or "cuda".
     minutes: after which no new piece of work is begun (default: no end).
-    stage: the last one that is run, a key of `STAGES` (default: all).
+    stage: the last one that is run, a key of `stages_of` (default: all).
     base: folder of a base, see `read_base` (default: as the run began; a new one trains its own).
     archives: those that the experiment is about.
     progress: whether it says what it does.
@@ -1222,8 +1281,9 @@ def run_two_degrees(
     Raises ValueError for another run's folder, another base and too few pictures; OSError when the
     folder cannot be used.
     """
-    if stage is not None and stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+    stages = stages_of(experiment)
+    if stage is not None and stage not in stages:
+        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(stages)}")
     stopwatch, folder = Stopwatch(minutes, clock), writable(folder)
     e = with_base(experiment, base) if base else _as_begun(experiment, folder)
 
@@ -1248,7 +1308,7 @@ def _run_stages(run: DegreesRun, last: str | None) -> str | None:
     with warnings.catch_warnings():
         # Nobody has measured what the paper's guard covers.
         warnings.simplefilter("ignore", UncalibratedGuardWarning)
-        for name, work in STAGES.items():
+        for name, work in stages_of(run.experiment).items():
             try:
                 work(run)
             except MinutesOver:

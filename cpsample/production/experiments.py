@@ -363,10 +363,17 @@ def archived_images(archives: Sequence[Path | str], e: Experiment) -> ArchivedIm
     return ArchivedImages(images[order], paths, is_test)
 
 
+def _shuffled(images: Tensor, seed: int) -> Tensor:
+    return images[split(images, {"all": None}, seed).indices["all"]]
+
+
 def _archived(archives: Sequence[Path | str], e: Experiment) -> tuple[Tensor, Tensor]:
-    "Training images and held-out images of archives."
+    """Training images and held-out images of archives, each in an order that the seed decides.
+
+    By their names they are sorted by class, and the first so many would be of few classes.
+    """
     images, _, is_test = archived_images(archives, e)
-    return images[~is_test], images[is_test]
+    return _shuffled(images[~is_test], e.config.seed), _shuffled(images[is_test], e.config.seed)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #351115a2
 INCEPTION = 11.43e9  # FLOPs of Inception-v3 for one image
@@ -1132,15 +1139,19 @@ def results_table(record: dict) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #6d35c29f
-def results(name: str) -> str:
-    "The table of data/results/NAME.json, or how to get one."
-    path = data_path("results") / f"{name}.json"
+def results(name: str, size: str = "full", table: Callable[[dict], str] = results_table) -> str:
+    """The table of data/results/NAME-SIZE.json, or how to get one.
+
+    table: makes lines of text of the record.
+    """
+    run = f"{name}-{size}"
+    path = data_path("results") / f"{run}.json"
     if path.exists():
-        return results_table(json.loads(path.read_text()))
+        return table(json.loads(path.read_text()))
     return (
-        f"{name}: not run yet. On a machine with a GPU: cpsample reproduce {name} --size full "
-        f"--out runs/{name} (see --plan first; it can be stopped and goes on), then, in a clone, "
-        f"copy runs/{name}/results.json to data/results/{name}.json and run this page again."
+        f"{name}, {size}: not run yet. cpsample reproduce {name} --size {size} --out runs/{run} "
+        "(see --plan first; it can be stopped and goes on), then, in a clone, copy "
+        f"runs/{run}/results.json to data/results/{run}.json and run this page again."
     )
 
 # %% ../../nbs/4_production/03_experiments.ipynb #73845c22
