@@ -67,9 +67,10 @@ bench: .venv/installed-bench  ## timings as ratios beside other libraries, into 
 weights: .venv/installed-dev  ## train the shipped encoders again (make results: the other models)
 	$(BIN)/python tools/weights.py
 
-STUDIES = rejection guards predicted digits fashion membership audit guard_attacks paper stable_diffusion
+STUDIES = rejection guards predicted digits fashion judges paths membership audit guard_attacks paper \
+	stable_diffusion caption_attacks prompt_detectors capacity
 
-results: .venv/installed-dev  ## every number on file: minutes for the demo, six hours for the rest
+results: .venv/installed-dev  ## every number on file: minutes for the demo, ten hours for the rest
 	$(BIN)/cpsample demo --seed 0 --seed 1 --seed 2 --rivals --json data/results/demo.json --out data/results
 	for name in $(STUDIES); do \
 		$(BIN)/cpsample reproduce $$name --out data/results || exit 1; \

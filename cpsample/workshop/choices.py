@@ -72,6 +72,7 @@ studies = Registry(
         "stable_diffusion": "cpsample.production.stable_diffusion_study:STUDY",
         "caption_attacks": "cpsample.production.stable_diffusion_study:CAPTION_ATTACKS",
         "prompt_detectors": "cpsample.production.stable_diffusion_study:PROMPT_DETECTORS",
+        "capacity": "cpsample.production.capacity:STUDY",
     },
 )
 

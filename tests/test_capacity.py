@@ -1,0 +1,189 @@
+"How much a guard holds: what can be known at all, trainings of a grid, and a formula for them."
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpsample.core.classifier import member_labels
+from cpsample.core.schedule import add_noise, make_schedule
+from cpsample.production import capacity
+from cpsample.production.capacity import (
+    FACTORS,
+    STUDY,
+    Cell,
+    Grid,
+    fit_formula,
+    formula,
+    held,
+    ideal_logits,
+    measure_cell,
+    measure_grid,
+    pictures_held,
+    pool_of,
+    right_bits,
+)
+from cpsample.workshop.choices import studies
+from cpsample.workshop.studies import Workspace
+
+SCHEDULE = make_schedule()
+TINY = Grid(
+    members=(20, 40), widths=(8, 16), steps=(20, 40), labels=(2,), levels=(0, 200), batch_size=32
+)
+
+
+def noisy(members, level, seed=0, draws=1):
+    "Pictures, noised: (x_t, t, rows)."
+    rows = torch.arange(draws * len(members)) % len(members)
+    t = torch.full((len(rows),), level)
+    x_t, _ = add_noise(members[rows], t, SCHEDULE, generator=torch.Generator().manual_seed(seed))
+    return x_t, t, rows
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(st.integers(0, 999), st.integers(0, 100))
+def test_the_ideal_guard_is_bayes_rule(level, seed):
+    "Beside sums that a person would write down, picture by picture."
+    generator = torch.Generator().manual_seed(seed)
+    members = torch.randn(5, 1, 2, 2, generator=generator).double()
+    labels = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]]).double()
+    x_t, t, _ = noisy(members, level, seed)
+    logits = ideal_logits(x_t, t, members, labels, SCHEDULE)
+    abar = SCHEDULE.abar[level].item()
+    for x, found in zip(x_t, logits):
+        far = ((x - math.sqrt(abar) * members) ** 2).sum((1, 2, 3)) / (2 * (1 - abar))
+        weights = (-(far - far.min())).exp()
+        p = (weights[:, None] * labels).sum(0) / weights.sum()
+        torch.testing.assert_close(found.sigmoid(), p.to(found), rtol=1e-4, atol=1e-6)
+
+
+def test_nobody_has_more_bits_right_than_the_ideal_guard():
+    "Not the nearest picture, and no linear classifier: by more than chance."
+    members = torch.randn(30, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    labels = member_labels(members)
+    for level in (100, 300, 600):
+        x_t, t, rows = noisy(members, level, draws=200)
+        best = right_bits(ideal_logits(x_t, t, members, labels, SCHEDULE), labels[rows])
+        scaled = (x_t / SCHEDULE.abar[level].sqrt()).flatten(1)
+        nearest = torch.cdist(scaled, members.flatten(1)).argmin(1)
+        linear = scaled @ torch.linalg.lstsq(members.flatten(1), 2 * labels - 1).solution
+        for rival in (2 * labels[nearest] - 1, linear):
+            assert right_bits(rival, labels[rows]) <= best + 0.005
+    assert right_bits(labels - 0.5, labels) == 1 and right_bits(0.5 - labels, labels) == 0
+
+
+def test_a_picture_without_noise_is_known_and_one_label_for_all_is_certain():
+    members = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1.0, 0.0]]).repeat(6, 1)
+    labels[0, 1] = 1
+    x_t, t, _ = noisy(members, 0)
+    logits = ideal_logits(x_t, t, members, labels, SCHEDULE)
+    assert logits[:, 0].eq(math.inf).all() and right_bits(logits, labels) == 1
+    assert not logits.isnan().any()
+
+
+def test_pools_share_no_picture_and_smaller_tasks_lie_in_larger_ones():
+    pool = pool_of(TINY)
+    everything = torch.cat(list(pool)).flatten(1)
+    assert len(everything.unique(dim=0)) == len(everything) == 40 + 300 + 297
+    fashion = pool_of(replace(TINY, data="fashion", small=True, reference=10, others=10))
+    assert fashion.members.shape == (40, 1, 28, 28) and fashion.members.min() == -1
+
+
+def test_a_grid_has_each_size_with_each_and_other_labels_in_the_middle():
+    cells = TINY.cells
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2
+    assert [cell for cell in cells if cell.K == 2] == [Cell(20, 16, 40, 2), Cell(40, 16, 40, 2)]
+    assert [cell.steps for cell in cells] == sorted(cell.steps for cell in cells)
+    assert len(Grid().cells) == 55
+
+
+def test_a_cell_is_learned_and_asked_beside_the_ideal():
+    "The classifier that learns longer has more bits right; chance decides nothing twice."
+    pool = pool_of(TINY)
+    short, long = (measure_cell(Cell(20, 32, steps), TINY, pool) for steps in (5, 400))
+    assert long["levels"]["0"]["bits"] > short["levels"]["0"]["bits"] + 0.2
+    assert long["levels"]["0"]["ideal"] == 1 and long["levels"]["0"]["others"] < 0.2
+    assert measure_cell(Cell(20, 32, 5), TINY, pool) == short
+    assert long["parameters"] == short["parameters"] > 1000
+
+
+def test_a_stopped_grid_goes_on_and_gives_the_same(tmp_path, monkeypatch):
+    whole = measure_grid(Workspace(tmp_path, progress=False), TINY)
+    seconds = [cell.pop("seconds") for cell in whole["cells"]]
+    assert len(seconds) == 10 and set(whole["fits"]) == {"0", "200"}
+    for path in list(tmp_path.glob("*.json"))[:4]:
+        path.unlink()
+    made = []
+    measure = capacity.measure_cell
+    monkeypatch.setattr(
+        capacity, "measure_cell", lambda *given: made.append(given[0]) or measure(*given)
+    )
+    again = measure_grid(Workspace(tmp_path, progress=False), TINY)
+    for cell in again["cells"]:
+        del cell["seconds"]
+    assert len(made) == 4 and json.dumps(again) == json.dumps(whole)
+    with pytest.raises(ValueError, match="made with other settings"):
+        measure_grid(Workspace(tmp_path, progress=False), replace(TINY, batch_size=16))
+
+
+def planted_cells(coefficients):
+    "Cells that hold exactly what the formula says."
+    cells = []
+    for members in (50, 100, 400):
+        for parameters in (1e3, 1e4):
+            for steps, K in ((100, 2), (1000, 8)):
+                factors = dict(zip(FACTORS, (members, parameters, steps, K)))
+                bits = 0.5 + 0.45 * formula(coefficients, **factors)
+                cells.append(factors | {"levels": {"0": {"bits": bits, "ideal": 0.95}}})
+    return cells
+
+
+TRUTH = {"constant": -1.0, "members": -0.8, "parameters": 0.3, "steps": 0.4, "K": 0.0}
+
+
+def test_a_formula_that_was_planted_is_found_and_solved():
+    fit = fit_formula(planted_cells(TRUTH), 0, draws=3)
+    assert fit.error < 0.01
+    n = pictures_held(fit, 5000, 500, 4, share=0.6)
+    assert formula(fit.coefficients, members=n, parameters=5000, steps=500, K=4) == pytest.approx(
+        0.6
+    )
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        (dict(parameters=10**6, steps=500), "parameters 1e\\+06 was not measured, only 1000 to"),
+        (dict(parameters=5000, steps=5), "steps 5 was not measured"),
+        (dict(parameters=5000, steps=500, K=64), "K 64 was not measured"),
+        (dict(parameters=5000, steps=500, share=0.999), "fewer than the fewest that were tried"),
+        (dict(parameters=5000, steps=500, share=0.001), "more than the most that were tried"),
+    ],
+)
+def test_beyond_what_was_measured_nothing_is_said(asked, says):
+    fit = fit_formula(planted_cells(TRUTH), 0, draws=2)
+    with pytest.raises(ValueError, match=says):
+        pictures_held(fit, **asked)
+
+
+def test_too_few_cells_make_no_formula():
+    with pytest.raises(ValueError, match="at least 6 cells, got 5"):
+        fit_formula(planted_cells(TRUTH)[:5], 0)
+
+
+def test_what_is_held_lies_between_a_coin_and_the_ideal():
+    def cell(bits, ideal):
+        return {"levels": {"0": {"bits": bits, "ideal": ideal}}}
+
+    assert held(cell(0.5, 0.9), 0) == 0 and held(cell(0.9, 0.9), 0) == 1
+    assert held(cell(0.45, 0.9), 0) == 0 and held(cell(0.95, 0.9), 0) == 1
+    assert held(cell(0.7, 0.9), 0) == pytest.approx(0.5)
+
+
+def test_the_study_can_be_asked_for():
+    assert studies["capacity"] is STUDY and set(STUDY.parts) == {"digits", "fashion"}
