@@ -8,10 +8,15 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from hypothesis import settings
 from torch import nn
 
 from cpsample.core.ddpm import MLPDenoiser, seeded
 from cpsample.core.schedule import make_schedule
+
+# No property waits for a clock: a busy machine is no fault of the code.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 
 @pytest.fixture
