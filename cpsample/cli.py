@@ -2406,7 +2406,7 @@ _ReproduceStage = Annotated[
     str | None,
     typer.Option(
         help=f"Of cifar10 in pieces: go no further than this one of {one_of(choices.STAGES)} "
-        "(default: all)."
+        "(default: all but the last, which runs alone)."
     ),
 ]
 _ReproduceBase = Annotated[
@@ -2519,6 +2519,8 @@ def reproduce_in_pieces(
     # What there is, and what is to be done for the rest.
     if left is not None:
         print(f"The minutes are over in the stage {left}: the same command goes on.")
+    elif asked.stage in degrees.ALONE:
+        print(f"All results: {shown(folder / 'capacity.json')}")
     elif asked.stage not in (None, "results"):
         print(f"Finished up to the stage {asked.stage}: without --stage it goes on.")
     else:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from cpsample.practice.runs import CONFIGS
 from cpsample.practice.unet import UNetClassifier
 from cpsample.production import degrees, experiments
 from cpsample.production.degrees import (
+    ALONE,
+    CAPACITY,
     SIZES,
     STAGES,
     DegreesRun,
@@ -36,6 +38,7 @@ from cpsample.production.degrees import (
     read_base,
     read_pictures,
     run_two_degrees,
+    stages_alone,
     stages_of,
     with_base,
     with_pictures,
@@ -195,7 +198,7 @@ def test_a_run_goes_no_further_than_the_stage_that_is_named(done, tmp_path):
     assert record["answers"].keys() == names and not (tmp_path / "results.json").exists()
     with pytest.raises(ValueError, match="unknown stage 'arms': choose one of base, tuned"):
         go_on(tmp_path, stage="arms")
-    assert tuple(STAGES) == choices.STAGES
+    assert (*STAGES, *ALONE) == choices.STAGES
 
 
 def test_one_degree_is_half_the_stages(tmp_path):
@@ -454,7 +457,7 @@ def test_a_plan_counts_what_is_drawn(done):
     # Six of ten copies, four tries: 1 + 0.6 + 0.36 + 0.216 draws for a request.
     assert expected_draws(SIZES["h100"], "checked", 0.6) == pytest.approx(5000 * 2.176)
     assert expected_draws(SIZES["h100"], "rejection", 0.9) == 2 * 5000  # the bound
-    assert degrees_plan_table(SIZES["h100"]).count("\n") == 2 + len(STAGES) + 3
+    assert degrees_plan_table(SIZES["h100"]).count("\n") == 2 + len(STAGES) + 3 + len(ALONE)
 
 
 def test_a_plan_takes_as_long_as_the_trial_did():
@@ -583,3 +586,43 @@ def test_what_is_known_by_its_pictures_is_called_a_jpeg_copy(tmp_path, monkeypat
     write_pack(e, archives, tmp_path / "pack.zip")
     assert with_pictures(TINY, [tmp_path / "pack.zip"]).data == "CIFAR-10, JPEG copy"
     assert "5 members of CIFAR-10, JPEG copy" in degrees_plan_table(e)
+
+
+def capacity_of(folder):
+    "What is reported of a stage `capacity`, without what a clock said."
+    record = json.loads((folder / "capacity.json").read_text())
+    for cell in record["cells"]:
+        del cell["seconds"]
+    return record
+
+
+def test_how_much_a_guard_holds_is_a_stage_by_itself(tmp_path):
+    "It needs no base, and cut by minutes it gives the same."
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert go_on(whole, stage="capacity") is None
+    answers = json.loads((whole / "record.json").read_text())["answers"]
+    assert not (whole / "results.json").exists() and all("capacity" in name for name in answers)
+    cuts = 0
+    while go_on(cut, stage="capacity", minutes=3) == "capacity":
+        cuts += 1
+    assert cuts >= 2 and capacity_of(cut) == capacity_of(whole)
+    record = capacity_of(whole)
+    assert len(record["cells"]) == 8 and record["data"] == "crops-32"
+    assert record["settings"] == json.loads(json.dumps(asdict(CAPACITY["tiny"])))
+
+    # A guard that trains longer than a dozen steps is another measurement.
+    other = {"tiny": replace(CAPACITY["tiny"], batch_size=8)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="batch_size"):
+        patch.setattr(degrees, "CAPACITY", other)
+        go_on(whole, stage="capacity")
+
+
+def test_a_pack_is_too_few_pictures_for_capacity_and_some_sizes_have_no_grid(tmp_path):
+    write_pack(TINY, (), tmp_path / "pack.zip")
+    packed = with_pictures(TINY, [tmp_path / "pack.zip"])
+    with pytest.raises(ValueError, match="a pack holds too few pictures"):
+        go_on(tmp_path / "run", packed, stage="capacity", archives=[tmp_path / "pack.zip"])
+    assert not stages_alone(SIZES["cores"])
+    with pytest.raises(ValueError, match="unknown stage 'capacity'"):
+        run_two_degrees(SIZES["cores"], tmp_path / "cores", stage="capacity")
+    assert "16 guards, as many pictures" in degrees_plan_table(SIZES["h100"])

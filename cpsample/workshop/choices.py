@@ -30,7 +30,7 @@ IN_PIECES = {
     "cifar10": ("tiny", "cores", "h100")
 }  # sizes that are stopped after minutes and go on, in
 STAGES = ("base", "tuned", "guards", "low_arms", "low_attacks", "high_arms", "high_attacks")
-STAGES += ("results",)
+STAGES += ("results", "capacity")
 OF_ARCHIVES = ("cifar10",)  # experiments whose data set can be given as archives
 
 # The training of a model for pictures in a folder: with a GPU, and what a CPU gets.
