@@ -114,9 +114,9 @@ def demo(tmp_path):
 
 def show_results(folder, monkeypatch):
     "Run the cells of chapter 4.4 that show what is on file, with `folder` for data/results."
+    imread, shown = plt.imread, []
     monkeypatch.setattr(experiments, "data_path", lambda _: folder)
     monkeypatch.setattr(plt, "imread", lambda path: shown.append(path.name) or imread(path))
-    imread, shown = plt.imread, []
     chapter = json.loads((ROOT / "nbs/4_production/04_cifar10.ipynb").read_text())
     sources = ["".join(cell["source"]) for cell in chapter["cells"]]
     first = next(k for k, source in enumerate(sources) if source.startswith("tables = "))
@@ -124,6 +124,7 @@ def show_results(folder, monkeypatch):
     for source in (sources[first], sources[first + 2]):
         exec(source, names)
     plt.close("all")
+    monkeypatch.undo()
     return shown
 
 
