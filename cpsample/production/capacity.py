@@ -7,7 +7,7 @@ __all__ = ['FACTORS', 'FASHION', 'PARTS', 'STUDY', 'ideal_logits', 'right_bits',
            'new_classifier', 'Learned', 'learn_cell', 'ask', 'measure_cell', 'Fit', 'held', 'formula', 'fit_formula',
            'pictures_held', 'grid_record', 'measure_grid']
 
-# %% ../../nbs/4_production/09_capacity.ipynb #d69d414f
+# %% ../../nbs/4_production/09_capacity.ipynb #840b1cd4
 import itertools
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from ..practice.unet import UNetClassifier
 from ..workshop.seeds import seeded_generator
 from ..workshop.studies import Study, Workspace, cached_stage, settings_of
 
-# %% ../../nbs/4_production/09_capacity.ipynb #10ef5a37
+# %% ../../nbs/4_production/09_capacity.ipynb #4b9ac972
 @torch.no_grad()
 def ideal_logits(
     x_t: Tensor, t: Tensor, members: Tensor, labels: Tensor, schedule: Schedule
@@ -67,7 +67,7 @@ def right_bits(logits: Tensor, labels: Tensor) -> float:
     "The share of labels [B, K], 0 or 1, that logits [B, K] have right."
     return ((logits > 0) == labels.bool()).double().mean().item()
 
-# %% ../../nbs/4_production/09_capacity.ipynb #6e048ce6
+# %% ../../nbs/4_production/09_capacity.ipynb #08826bc1
 class Cell(NamedTuple):
     """One training.
 
@@ -122,7 +122,7 @@ class Grid:
         others = itertools.product(self.members, [middle], [most], self.labels)
         return sorted(whole + [Cell(*sizes) for sizes in others], key=lambda cell: cell.steps)
 
-# %% ../../nbs/4_production/09_capacity.ipynb #8a0bd5cc
+# %% ../../nbs/4_production/09_capacity.ipynb #cb58fdbc
 class Pool(NamedTuple):
     """Pictures [N, C, H, W] in [-1, 1] for a grid, none of them in two parts.
 
@@ -164,7 +164,7 @@ def new_classifier(data: str, shape: Sequence[int], cell: Cell, seed: int) -> nn
         build = partial(UNetClassifier, tuple(shape), cell.K, width=cell.width, mults=(1, 3))
     return seeded(seed, build)
 
-# %% ../../nbs/4_production/09_capacity.ipynb #e1412ea3
+# %% ../../nbs/4_production/09_capacity.ipynb #c4d4ea1e
 class Learned(NamedTuple):
     """A classifier, and what it learned.
 
@@ -231,7 +231,7 @@ def measure_cell(cell: Cell, grid: Grid, pool: Pool) -> dict[str, Any]:
     numbers = {str(level): asked(level) for level in grid.levels}
     return cell._asdict() | {"parameters": parameters, "levels": numbers}
 
-# %% ../../nbs/4_production/09_capacity.ipynb #a36f68c3
+# %% ../../nbs/4_production/09_capacity.ipynb #d4b4c6fb
 FACTORS = ("members", "parameters", "steps", "K")
 
 
@@ -328,7 +328,7 @@ def pictures_held(fit: Fit, parameters: int, steps: int, K: int = 8, share: floa
         raise ValueError(f"by the formula {n:.0f} pictures, {where} that were tried: not known")
     return n
 
-# %% ../../nbs/4_production/09_capacity.ipynb #75d3e25c
+# %% ../../nbs/4_production/09_capacity.ipynb #fe5be37b
 FASHION = Grid(
     data="fashion",
     members=(100, 400, 1600),

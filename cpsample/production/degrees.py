@@ -7,8 +7,8 @@ __all__ = ['ARMS', 'SIZES', 'CAPACITY', 'STAGES', 'ALONE', 'TwoDegrees', 'Pictur
            'read_base', 'with_base', 'DegreesRun', 'Leg', 'train_leg', 'make_base', 'nearest_leg', 'high_leg',
            'fine_tune', 'why_no_guard', 'read_guard', 'make_guards', 'Sampler', 'Arm', 'arms_of', 'guards_of',
            'looked_at', 'joined', 'numbers_of', 'Drawn', 'measure_arms', 'attack_arms', 'figure', 'record_of',
-           'write_results', 'Trial', 'trial_of', 'StagePlan', 'expected_draws', 'plan_degrees', 'degrees_plan_table',
-           'write_pack', 'is_pack', 'with_pictures', 'read_pictures', 'measure_capacity', 'stages_alone', 'stages_of',
+           'write_results', 'measure_capacity', 'Trial', 'trial_of', 'StagePlan', 'expected_draws', 'plan_degrees',
+           'degrees_plan_table', 'write_pack', 'is_pack', 'with_pictures', 'read_pictures', 'stages_alone', 'stages_of',
            'run_two_degrees', 'degrees_table']
 
 # %% ../../nbs/4_production/10_degrees.ipynb #d3dc22a8
@@ -989,6 +989,57 @@ def write_results(run: DegreesRun) -> None:
     save_picture(run.ledger.folder / "figure.png", figure(run), "reproduce")
     save_json(run.ledger.folder / "results.json", record_of(run))
 
+# %% ../../nbs/4_production/10_degrees.ipynb #e39ee021
+_FORTY_THOUSAND = Grid(
+    data="cifar10",
+    members=(1000, 5000, 20_000, 40_000),
+    widths=(24, 64),
+    steps=(500, 2000),
+    labels=(),
+    reference=5000,
+    others=2000,
+)
+CAPACITY = {
+    "h100": _FORTY_THOUSAND,
+    "tiny": replace(
+        _FORTY_THOUSAND,
+        members=(10, 40),
+        widths=(8, 16),
+        steps=(4, 12),
+        reference=20,
+        others=20,
+        batch_size=16,
+        levels=(0, 200),
+    ),
+}
+
+
+def measure_capacity(run: DegreesRun) -> None:
+    """The stage `capacity`, which stands alone: capacity.json in the folder of the run.
+
+    Raises ValueError for a pack, which holds too few pictures, and where cells in the folder were
+    measured with other settings.
+    """
+    grid, ledger = CAPACITY[run.experiment.size], run.ledger
+    if run.pictures.train is None:
+        raise ValueError("a pack holds too few pictures for --stage capacity: give the archives")
+    in_memory = pool_from(run.pictures.train, grid)
+    pool = Pool(*(part.to(run.device) for part in in_memory))
+
+    # A step for each cell, the shortest trainings first.
+    known = settings_of(grid, "members", "widths", "steps", "labels")
+
+    def make(cell: Cell) -> tuple[dict, Entries]:
+        return measure_cell(cell, grid, pool) | {"made_with": known}, {}
+
+    cells = []
+    for cell in grid.cells:
+        answer = dict(ledger.step("capacity " + "-".join(map(str, cell)), partial(make, cell)))
+        check_settings(ledger.folder / "record.json", answer.pop("made_with"), known)
+        cells.append(answer)
+    record = {"name": "capacity", **ledger.record["made"], "data": run.experiment.data}
+    save_json(ledger.folder / "capacity.json", record | grid_record(grid, cells))
+
 # %% ../../nbs/4_production/10_degrees.ipynb #d7ba9403
 class Trial(NamedTuple):
     """What was measured with the network of the configuration `cifar10`.
@@ -1242,57 +1293,6 @@ def _packed_pictures(e: TwoDegrees, archive: Path | str) -> Pictures:
 def read_pictures(e: TwoDegrees, archives: Sequence[Path | str]) -> Pictures:
     "The pictures of an experiment, from its data set, from archives or from a pack."
     return _packed_pictures(e, archives[0]) if is_pack(archives) else _all_pictures(e, archives)
-
-# %% ../../nbs/4_production/10_degrees.ipynb #e39ee021
-_FORTY_THOUSAND = Grid(
-    data="cifar10",
-    members=(1000, 5000, 20_000, 40_000),
-    widths=(24, 64),
-    steps=(500, 2000),
-    labels=(),
-    reference=5000,
-    others=2000,
-)
-CAPACITY = {
-    "h100": _FORTY_THOUSAND,
-    "tiny": replace(
-        _FORTY_THOUSAND,
-        members=(10, 40),
-        widths=(8, 16),
-        steps=(4, 12),
-        reference=20,
-        others=20,
-        batch_size=16,
-        levels=(0, 200),
-    ),
-}
-
-
-def measure_capacity(run: DegreesRun) -> None:
-    """The stage `capacity`, which stands alone: capacity.json in the folder of the run.
-
-    Raises ValueError for a pack, which holds too few pictures, and where cells in the folder were
-    measured with other settings.
-    """
-    grid, ledger = CAPACITY[run.experiment.size], run.ledger
-    if run.pictures.train is None:
-        raise ValueError("a pack holds too few pictures for --stage capacity: give the archives")
-    in_memory = pool_from(run.pictures.train, grid)
-    pool = Pool(*(part.to(run.device) for part in in_memory))
-
-    # A step for each cell, the shortest trainings first.
-    known = settings_of(grid, "members", "widths", "steps", "labels")
-
-    def make(cell: Cell) -> tuple[dict, Entries]:
-        return measure_cell(cell, grid, pool) | {"made_with": known}, {}
-
-    cells = []
-    for cell in grid.cells:
-        answer = dict(ledger.step("capacity " + "-".join(map(str, cell)), partial(make, cell)))
-        check_settings(ledger.folder / "record.json", answer.pop("made_with"), known)
-        cells.append(answer)
-    record = {"name": "capacity", **ledger.record["made"], "data": run.experiment.data}
-    save_json(ledger.folder / "capacity.json", record | grid_record(grid, cells))
 
 # %% ../../nbs/4_production/10_degrees.ipynb #3142dede
 STAGES: dict[str, Callable[[DegreesRun], None]] = {
