@@ -701,7 +701,8 @@ def test_archives_take_the_place_of_a_data_set(tmp_path, monkeypatch):
 
     # Kept images need no archives any more; without them there is one line.
     without = replace(run, archives=())
-    assert torch.equal(experiments._image_sets(without)["all"].held_out, originals[1])
+    kept_held_out = experiments._image_sets(without)["all"].held_out
+    assert torch.equal(kept_held_out, images["all"].held_out)
     (folder / "data.safetensors").unlink()
     with pytest.raises(ValueError, match="is about a.tar, b.zip .*give these archives again"):
         experiments._image_sets(without)
