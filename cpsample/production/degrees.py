@@ -13,6 +13,7 @@ __all__ = ['ARMS', 'SIZES', 'CAPACITY', 'STAGES', 'ALONE', 'TwoDegrees', 'Pictur
 
 # %% ../../nbs/4_production/10_degrees.ipynb #d3dc22a8
 import io
+import itertools
 import json
 import math
 import tempfile
@@ -938,7 +939,8 @@ def figure(run: DegreesRun) -> Any:
     import matplotlib.pyplot as plt
 
     shown, members = run.ledger.entries["shown"], run.pictures.members
-    keys = [f"{degree} {name}" for degree in run.experiment.degrees for name in _SHOWN]
+    pairs = itertools.product(run.experiment.degrees, _SHOWN)
+    keys = [f"{degree} {name}" for degree, name in pairs]
     keys = [key for key in keys if len(shown.get(f"{key} images", ())) > 0]
     columns = run.experiment.shown
 
