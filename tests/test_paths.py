@@ -329,6 +329,14 @@ def test_an_answer_that_is_read_as_another_kind_is_told(path, answered, read, re
     assert one.filename == __file__
 
 
+def test_rows_of_much_and_of_little_noise_in_one_call_are_told_once():
+    model = protect_path(lambda x, time: 3 * x, looking(), flow_path(), "eps")
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(OtherPathWarning, match="is the prediction the model's") as told:
+        model(x, torch.tensor([0.75, 0.1]).repeat_interleave(4))
+    assert sum(issubclass(one.category, OtherPathWarning) for one in told) == 1
+
+
 def test_what_makes_a_path_is_not_a_path():
     with pytest.raises(ValueError, match="must be a GaussianPath, such as flow_path()"):
         protect_path(wave, looking(), flow_path, "flow")

@@ -347,7 +347,7 @@ class PathCorrector(Corrector):
             parts = (x0, eps, on_scale)
             size, noise, led = [part.square().mean().sqrt().item() for part in parts]
             if led <= 1.5 and (size > 2 or noise > 3):
-                self.untried = []
+                self.untried = []  # once is enough
                 warnings.warn(
                     f"read as was said, the answers mean pictures of size {size:.2g} and noise of "
                     f"size {noise:.2g}, where both have at most 1: is the prediction the model's, "
@@ -355,6 +355,7 @@ class PathCorrector(Corrector):
                     OtherPathWarning,
                     stacklevel=8,  # whoever called the protected model
                 )
+                return
 
     def correction(self, x: Tensor, time: Tensor | float, answer: Tensor) -> Correction | None:
         "See `correction_on_path`."
