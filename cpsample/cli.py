@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'SHARING', 'Quiet', 'Run', 'Device', 'Seed', 'Strict', 'Unguarded', 'Strength', 'JsonFile', 'PICTURES',
            'GOES_WITH_METHOD', 'shown', 'in_one_line', 'sentence', 'one_line_errors', 'share_cores', 'OneLineErrors',
-           'show_version', 'options_of_all', 'command_line', 'PlainStream', 'plain_streams', 'hush', 'say', 'outputs',
-           'one_of', 'between', 'chosen_from', 'device_name', 'refuse_ignored', 'one_or_several', 'listed',
-           'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'work_shared', 'given', 'typed',
-           'drawn_members', 'described_run', 'holds_files', 'check_source', 'sample_sheet', 'check_sheets',
-           'check_run_folder', 'trains_pictures', 'training_configs', 'Training', 'begin_or_go_on', 'made_to_fit',
-           'in_words', 'shorter_training', 'cpu_setting_in_words', 'training_in_words', 'how_to_go_on',
+           'show_version', 'number_of_processes', 'options_of_all', 'command_line', 'PlainStream', 'plain_streams',
+           'hush', 'say', 'outputs', 'one_of', 'between', 'chosen_from', 'device_name', 'refuse_ignored',
+           'one_or_several', 'listed', 'strength_of', 'write_demo', 'demo', 'on_device', 'processes', 'work_shared',
+           'given', 'typed', 'drawn_members', 'described_run', 'holds_files', 'check_source', 'sample_sheet',
+           'check_sheets', 'check_run_folder', 'trains_pictures', 'training_configs', 'Training', 'begin_or_go_on',
+           'made_to_fit', 'in_words', 'shorter_training', 'cpu_setting_in_words', 'training_in_words', 'how_to_go_on',
            'timed_training', 'TrainingOrder', 'TrainingMaterial', 'training_material', 'description_of',
            'plan_training', 'train_as_ordered', 'train_command', 'guard_of_run', 'check_pipeline_guard',
            'count_of_pictures', 'name_of_member', 'mirrored_pictures', 'print_coverage', 'print_recognition',
@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO
@@ -156,6 +157,11 @@ def show_version(wanted: bool) -> None:
 SHARING = ("train", "guard", "sample", "audit")  # among the processes of accelerate launch
 
 
+def number_of_processes() -> str:
+    "What a launcher says of it; without one, 1."
+    return os.environ.get("WORLD_SIZE") or "1"
+
+
 @app.callback()
 def options_of_all(
     context: typer.Context,
@@ -168,7 +174,7 @@ def options_of_all(
 ) -> None:
     "Keep a diffusion model from handing out its training images."
     command = context.invoked_subcommand
-    if command not in SHARING and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+    if command not in SHARING and number_of_processes() != "1":
         raise ValueError(
             f"{command} does not share its work among processes, only {', '.join(SHARING)} do: "
             "start it once, without accelerate launch or torchrun"
@@ -512,7 +518,9 @@ def on_device(device: str | None) -> str:
 
 def processes(device: str | None) -> tuple[Any, Any]:
     "(an accelerator, if `accelerate launch` started several processes, or None; the device)."
-    said = os.environ.get("WORLD_SIZE", "1")
+    import torch
+
+    said = number_of_processes()
     if not (said.isascii() and said.isdigit() and int(said) >= 1):
         raise ValueError(
             f"WORLD_SIZE must be the number of processes, got {said!r}: accelerate launch sets it"
@@ -522,7 +530,16 @@ def processes(device: str | None) -> tuple[Any, Any]:
 
     from cpsample.workshop.files import import_optional
 
-    accelerator = import_optional("accelerate", "diffusers").Accelerator()
+    # They wait for one another as long as it takes.
+    accelerate = import_optional("accelerate", "diffusers")
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=30))
+    is_cpu = not torch.cuda.is_available()
+    accelerator = accelerate.Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
+    if accelerator.num_processes != int(said):
+        raise ValueError(
+            f"WORLD_SIZE says {said} processes, accelerate sees {accelerator.num_processes}: start "
+            "them with accelerate launch or torchrun"
+        )
     return accelerator, accelerator.device
 
 
@@ -1582,7 +1599,7 @@ def drawn_images(
     """Images drawn from a run, [m, C, H, W]: those that its guard lets pass in the end.
 
     protected: the run, see `load_protected_run`.
-    n: how many are asked for; within `work_shared` processes share them, 500 at a time.
+    n: how many are asked for; within `work_shared` processes share them, 250 at a time.
     steps, seed: of the sampling.
     tries: how often what is recognised is drawn, at most.
     no_check: whether the guard has no last word.
@@ -1601,7 +1618,7 @@ def drawn_images(
     def draw(rows: range) -> Accepted:
         return draw_accepted(model, schedule, shape, n, accept, rows=rows, **options)
 
-    drawn = Accepted(*map(torch.cat, zip(*shared_out(draw, n, 500))))
+    drawn = Accepted(*map(torch.cat, zip(*shared_out(draw, n, 250))))
     if accept is None:
         return drawn.images
 
@@ -1651,7 +1668,8 @@ def sample_command(
     """Draw images from the model of a run, protected by its guard.
 
     The guard steers, and has the last word: what it recognises in the end is drawn anew.
-    With accelerate launch, on several processes, which share them and give the same bits as one.
+    With accelerate launch, on several processes, which share them; with as many threads each, the
+    bits are those of one.
     """
     strength = strength_of(strength, unguarded)
 
@@ -1669,13 +1687,14 @@ def sample_command(
         x = drawn_images(protected, n, steps=steps, seed=seed, tries=tries, no_check=no_check)
         if protected.guard:
             pushed = total(protected.model.rows_pushed) / total(protected.model.rows_seen)
-    if not is_first:
-        return
+        if not is_first:
+            return
 
-    write_samples(x, arrays, picture)
-    if protected.guard:
-        say(pushed_in_words(pushed, protected.guard, timesteps(protected.schedule.T, steps)))
-    print(f"{len(x)} images: {shown(arrays)}, {shown(picture)}")
+        # The others wait until the files are there.
+        write_samples(x, arrays, picture)
+        if protected.guard:
+            say(pushed_in_words(pushed, protected.guard, timesteps(protected.schedule.T, steps)))
+        print(f"{len(x)} images: {shown(arrays)}, {shown(picture)}")
 
 # %% ../nbs/cli.ipynb #a144959e
 _AuditGenerated = Annotated[
@@ -1930,9 +1949,9 @@ def sets_of_pipeline(
     return named_pipeline_sets(pipeline, prompts, training, held_out=held_out, **options)
 
 
-def end_with(verdict: Any) -> None:
-    "End with the verdict: a release can be stopped by its exit status, 1 or 3."
-    if verdict.exit_status:
+def end_with(verdict: Any | None) -> None:
+    "End with the verdict, if there is one: a release can be stopped by its exit status, 1 or 3."
+    if verdict is not None and verdict.exit_status:
         raise SystemExit(verdict.exit_status)
 
 
@@ -2132,7 +2151,7 @@ def audit_and_report(
     out, thumbnails: of `write_report`.
     max_copy_rate, test: of `Audit.verdict`.
     seed, options: of `audit`.
-    device: see `work_shared`; of several processes the first writes and speaks.
+    device: see `work_shared`; of several processes the first writes, speaks and has the verdict.
     """
     from cpsample.judgement.copy_audit import audit
     from cpsample.judgement.report import check_report, write_report
@@ -2145,8 +2164,11 @@ def audit_and_report(
         # Count; then write the report, and say the numbers.
         pairs = 1000 if thumbnails else 12
         audited = audit(*sets, n=n, pairs=pairs, seed=seed, progress=True, **options)
-    verdict = audited.verdict(max_copy_rate, test)
-    if is_first:
+        verdict = audited.verdict(max_copy_rate, test)
+        if not is_first:
+            return None
+
+        # The others wait until the report is there: who ends with a status stops them all.
         about |= {"command": command_line()}
         written = write_report(audited, out, verdict, thumbnails=thumbnails, **about)
         print_audit(audited, verdict, written)
@@ -2187,8 +2209,12 @@ def audit_command(
     1, copies found; 3, too few samples to say: more of them are needed, or such as look like the
     data; 2, something is wrong, and nothing was counted.
 
-    With accelerate launch, on several processes, which share the drawing and the features.
+    With accelerate launch, on several processes, which share drawing from a run and the features;
+    the launcher's own status is then 1 for each of 1, 2 and 3, and the report has the verdict.
     """
+    if pipeline and number_of_processes() != "1":
+        raise ValueError("processes do not share what a --pipeline draws: start it once")
+
     # Who draws the images, or where do they lie? Mistakes are told before torch is loaded.
     compared = who_draws(
         pipeline,

@@ -1,5 +1,6 @@
 "How much a guard holds: what can be known at all, trainings of a grid, and a formula for them."
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -134,12 +135,10 @@ def test_a_stopped_grid_goes_on_and_gives_the_same(tmp_path, monkeypatch):
 def planted_cells(coefficients):
     "Cells that hold exactly what the formula says."
     cells = []
-    for members in (50, 100, 400):
-        for parameters in (1e3, 1e4):
-            for steps, K in ((100, 2), (1000, 8)):
-                factors = dict(zip(FACTORS, (members, parameters, steps, K)))
-                bits = 0.5 + 0.45 * formula(coefficients, **factors)
-                cells.append(factors | {"levels": {"0": {"bits": bits, "ideal": 0.95}}})
+    for sizes in itertools.product((50, 100, 400), (1e3, 1e4), (100, 1000), (2, 8)):
+        factors = dict(zip(FACTORS, sizes))
+        bits = 0.5 + 0.45 * formula(coefficients, **factors)
+        cells.append(factors | {"levels": {"0": {"bits": bits, "ideal": 0.95}}})
     return cells
 
 
@@ -161,14 +160,56 @@ def test_a_formula_that_was_planted_is_found_and_solved():
         (dict(parameters=10**6, steps=500), "parameters 1e\\+06 was not measured, only 1000 to"),
         (dict(parameters=5000, steps=5), "steps 5 was not measured"),
         (dict(parameters=5000, steps=500, K=64), "K 64 was not measured"),
-        (dict(parameters=5000, steps=500, share=0.999), "fewer than the fewest that were tried"),
-        (dict(parameters=5000, steps=500, share=0.001), "more than the most that were tried"),
+        (dict(parameters=5000, steps=500, share=0.999), "fewer than 50, the fewest pictures"),
+        (dict(parameters=5000, steps=500, share=0.001), "more than 400, the most pictures"),
     ],
 )
 def test_beyond_what_was_measured_nothing_is_said(asked, says):
     fit = fit_formula(planted_cells(TRUTH), 0, draws=2)
     with pytest.raises(ValueError, match=says):
         pictures_held(fit, **asked)
+
+
+@pytest.mark.parametrize("constant", [-8.0, -1.0, 4.0, 10.0])
+def test_nearly_full_and_nearly_empty_cells_are_fitted_as_well(constant):
+    "Where all shares lie within a thousandth of 1, the search must not end at its first step."
+    truth = {"constant": constant, "members": -1.2, "parameters": 0.6, "steps": 0.7, "K": -0.5}
+    fit = fit_formula(planted_cells(truth), 0, draws=2)
+    for name, value in truth.items():
+        assert fit.coefficients[name] == pytest.approx(value, abs=0.01), name
+
+
+def test_a_factor_that_never_varies_has_no_coefficient_of_its_own():
+    cells = [cell for cell in planted_cells(TRUTH) if cell["K"] == 8 and cell["steps"] == 1000]
+    cells += [cell | {"steps": 2000} for cell in cells]
+    fit = fit_formula(cells, 0, draws=2)
+    assert fit.coefficients["K"] == 0 and "K" not in fit.intervals and fit.ranges["K"] == (8, 8)
+    assert set(fit.intervals) == {"constant", "members", "parameters", "steps"}
+
+
+def test_what_makes_no_formula_is_refused():
+    "Cells that hold everything, more pictures that are easier, levels where nothing can be known."
+    full = [
+        cell | {"levels": {"0": {"bits": 0.95, "ideal": 0.95}}} for cell in planted_cells(TRUTH)
+    ]
+    with pytest.raises(
+        ValueError,
+        match="all cells hold everything, measure more pictures: no formula fits level 0",
+    ):
+        fit_formula(full, 0)
+    easier = fit_formula(planted_cells(TRUTH | {"members": 0.8}), 0, draws=2)
+    with pytest.raises(ValueError, match="more pictures are not harder to hold"):
+        pictures_held(easier, 5000, 500)
+    for ideal in (0.5, 0.49, float("nan")):
+        with pytest.raises(ValueError, match="nothing can be known"):
+            held({"levels": {"0": {"bits": 0.5, "ideal": ideal}}}, 0)
+
+
+def test_a_grid_of_more_pictures_has_the_same_others():
+    small, large = pool_of(TINY), pool_of(replace(TINY, members=(20, 400)))
+    assert torch.equal(small.members, large.members[:40])
+    assert torch.equal(small.reference, large.reference)
+    assert torch.equal(small.others, large.others)
 
 
 def test_too_few_cells_make_no_formula():

@@ -174,7 +174,7 @@ def command(*words, processes=1):
     "A call of the command line, in several processes if it is said."
     start = PROCESSES if processes > 1 else ()
     call = [sys.executable, *start, "-m", "cpsample", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(call, capture_output=True, text=True, env=environment)
 
 
@@ -185,7 +185,7 @@ def succeeds(*words, processes=1):
 
 
 def test_two_processes_draw_the_images_of_one(tmp_path):
-    "In chunks of 500; what the guard recognises is drawn anew in the process that drew it."
+    "In chunks of 250; what the guard recognises is drawn anew in the process that drew it."
     succeeds(*TRAIN, "--out", tmp_path / "run")
     succeeds("guard", tmp_path / "run", "--preset", "x_t", "--steps", 500, "--wanted", 0.02)
     draw = ("sample", tmp_path / "run", "-n", 540, "--steps", 4)
@@ -209,6 +209,29 @@ def test_two_processes_audit_as_one(tmp_path):
         assert done.returncode == 1 and done.stdout.count("this test counts") == 1
         of[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert of["alone"]["tests"] == of["together"]["tests"]
+
+
+def test_a_report_is_whole_before_anybody_ends_with_its_status(tmp_path):
+    "Whoever ends with 1 makes the launcher stop the others, which may be writing."
+    images = (load_digits()[0][:60] * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "known.npy", images[:40])
+    np.save(tmp_path / "made.npy", images[20:])
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\n"
+        "from cpsample.judgement import report\n"
+        "from cpsample.cli import app\n"
+        "write = report.write_report\n"
+        "report.write_report = lambda *a, **k: time.sleep(3) or write(*a, **k)\n"
+        "app()\n"
+    )
+    out = tmp_path / "out" / "audit"
+    words = ["audit", tmp_path / "made.npy", tmp_path / "known.npy", "--out", out]
+    call = [sys.executable, *PROCESSES, slow, *words]
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("this test counts") == 1
+    assert json.loads(out.with_suffix(".json").read_text())["tests"]["ratio"]["copies"] == 20
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_what_one_process_raises_is_said_and_nobody_waits(tmp_path):

@@ -242,7 +242,7 @@ def test_a_network_is_filled_whole_or_not_at_all():
     fill_network(other, other.state_dict())
 
 
-@pytest.mark.parametrize("said", ["abc", "", "-1", "0", "1.5", "²"])
+@pytest.mark.parametrize("said", ["abc", "-1", "0", "1.5", "²"])
 def test_a_number_of_processes_that_is_none(said, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", said)
     with pytest.raises(ValueError, match="WORLD_SIZE must be the number of processes"):

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logit
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from cpsample.core.classifier import (
@@ -140,13 +139,14 @@ def pool_from(images: Tensor, grid: Grid) -> Pool:
 
     Raises ValueError where they are too few.
     """
+    # Members last, so that a grid of more of them has the same others.
     sizes = {
-        "members": max(grid.members),
         "reference": grid.reference,
         "others": grid.others,
+        "members": max(grid.members),
     }
     rows = split(images, sizes, grid.seed).indices
-    return Pool(*(pixels(images[rows[name]]) for name in sizes))
+    return Pool(*(pixels(images[rows[name]]) for name in Pool._fields))
 
 
 def pool_of(grid: Grid) -> Pool:
@@ -239,7 +239,7 @@ class Fit(NamedTuple):
     """The formula of this page at one noise level.
 
     coefficients: {"constant" or a factor: number}, per doubling of the factor.
-    intervals: {the same: (low, high)}, of 95 %.
+    intervals: {the same: (low, high)}, of 95 %, of the factors that vary among the cells.
     error: the largest difference between what a cell holds and the formula, in shares.
     ranges: {factor: (least, most)} that were measured; beyond them the formula is not asked.
     """
@@ -251,8 +251,13 @@ class Fit(NamedTuple):
 
 
 def held(cell: dict, level: int) -> float:
-    "What a cell holds at a level of what can be known: 0 for a coin, 1 for the ideal guard."
+    """What a cell holds at a level of what can be known: 0 for a coin, 1 for the ideal guard.
+
+    Raises ValueError where nothing can be known.
+    """
     numbers = cell["levels"][str(level)]
+    if not numbers["ideal"] > 0.5:
+        raise ValueError(f"at level {level} nothing can be known of the labels: ask at less noise")
     share = (numbers["bits"] - 0.5) / (numbers["ideal"] - 0.5)
     return min(max(share, 0.0), 1.0)
 
@@ -265,14 +270,41 @@ def formula(coefficients: dict[str, float], **factors: float) -> float:
 
 
 def _fitted(x: np.ndarray, h: np.ndarray) -> np.ndarray:
-    "The coefficients of greatest likelihood for shares h [cells], x [cells, 5]."
+    """The coefficients of greatest likelihood, by Newton's method: [1 + F].
 
-    def loss(c: np.ndarray) -> float:
-        eta = x @ c
-        likelihood = h * log_expit(eta) + (1 - h) * log_expit(-eta)
-        return -likelihood.mean() + 1e-6 * (c @ c)
+    x [cells, F]: log₂ of the factors; one that does not vary gets the coefficient 0.
+    h [cells]: shares that are held, not all of them 0 or 1.
+    """
+    # On columns of spread 1, or nearly full cells would end the search too early.
+    centre, spread = x.mean(0), x.std(0)
+    z = np.column_stack([np.ones(len(x)), (x - centre) / np.where(spread > 0, spread, 1)])
+    ridge = np.diag([0.0, *[1e-9] * x.shape[1]])
+    ridge[1:, 1:] += np.diag(np.where(spread > 0, 0.0, 1.0))
 
-    return minimize(loss, np.zeros(x.shape[1]), method="BFGS").x
+    # To where the quadratic that fits here is greatest, but by no more than 2 at a time.
+    c = np.array([float(logit(h.mean())), *[0.0] * x.shape[1]])
+    for _ in range(200):
+        p = expit(z @ c)
+        slope = z.T @ (h - p) / len(h) - ridge @ c
+        step = np.linalg.solve((z.T * (p * (1 - p))) @ z / len(h) + ridge, slope)
+        c = c + step * min(1.0, 2.0 / np.abs(step).max())
+        if np.abs(step).max() < 1e-9:
+            break
+    slopes = c[1:] / np.where(spread > 0, spread, 1)
+    return np.array([c[0] - slopes @ centre, *slopes])
+
+
+def _bounds(x: np.ndarray, h: np.ndarray, draws: int, seed: int) -> list[list[float]]:
+    "Of each coefficient 95 % of what comes out of cells drawn anew, with replacement: (low, high)."
+    rng, varies = np.random.default_rng(seed), x.std(0) > 0
+    others: list[np.ndarray] = []
+    while len(others) < draws:
+        rows = rng.integers(len(h), size=len(h))
+
+        # What varied has to vary still.
+        if (x[rows].std(0) > 0)[varies].all() and 0 < h[rows].mean() < 1:
+            others.append(_fitted(x[rows], h[rows]))
+    return np.percentile(others, [2.5, 97.5], axis=0).T.tolist()
 
 
 def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: int = 0) -> Fit:
@@ -285,20 +317,19 @@ def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: in
     if len(cells) < 6:
         raise ValueError(f"a fit of five numbers needs at least 6 cells, got {len(cells)}")
     factors = np.array([[cell[name] for name in FACTORS] for cell in cells], dtype=float)
-    x = np.column_stack([np.ones(len(cells)), np.log2(factors)])
-    h = np.array([held(cell, level) for cell in cells])
+    x, h = np.log2(factors), np.array([held(cell, level) for cell in cells])
+    if h.mean() in (0, 1):
+        what = "everything, measure more" if h.mean() else "nothing, measure fewer"
+        raise ValueError(f"all cells hold {what} pictures: no formula fits level {level}")
     best = _fitted(x, h)
+    names, bounds = ("constant", *FACTORS), _bounds(x, h, draws, seed)
 
-    # Cells drawn anew, with replacement.
-    rng = np.random.default_rng(seed)
-    again = [rng.integers(len(cells), size=len(cells)) for _ in range(draws)]
-    others = np.array([_fitted(x[rows], h[rows]) for rows in again])
-    low, high = np.percentile(others, [2.5, 97.5], axis=0)
-    names = ("constant", *FACTORS)
+    # Of a factor that never varies nothing is known.
+    varies = (True, *(x.std(0) > 0))
     return Fit(
         dict(zip(names, best.tolist())),
-        dict(zip(names, zip(low.tolist(), high.tolist()))),
-        float(np.abs(expit(x @ best) - h).max()),
+        {name: tuple(pair) for name, pair, varied in zip(names, bounds, varies) if varied},
+        float(np.abs(expit(best[0] + x @ best[1:]) - h).max()),
         {name: (min(column), max(column)) for name, column in zip(FACTORS, factors.T.tolist())},
     )
 
@@ -308,7 +339,8 @@ def pictures_held(fit: Fit, parameters: int, steps: int, K: int = 8, share: floa
 
     parameters, steps, K: of the classifier and its training.
     share: of what can be known that is to be held.
-    Raises ValueError outside of what was measured: no number is better than a wrong one.
+    Raises ValueError outside of what was measured, and where the formula makes no sense of it: no
+        number is better than a wrong one.
     """
     asked = {"parameters": parameters, "steps": steps, "K": K}
     for name, value in asked.items():
@@ -318,15 +350,22 @@ def pictures_held(fit: Fit, parameters: int, steps: int, K: int = 8, share: floa
 
     # Solve the formula for the pictures.
     c = fit.coefficients
+    if not c["members"] < 0:
+        raise ValueError("by the formula more pictures are not harder to hold: not known")
     rest = c["constant"] + sum(c[name] * math.log2(value) for name, value in asked.items())
-    n = 2 ** ((float(logit(share)) - rest) / c["members"])
+    doublings = (float(logit(share)) - rest) / c["members"]
 
     # Of more pictures, or fewer, than were ever tried nothing is known.
     least, most = fit.ranges["members"]
-    if not least <= n <= most:
-        where = "more than the most" if n > most else "fewer than the fewest"
-        raise ValueError(f"by the formula {n:.0f} pictures, {where} that were tried: not known")
-    return n
+    if not math.log2(least) <= doublings <= math.log2(most):
+        is_more = doublings > math.log2(most)
+        where = (
+            f"more than {most:,.0f}, the most"
+            if is_more
+            else f"fewer than {least:,.0f}, the fewest"
+        )
+        raise ValueError(f"by the formula {where} pictures that were tried: not known")
+    return 2**doublings
 
 # %% ../../nbs/4_production/09_capacity.ipynb #fe5be37b
 FASHION = Grid(

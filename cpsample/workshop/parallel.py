@@ -7,6 +7,7 @@ __all__ = ['T', 'Together', 'sharing_work', 'shared_out', 'total', 'unwrapped']
 
 # %% ../../nbs/5_workshop/05_parallel.ipynb #ee419b1f
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -69,6 +70,15 @@ def sharing_work() -> Iterator[None]:
         _is_shared = before
 
 
+def _that_can_travel(error: Exception) -> Exception:
+    "The error, or, if it would not arrive as it is, its words."
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its constructor wants
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def shared_out(make: Callable[[range], T], n: int, chunk: int) -> list[T]:
     """What `make` makes of each chunk of rows, in their order, in every process.
 
@@ -90,7 +100,7 @@ def shared_out(make: Callable[[range], T], n: int, chunk: int) -> list[T]:
     try:
         own = [make(rows) for rows in chunks[rank::n_processes]]
     except Exception as error:
-        failure = error
+        failure = _that_can_travel(error)
     of_all: list[Any] = [None] * n_processes
     dist.all_gather_object(of_all, (own, failure))
 
