@@ -148,7 +148,7 @@ TRUTH = {"constant": -1.0, "members": -0.8, "parameters": 0.3, "steps": 0.4, "K"
 def test_a_formula_that_was_planted_is_found_and_solved():
     fit = fit_formula(planted_cells(TRUTH), 0, draws=3)
     assert fit.error < 0.01
-    n = pictures_held(fit, 5000, 500, 4, share=0.6)
+    n = pictures_held(fit, 5000, 500, K=4, share=0.6)
     assert formula(fit.coefficients, members=n, parameters=5000, steps=500, K=4) == pytest.approx(
         0.6
     )

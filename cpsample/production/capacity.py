@@ -334,7 +334,9 @@ def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: in
     )
 
 
-def pictures_held(fit: Fit, parameters: int, steps: int, K: int = 8, share: float = 0.99) -> float:
+def pictures_held(
+    fit: Fit, parameters: int, steps: int, *, K: int = 8, share: float = 0.99
+) -> float:
     """So many pictures can be held, by the formula.
 
     parameters, steps, K: of the classifier and its training.

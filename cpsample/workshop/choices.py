@@ -24,11 +24,9 @@ SPACES = (*feature_spaces, "pca-64")  # of features
 EXPERIMENTS = ("celeba64", "cifar10")  # with a GPU, each in one of
 SIZES = {
     "celeba64": ("full", "colab", "tiny"),
-    "cifar10": ("full", "colab", "tiny", "cores", "h100"),
+    "cifar10": ("full", "colab", "tiny", "h100", "cores"),
 }
-IN_PIECES = {
-    "cifar10": ("tiny", "cores", "h100")
-}  # sizes that are stopped after minutes and go on, in
+IN_PIECES = {"cifar10": ("tiny", "h100", "cores")}  # sizes that are stopped and go on, in
 STAGES = ("base", "tuned", "guards", "low_arms", "low_attacks", "high_arms", "high_attacks")
 STAGES += ("results", "capacity")
 OF_ARCHIVES = ("cifar10",)  # experiments whose data set can be given as archives
