@@ -20,6 +20,7 @@ from cpsample.production.capacity import (
     Grid,
     fit_formula,
     formula,
+    grid_record,
     held,
     ideal_logits,
     measure_cell,
@@ -203,6 +204,16 @@ def test_what_makes_no_formula_is_refused():
     for ideal in (0.5, 0.49, float("nan")):
         with pytest.raises(ValueError, match="nothing can be known"):
             held({"levels": {"0": {"bits": 0.5, "ideal": ideal}}}, 0)
+
+
+def test_a_level_without_a_formula_takes_no_measurement_along():
+    "All cells are reported, and why one level has no formula."
+    cells = planted_cells(TRUTH)
+    for cell in cells:
+        cell["levels"]["200"] = {"bits": 0.5, "ideal": 0.5}
+    record = grid_record(TINY, cells)
+    assert record["cells"] == cells and record["fits"]["0"]["error"] < 0.01
+    assert "nothing can be known" in record["fits"]["200"]["refused"]
 
 
 def test_a_grid_of_more_pictures_has_the_same_others():

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from cpsample.core.classifier import (
@@ -270,28 +272,21 @@ def formula(coefficients: dict[str, float], **factors: float) -> float:
 
 
 def _fitted(x: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """The coefficients of greatest likelihood, by Newton's method: [1 + F].
+    """The coefficients of greatest likelihood: [1 + F].
 
     x [cells, F]: log₂ of the factors; one that does not vary gets the coefficient 0.
     h [cells]: shares that are held, not all of them 0 or 1.
     """
-    # On columns of spread 1, or nearly full cells would end the search too early.
-    centre, spread = x.mean(0), x.std(0)
-    z = np.column_stack([np.ones(len(x)), (x - centre) / np.where(spread > 0, spread, 1)])
-    ridge = np.diag([0.0, *[1e-9] * x.shape[1]])
-    ridge[1:, 1:] += np.diag(np.where(spread > 0, 0.0, 1.0))
+    # A share h is a cell that was held h times and not held 1 − h times.
+    columns = StandardScaler().fit(x)
+    twice = np.tile(columns.transform(x), (2, 1))
+    outcome, times = np.repeat([1, 0], len(h)), np.concatenate([h, 1 - h])
 
-    # To where the quadratic that fits here is greatest, but by no more than 2 at a time.
-    c = np.array([float(logit(h.mean())), *[0.0] * x.shape[1]])
-    for _ in range(200):
-        p = expit(z @ c)
-        slope = z.T @ (h - p) / len(h) - ridge @ c
-        step = np.linalg.solve((z.T * (p * (1 - p))) @ z / len(h) + ridge, slope)
-        c = c + step * min(1.0, 2.0 / np.abs(step).max())
-        if np.abs(step).max() < 1e-9:
-            break
-    slopes = c[1:] / np.where(spread > 0, spread, 1)
-    return np.array([c[0] - slopes @ centre, *slopes])
+    # A penalty as small as this decides only about factors that do not vary.
+    model = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-12, max_iter=1000)
+    model.fit(twice, outcome, sample_weight=times)
+    slopes = model.coef_[0] / columns.scale_
+    return np.array([model.intercept_[0] - slopes @ columns.mean_, *slopes])
 
 
 def _bounds(x: np.ndarray, h: np.ndarray, draws: int, seed: int) -> list[list[float]]:
@@ -383,8 +378,13 @@ FASHION = Grid(
 
 
 def grid_record(grid: Grid, cells: Sequence[dict]) -> dict[str, Any]:
-    "What is reported of a grid: its measured cells, and the formula at each level."
-    fits = {str(level): fit_formula(cells, level)._asdict() for level in grid.levels}
+    "What is reported of a grid: its measured cells, and the formula at each level that has one."
+    fits = {}
+    for level in grid.levels:
+        try:
+            fits[str(level)] = fit_formula(cells, level)._asdict()
+        except ValueError as error:  # what was measured is not lost with it
+            fits[str(level)] = {"refused": str(error)}
     return {"seeds": [grid.seed], "settings": settings_of(grid), "cells": cells, "fits": fits}
 
 
