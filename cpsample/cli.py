@@ -1612,13 +1612,13 @@ def drawn_images(
 
     model, schedule, shape, _, place = protected
     accept = last_word(protected, no_check)
-    options = dict(steps=steps, seed=seed, tries=tries, device=place, progress=True)
+    options = dict(steps=steps, seed=seed, tries=tries, device=place, progress=n <= 250)
 
     # An image depends on its number, and on the other images of its chunk alone in rounding.
     def draw(rows: range) -> Accepted:
         return draw_accepted(model, schedule, shape, n, accept, rows=rows, **options)
 
-    drawn = Accepted(*map(torch.cat, zip(*shared_out(draw, n, 250))))
+    drawn = Accepted(*map(torch.cat, zip(*shared_out(draw, n, 250, name="sampling"))))
     if accept is None:
         return drawn.images
 

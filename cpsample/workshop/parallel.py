@@ -9,11 +9,13 @@ __all__ = ['T', 'Together', 'sharing_work', 'shared_out', 'total', 'unwrapped']
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 # %% ../../nbs/5_workshop/05_parallel.ipynb #ed037b15
 class _JoinRows(torch.autograd.Function):
@@ -79,26 +81,30 @@ def _that_can_travel(error: Exception) -> Exception:
     return error
 
 
-def shared_out(make: Callable[[range], T], n: int, chunk: int) -> list[T]:
+def shared_out(
+    make: Callable[[range], T], n: int, chunk: int, *, name: str | None = None
+) -> list[T]:
     """What `make` makes of each chunk of rows, in their order, in every process.
 
     make: make(rows) → anything that can travel; it must not depend on the process.
     n: rows; the last chunk may be smaller than the others, and of none there is an empty one.
     chunk: rows of a chunk.
+    name: of a bar over the chunks that this process makes, if there are several (default: no bar).
     Without several processes, or outside of `sharing_work`, one process does it all. Raises in all
     of them what `make` raises in one.
     """
     starts = range(0, max(n, 1), chunk)
     chunks = [range(start, min(start + chunk, n)) for start in starts]
+    shown = partial(tqdm, desc=name, unit="chunk", disable=name is None or len(chunks) == 1)
     if not (_is_shared and dist.is_initialized()):
-        return [make(rows) for rows in chunks]
+        return [make(rows) for rows in shown(chunks)]
 
     # One's own, or the reason why not: nobody is left waiting.
     rank, n_processes = dist.get_rank(), dist.get_world_size()
     own: list[T] = []
     failure = None
     try:
-        own = [make(rows) for rows in chunks[rank::n_processes]]
+        own = [make(rows) for rows in shown(chunks[rank::n_processes])]
     except Exception as error:
         failure = _that_can_travel(error)
     of_all: list[Any] = [None] * n_processes
