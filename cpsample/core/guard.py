@@ -34,6 +34,7 @@ from .ddpm import has_finite_weights, run, seeded, train
 from .images import pixels, precision_of, to_bytes
 from .schedule import Schedule, same_levels, signal_noise
 from ..workshop.files import fingerprint
+from ..workshop.gpu import asked
 from ..workshop.seeds import checked_seed, seeded_generator, whole_number
 
 # %% ../../nbs/1_core/08_guard.ipynb #5d20c1b7
@@ -342,7 +343,7 @@ class Guard:
         Raises ValueError for any other shape, for NaN and, where only one side of the labels
         counts, for −∞.
         """
-        logits = self.classifier(x_t, t)
+        logits = asked(self.classifier, x_t, t)
         _check_shape_of_logits(logits, len(x_t))
         if logits.isnan().any():
             refuse_nan(logits, _why_nan(self.classifier, x_t))
@@ -470,7 +471,8 @@ def correct_at_x_t(guard: Guard, x_t: Tensor, t: Tensor, eps: Tensor) -> Correct
 
     # Only those rows pay for a gradient.
     _, sigma = signal_noise(guard.schedule, t[certain], x[certain])
-    direction = push(guard.classifier, x[certain], t[certain], form=guard.form)
+    classifier = partial(asked, guard.classifier)
+    direction = push(classifier, x[certain], t[certain], form=guard.form)
     return Correction(certain, -guard.scale * sigma * direction)
 
 # %% ../../nbs/1_core/08_guard.ipynb #f5fff32b

@@ -18,6 +18,7 @@ from .classifier import is_certain, log_odds
 from .copying import copy_test
 from .guard import Correction, Guard
 from .schedule import add_noise, eps_to_x0, randn, x0_to_eps
+from ..workshop.gpu import asked
 from ..workshop.neighbours import at_least_float32, nearest
 
 # %% ../../nbs/1_core/10_predicted.ipynb #39b320cf
@@ -65,7 +66,7 @@ def strength_gradient(guard: Guard, x0: Tensor) -> Tensor:
         x = x0.detach().clone().requires_grad_()
         views = shown(guard, guard.cast(x))
         t = torch.full((len(views) * len(x0),), guard.level, device=x0.device)
-        logits = guard.classifier(views.flatten(0, 1), t)
+        logits = asked(guard.classifier, views.flatten(0, 1), t)
         mean_strength = _strength(guard, logits, len(views)).mean(1).sum()
         (gradient,) = torch.autograd.grad(mean_strength, x)
     return gradient

@@ -71,6 +71,7 @@ from cpsample.workshop.files import (
     write_json,
     write_tensors,
 )
+from ..workshop.gpu import for_sampling, has_bfloat16
 from ..workshop.parallel import unwrapped
 from cpsample.workshop.records import (
     as_json,
@@ -481,13 +482,6 @@ def begun_run(folder: Path | str, configs: Sequence[Config]) -> BegunRun | None:
     return BegunRun(same[0], steps, done, description.get("minutes"))
 
 # %% ../../nbs/2_practice/04_runs.ipynb #08b2f830
-def _has_bfloat16(device: str | torch.device) -> bool:
-    "Whether a device is fast in bfloat16: GPUs from compute capability 8.0 on."
-    if torch.device(device).type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _device_of(accelerator: Any, device: str | torch.device) -> torch.device:
     "The accelerator's device if there is one, or the given one."
     return torch.device(device) if accelerator is None else accelerator.device
@@ -498,7 +492,7 @@ def _denoiser_loss(config: Config, schedule: Schedule, device: str | torch.devic
     loss = partial(ddpm_loss, schedule=schedule)
     if config.mirror:
         loss = mirrored(loss)
-    if _has_bfloat16(device):
+    if has_bfloat16(device):
         loss = half_precision(loss)
     return loss
 
@@ -1150,6 +1144,7 @@ def load_protected_run(
     strength: float = 1.0,
     *,
     device: str | None = None,
+    fast: bool = False,
 ) -> ProtectedRun:
     """The model of a run, protected unless told otherwise.
 
@@ -1157,13 +1152,17 @@ def load_protected_run(
     unguarded: leave the guard off.
     strength: times the guard's own scale s.
     device: "cpu" or "cuda" (default: "cuda" if there is one).
+    fast: on a GPU, compiled and in bfloat16, see `for_sampling`; a CPU takes no notice.
     Raises FileNotFoundError when run, model or guard is missing, ValueError for broken files and
     for a guard of another schedule, shape or of other images.
     """
     run_of(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     saved = load_model(Path(run) / "model.safetensors")
-    model, schedule, shape = saved.model.to(device), saved.schedule, saved.model.config["shape"]
+    schedule, shape = saved.schedule, saved.model.config["shape"]
+    model = saved.model.to(device)
+    if fast:
+        model = for_sampling(model, device, mode="default")
     if unguarded:
         return ProtectedRun(model, schedule, shape, guard=None, device=device)
 

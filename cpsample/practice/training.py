@@ -6,7 +6,7 @@
 __all__ = ['Loss', 'AfterCheckpoint', 'NAMES_ON_DISK', 'GPU_RANDOM_STATE', 'SINCE_0_2', 'STOPPING', 'SideBySide', 'update_ema',
            'TrainingState', 'save_checkpoint', 'differences', 'load_checkpoint', 'weights_fingerprint', 'run_identity',
            'TrainingStopped', 'noted_signals', 'parts_of', 'Watch', 'Keeping', 'is_main_process', 'fit',
-           'seconds_per_step', 'steps_within', 'steps_done', 'mirrored', 'half_precision', 'HalfPrecision']
+           'seconds_per_step', 'steps_within', 'steps_done', 'mirrored', 'half_precision']
 
 # %% ../../nbs/2_practice/03_training.ipynb #ee419b1f
 import contextlib
@@ -795,19 +795,3 @@ def half_precision(loss: Loss, device_type: str = "cuda") -> Loss:
             return loss(model, *batch, generator=generator)
 
     return half_precision_loss
-
-
-class HalfPrecision(nn.Module):
-    """A network that computes in bfloat16 where that is safe; its answers are float32.
-
-    network: on a device, its weights float32.
-    Source: torch.autocast.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            return self.network(x, *args).float()

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..practice.runs import CONFIGS
-from .experiments import TUNE, Counted, Experiment, colab_size
-from ..workshop.costs import NetworkCost
+from .experiments import TUNE, Experiment, colab_size
+from ..workshop.costs import Counted, NetworkCost
 from ..workshop.files import import_optional
 from ..workshop.registry import networks
 

@@ -22,7 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ from ..judgement.inference import loss_test, verdicts
 from ..practice.datasets import load_folder
 from ..practice.quality_measures import precision_recall
 from ..practice.runs import CONFIGS, Config, fit_run_guard, train_denoiser
-from ..practice.training import HalfPrecision, weights_fingerprint
+from ..practice.training import weights_fingerprint
 from .capacity import Cell, Grid, Pool, grid_record, measure_cell, pool_from
 from .cifar10 import CIFAR10
 from .experiments import ATTACKS, DATA, archived_images, with_archives
@@ -63,6 +63,7 @@ from cpsample.workshop.files import (
     save_picture,
     writable,
 )
+from ..workshop.gpu import HalfPrecision, for_sampling, gpu_in_words
 from cpsample.workshop.ledgers import (
     VOLUME,
     Entries,
@@ -395,11 +396,15 @@ class DegreesRun:
         return self.model_with(self.ledger.entries[entry], what=f"the entry {entry}")
 
     def model_with(self, weights: dict[str, Tensor], *, what: str) -> nn.Module:
-        "The model with these weights, on the device, for sampling."
+        "The model with these weights, on the device."
         network = network_of(self.experiment.config, weights, what=what)
         network.to(self.device, memory_format=torch.channels_last)
         network.eval().requires_grad_(False)
         return HalfPrecision(network) if self.experiment.in_bfloat16 else network
+
+    def drawing_model(self, entry: str) -> nn.Module:
+        "The same for drawing thousands of images: on a GPU in bfloat16 and compiled."
+        return for_sampling(self.model(entry), self.device, mode="default")
 
 
 def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -896,9 +901,10 @@ def _measure_arm(run: DegreesRun, degree: str, name: str, model: nn.Module) -> N
 def measure_arms(run: DegreesRun, degree: str) -> None:
     "The stages `low_arms` and `high_arms`: each arm has its numbers in the ledger."
     ledger, e = run.ledger, run.experiment
+    model = cache(partial(run.drawing_model, degree))  # compiled once for all arms
     for name in arms_of(e):
         if f"{degree} {name}" not in ledger.answers:
-            _measure_arm(run, degree, name, run.model(degree))
+            _measure_arm(run, degree, name, model())
 
     def look_at_real() -> tuple[dict, Entries]:
         return numbers_of(run, looked_at(run, run.pictures.held_out[: e.samples])), {}
@@ -1396,10 +1402,7 @@ def _run_stages(run: DegreesRun, last: str | None) -> str | None:
 # %% ../../nbs/4_production/10_degrees.ipynb #e08b58e6
 def _origin(command: str, device: str) -> dict:
     "What a run says about its beginning."
-    origin = {"command": command, **provenance()}
-    if "cuda" in str(device):
-        origin["hardware"] = torch.cuda.get_device_name(device)
-    return origin
+    return {"command": command, **provenance(), **gpu_in_words(device)}
 
 
 def _as_begun(e: TwoDegrees, folder: Path) -> TwoDegrees:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TUNE', 'INCEPTION', 'ATTACKS', 'EXPERIMENTS', 'ImageSource', 'Question', 'Experiment', 'colab_size',
-           'tiny_size', 'with_archives', 'ArchivedImages', 'archived_images', 'Counted', 'StageCost', 'plan',
-           'plan_table', 'Run', 'public_denoiser', 'reproduce', 'run_experiment', 'results_table', 'results']
+           'tiny_size', 'with_archives', 'ArchivedImages', 'archived_images', 'plan', 'plan_table', 'Run',
+           'public_denoiser', 'reproduce', 'run_experiment', 'results_table', 'results']
 
 # %% ../../nbs/4_production/03_experiments.ipynb #131b0dea
 import functools
@@ -48,7 +48,13 @@ from ..practice.runs import Config, fit_run_guard, load_model, save_model, train
 from .hub import hub_errors
 from .pipelines import schedule_of
 from ..workshop.archives import ArchivePath, is_archive
-from ..workshop.costs import GPUS, NetworkCost, network_cost
+from cpsample.workshop.costs import (
+    Shadow,
+    StageCost,
+    assumed_of_gpus,
+    costs_table,
+    training_cost,
+)
 from cpsample.workshop.files import (
     data_path,
     import_optional,
@@ -57,7 +63,8 @@ from cpsample.workshop.files import (
     save_json,
     writable,
 )
-from ..workshop.registry import Registry, build_network, networks
+from ..workshop.gpu import for_sampling, gpu_in_words
+from ..workshop.registry import Registry, build_network
 from cpsample.workshop.studies import (
     Workspace,
     cached_stage,
@@ -379,80 +386,8 @@ def _archived(archives: Sequence[Path | str], e: Experiment) -> tuple[Tensor, Te
 INCEPTION = 11.43e9  # FLOPs of Inception-v3 for one image
 ATTACKS = 122  # rows that all attacks together ask a model about, for one image
 
-# %% ../../nbs/4_production/03_experiments.ipynb #7d2bbc5b
-class Counted(NamedTuple):
-    """What is known of a network without building it.
-
-    weight_bytes: of its parameters.
-    forward, training: what one image costs it.
-    """
-
-    weight_bytes: int
-    forward: NetworkCost
-    training: NetworkCost
-
-
-class _Shadow:
-    """A network that has shapes and no memory, and what one image costs it.
-
-    name, shape, options: of the network, as for `build_network`. Where the library that it is
-        made of is missing, its class may know what was counted elsewhere.
-    """
-
-    def __init__(self, name: str, shape: tuple, options: dict):
-        self.shape = shape
-        try:
-            with torch.device("meta"):
-                self.network = build_network(name, {"shape": shape} | options)
-        except ImportError:
-            counted = getattr(networks[name], "counted", lambda *_: None)(shape, options)
-            if counted is None:
-                raise
-            self.weight_bytes, self.forward, self.training = counted
-            return
-        self.weight_bytes = 4 * sum(p.numel() for p in self.network.parameters())
-
-    @functools.cached_property
-    def forward(self) -> NetworkCost:
-        return network_cost(self.network, self.shape)
-
-    @functools.cached_property
-    def training(self) -> NetworkCost:
-        return network_cost(self.network, self.shape, "train")
-
-    @functools.cached_property
-    def ask_and_push(self) -> int:
-        "FLOPs of a guard that is certain: it looks, and then follows its gradient."
-        push = network_cost(self.network, self.shape, "push")
-        return self.forward.flops + push.flops
-
-# %% ../../nbs/4_production/03_experiments.ipynb #80a75395
-class StageCost(NamedTuple):
-    """What a stage will cost.
-
-    stage: its name.
-    flops: floating-point operations.
-    memory, disk: bytes.
-    """
-
-    stage: str
-    flops: float
-    memory: int
-    disk: int
-
-# %% ../../nbs/4_production/03_experiments.ipynb #d3102972
-def _training_cost(
-    stage: str, shadow: _Shadow, steps: int, *, batch: int, data_bytes: int
-) -> StageCost:
-    "The cost of training a network on data that are kept on the device."
-    # In memory weights, gradients, two moments and their average; on disk checkpoint and result.
-    copies = 5 * shadow.weight_bytes
-    flops = shadow.training.flops * steps * batch
-    memory = copies + batch * shadow.training.kept_bytes + data_bytes
-    return StageCost(stage, flops, memory, copies)
-
 # %% ../../nbs/4_production/03_experiments.ipynb #4c65bd31
-def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Shadow) -> StageCost:
+def _sampling_cost(e: Experiment, question: Question, base: Shadow, guard: Shadow) -> StageCost:
     "The cost of drawing the arms, and of looking at them."
     steps, n = e.config.sample_steps, question.samples
     settings = GUARDS[question.preset]
@@ -475,27 +410,27 @@ def _sampling_cost(e: Experiment, question: Question, base: _Shadow, guard: _Sha
     return StageCost(question.name, drawing + looking, memory, disk)
 
 # %% ../../nbs/4_production/03_experiments.ipynb #8c83571d
-def _attack_cost(e: Experiment, question: Question, base: _Shadow, guard: _Shadow) -> StageCost:
+def _attack_cost(e: Experiment, question: Question, base: Shadow, guard: Shadow) -> StageCost:
     "The cost of asking about members and strangers, without the guard and with it."
     n = 2 * min(e.attacked, question.members, question.strangers)
     flops = n * ATTACKS * (2 * base.forward.flops + guard.ask_and_push)
     return StageCost(f"{question.name}_attacks", flops, _memory_of_both(e, base, guard), 0)
 
 
-def _memory_of_both(e: Experiment, base: _Shadow, guard: _Shadow) -> int:
+def _memory_of_both(e: Experiment, base: Shadow, guard: Shadow) -> int:
     "The memory of model and guard, and of a chunk of images in between."
     return base.weight_bytes + guard.weight_bytes + e.chunk * base.training.kept_bytes
 
 # %% ../../nbs/4_production/03_experiments.ipynb #8bde6b4d
-def _question_costs(e: Experiment, question: Question, base: _Shadow) -> list[StageCost]:
+def _question_costs(e: Experiment, question: Question, base: Shadow) -> list[StageCost]:
     "The cost of a guard, of the arms and of the attacks."
     config = e.config
     labels = {"K": GUARDS[question.preset]["K"]}
-    guard = _Shadow("UNetClassifier", config.shape, labels | config.guard)
+    guard = Shadow("UNetClassifier", config.shape, labels | config.guard)
 
     # The guard keeps its images on the device, as floats.
     images = question.members + question.reference
-    guard_cost = _training_cost(
+    guard_cost = training_cost(
         f"{question.name}_guard",
         guard,
         question.config.guard_steps,
@@ -515,19 +450,19 @@ def plan(e: Experiment) -> list[StageCost]:
     """
     config, tuned, questions = e.config, e.tuned, e.questions
     numbers_per_image = math.prod(config.shape)
-    base = _Shadow(config.network, config.shape, config.options)
+    base = Shadow(config.network, config.shape, config.options)
 
     # The base is fetched, and then kept in our format as well, or trained.
     if e.pretrained:
         base_cost = StageCost("base", 0, base.weight_bytes, 2 * base.weight_bytes)
     else:
         data_bytes = e.images * numbers_per_image
-        base_cost = _training_cost(
+        base_cost = training_cost(
             "base", base, config.steps, batch=config.batch_size, data_bytes=data_bytes
         )
 
     data_bytes = e.subset * numbers_per_image
-    tuned_cost = _training_cost(
+    tuned_cost = training_cost(
         "tuned", base, tuned.steps, batch=tuned.batch_size, data_bytes=data_bytes
     )
     return [
@@ -538,45 +473,17 @@ def plan(e: Experiment) -> list[StageCost]:
     ]
 
 # %% ../../nbs/4_production/03_experiments.ipynb #2a12ea08
-def _at_least(value: float, width: int) -> str:
-    "A number with two digits after the point; what would be rounded to nothing is said to be less."
-    return f"{'<0.01' if 0 < value < 0.005 else format(value, '.2f'):>{width}}"
-
-
-def _plan_line(cost: StageCost, unit: float) -> str:
-    "A line of the plan; unit: of the FLOPs."
-    hours = "".join(_at_least(gpu.hours(cost.flops), 9) for gpu in GPUS.values())
-    bytes_needed = f"{_at_least(cost.memory / 1e9, 12)}{math.ceil(cost.disk / 1e6):9}"
-    return f"{cost.stage:15}{_at_least(cost.flops / unit, 12)}{hours}{bytes_needed}"
-
-
-def _total(costs: list[StageCost], data_bytes: int) -> StageCost:
-    "All stages, one after the other: the memory of the largest, the files of all."
-    flops = sum(cost.flops for cost in costs)
-    memory = max(cost.memory for cost in costs)
-    disk = data_bytes + sum(cost.disk for cost in costs)
-    return StageCost("total", flops, memory, disk)
-
-
 def plan_table(e: Experiment) -> str:
     "The `plan` of an experiment as lines of text, with hours derived for each of `GPUS`."
-    costs = plan(e)
     data_bytes = sum(e.counts) * math.prod(e.config.shape)
-    costs.append(_total(costs, data_bytes))
-    unit, unit_name = (1e15, "PFLOP") if costs[-1].flops > 1e15 else (1e9, "GFLOP")
-
-    # Above the table what is planned, below it what its columns rest on.
-    hours = "".join(f"{name + ', h':>9}" for name in GPUS)
-    assumed = [f"{k} {gpu.peak / 1e12:g} TFLOP/s at {gpu.share:.0%}" for k, gpu in GPUS.items()]
     lines = [
         f"{e.name}, {e.size}: {e.images:,} training images of {e.data}; "
         f"base model: {e.pretrained or 'trained here'}",
-        f"{'stage':15}{unit_name:>12}{hours}{'memory, GB':>12}{'disk, MB':>9}",
-        *(_plan_line(cost, unit) for cost in costs),
+        costs_table(plan(e), data_bytes),
         f"Files: experiment.json; data.safetensors ({math.ceil(data_bytes / 1e6)} MB); STAGE.json "
         "for each stage; base/, tuned/, guards/; images in all_*/ and subset_*/; "
         "features_all.safetensors and features_subset.safetensors; at the end results.json.",
-        "FLOPs are counted; hours are derived, not measured: " + ", ".join(assumed),
+        assumed_of_gpus(),
     ]
     return "\n".join(lines)
 
@@ -917,20 +824,27 @@ def _attack_arm(comparison: _Comparison, arm: str) -> dict:
     return {"n": n, "loss_test": loss_test(*scores["loss, t=100"]), **verdicts(scores)}
 
 # %% ../../nbs/4_production/03_experiments.ipynb #f568a1ab
+def _both(model: nn.Module, guard: Guard) -> dict[str, Denoiser]:
+    return {"unguarded": model, "guarded": protect(model, guard)}
+
+
 def _answer_question(
     run: Run, question: Question, images: _ImageSets, *, model: nn.Module, schedule: Schedule
 ) -> dict:
     "{arms, attacks} of a question: what its guard changes of the model."
     guard = _trained_guard(run, question, images, schedule=schedule)
-    models = {"unguarded": model, "guarded": protect(model, guard)}
-    comparison = _Comparison(run, question, images, guard, models, schedule)
+    attacking = _Comparison(run, question, images, guard, _both(model, guard), schedule)
+
+    # An attacker wants all digits; what draws thousands of images does not, on a GPU.
+    fast = for_sampling(model, run.device, mode="default")
+    drawing = replace(attacking, models=_both(fast, guard))
 
     def attack_arms() -> dict:
-        return {arm: _attack_arm(comparison, arm) for arm in models}
+        return {arm: _attack_arm(attacking, arm) for arm in attacking.models}
 
     stage, e = functools.partial(cached_stage, run), run.experiment
     of_arms, of_attacks = _of_arms(e, question), _of_attacks(e, question)
-    measure = functools.partial(_measure_arms, comparison)
+    measure = functools.partial(_measure_arms, drawing)
     return {
         "arms": stage(question.name, measure, settings=of_arms),
         "attacks": stage(f"{question.name}_attacks", attack_arms, settings=of_attacks),
@@ -1015,9 +929,7 @@ def _claim_folder(run: Run, command: str) -> dict:
         _refuse_foreign(run)
 
     def describe() -> dict:
-        origin = {"command": command, **provenance()}
-        if "cuda" in str(run.device):
-            origin["hardware"] = torch.cuda.get_device_name(run.device)
+        origin = {"command": command, **provenance(), **gpu_in_words(run.device)}
         return {**experiment, "made": origin}
 
     # Whoever comes second finds what the first has written.

@@ -79,6 +79,7 @@ feature_spaces = Registry(
     {
         "digits-mlp-64": "cpsample.core.digit_encoder:digit_features",
         "fashion-conv-64": "cpsample.practice.encoders:fashion_features",
+        "efficientnet-lite0-1280": "cpsample.practice.encoders:efficientnet_features",
         "inception-2048": "cpsample.practice.encoders:inception_features",
         "thumbnail-48": "cpsample.practice.encoders:thumbnail_features",
     },
