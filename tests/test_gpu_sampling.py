@@ -1,24 +1,33 @@
 "What sampling, judging and a guard ask of a GPU, seen without one."
 
+import contextlib
 import importlib.util
+import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from gpu_without_one import GPU, Watching
+from gpu_without_one import GPU, GpuGenerator, Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
-from cpsample.core import ddpm
+from cpsample import cli
+from cpsample.core import ddpm, recognition
 from cpsample.core.ddpm import MLPDenoiser, generate, seeded
 from cpsample.core.guard import Guard, correct_at_x_t
 from cpsample.core.predicted import correct_at_x0
+from cpsample.core.protection import protect
 from cpsample.core.schedule import make_schedule, row_generators
+from cpsample.practice import runs
 from cpsample.practice.encoders import features
 from cpsample.practice.unet import UNet
 from cpsample.production import degrees
+from cpsample.production.cifar10 import CIFAR10
+from cpsample.production.experiments import plan_table
 from cpsample.workshop import gpu, neighbours
 from cpsample.workshop.gpu import (
     FixedBatches,
@@ -26,6 +35,7 @@ from cpsample.workshop.gpu import (
     asked,
     for_sampling,
     gpu_in_words,
+    in_all_digits,
     in_batch_of,
     one_ahead,
 )
@@ -72,22 +82,45 @@ def test_noise_is_sent_for_sixteen_steps_at_once():
 
 
 def test_every_draw_of_a_sampling_is_on_the_cpu_so_that_a_seed_is_an_image_everywhere():
-    draws = traffic_of_sampling(20).draws
-    assert draws and {device.type for _, device in draws} == {"cpu"}
+    "Each row draws its first noise, and that of 49 steps in four portions."
+    draws = traffic_of_sampling(50, rows=6).draws
+    assert draws == [("normal_", torch.device("cpu"))] * 6 * (1 + 4)
 
 
 def test_noise_ahead_of_time_is_the_same_noise(monkeypatch):
-    def noise_of_walk():
-        rows = row_generators(3, range(5), [0] * 5)
-        return list(ddpm._noise_of_walk((5, 2), rows, 40, device="cpu"))
+    "Drawn by another thread, into memory that a GPU can fetch from without stopping."
 
-    plain, device = noise_of_walk(), torch.device
-    monkeypatch.setattr(ddpm.torch, "device", lambda name: device("meta"))
-    threads = []
-    monkeypatch.setattr(ddpm, "one_ahead", lambda x: threads.append(x) or one_ahead(x))
+    def noise_of_walk(rows=5):
+        generators = row_generators(3, range(rows), [0] * rows)
+        return list(ddpm._noise_of_walk((rows, 2), generators, 40, device="cpu"))
+
+    plain, pinned = noise_of_walk(), []
+
+    def pin_memory(tensor):
+        pinned.append(threading.get_ident())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(ddpm, "is_gpu", lambda device: True)
     ahead = noise_of_walk()
-    assert len(threads) == 1 and len(plain) == len(ahead) == 40
+    assert len(pinned) == 3 and threading.get_ident() not in pinned
+    assert len(plain) == len(ahead) == 40
     assert all(torch.equal(one, other) for one, other in zip(plain, ahead))
+    assert all(len(noise) == 0 for noise in noise_of_walk(rows=0))
+
+
+def test_rows_with_generators_on_a_gpu_draw_there(monkeypatch):
+    "And nothing of it passes through a thread."
+    monkeypatch.setattr(ddpm, "is_gpu", lambda device: True)
+    monkeypatch.setattr(ddpm, "sent_ahead", lambda *_: pytest.fail("it need not be sent"))
+    noises = ddpm._noise_of_walk((2, 3), [GpuGenerator(), GpuGenerator()], 20, device=GPU)
+    assert [noise.device for noise in noises] == [GPU] * 20
+
+
+def test_a_device_may_be_left_to_torch():
+    generators = row_generators(3, range(2), [0] * 2)
+    noises = list(ddpm._noise_of_walk((2, 3), generators, 20, device=None))
+    assert len(noises) == 20 and noises[5].device.type == "cpu"
 
 
 def test_what_is_made_ahead_fails_where_it_would_have_come():
@@ -133,18 +166,31 @@ def test_a_batch_of_no_rows_is_not_filled_up():
     assert sizes == [0]
 
 
-def test_a_network_in_fixed_batches_sees_one_size_and_no_answer_changes_later():
+class Noted(nn.Module):
+    "x + 1, and how large the batches were."
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x, t):
+        self.sizes.append(len(x))
+        return x + 1
+
+
+def test_what_is_compiled_sees_one_size_and_no_answer_changes_later():
     sizes, memory = [], torch.zeros(8, *SHAPE)
 
-    def network(x, t):
+    def compiled(x, t):
         "It writes every answer to the same place, as a CUDA graph does."
         sizes.append(len(x))
         return torch.add(x, 1, out=memory[: len(x)])
 
-    fixed, t = FixedBatches(network), torch.zeros(8)
-    answers = [fixed(noisy(n, seed=n), t[:n]) for n in (8, 3, 1)]
-    assert sizes == [8, 8, 8]
-    for n, answer in zip((8, 3, 1), answers):
+    plain = Noted()
+    fixed, t = FixedBatches(plain, compiled), torch.zeros(8)
+    answers = {n: fixed(noisy(n, seed=n), t[:n]) for n in (8, 3, 7, 2, 1)}
+    assert sizes == [8, 8, 8] and plain.sizes == [2, 1]  # a quarter is asked as it is
+    for n, answer in answers.items():
         assert torch.equal(answer, noisy(n, seed=n) + 1)
 
 
@@ -202,25 +248,79 @@ def test_on_a_cpu_the_network_stays_as_it_is():
     assert gpu_in_words("cpu") == {}
 
 
-def test_on_a_gpu_it_is_compiled_filled_up_and_in_bfloat16(monkeypatch):
+@pytest.fixture
+def meta_is_a_gpu(monkeypatch):
+    "The device `meta` passes for a GPU that has bfloat16 and compiles; returns what is compiled."
     compiled = []
 
-    def compile_(network, mode):
-        compiled.append(mode)
+    def compile_(network, **options):
+        compiled.append(options)
         return network
 
-    monkeypatch.setattr(gpu.torch, "compile", compile_)
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: torch.device(device) == GPU)
     monkeypatch.setattr(gpu, "has_bfloat16", lambda device: True)
-    fast = for_sampling(small_unet(), GPU, mode="reduce-overhead")
+    monkeypatch.setattr(gpu, "can_compile", lambda device: True)
+    monkeypatch.setattr(gpu.torch, "compile", compile_)
+    return compiled
+
+
+def test_on_a_gpu_it_is_compiled_filled_up_and_in_bfloat16(meta_is_a_gpu, monkeypatch):
+    network = small_unet()
+    fast = for_sampling(network, GPU, mode="reduce-overhead")
     assert isinstance(fast, HalfPrecision) and isinstance(fast.network, FixedBatches)
-    assert compiled == ["reduce-overhead"]
-    assert fast.network.network.out.weight.is_contiguous(memory_format=torch.channels_last)
+    assert meta_is_a_gpu == [{"mode": "reduce-overhead", "dynamic": False}]
+    assert network.out.weight.is_contiguous(memory_format=torch.channels_last)
     assert {weight.device for weight in fast.parameters()} == {GPU}
+    assert in_all_digits(fast) is network and fast.config == network.config
+    assert gpu_in_words(GPU) == {"sampling": "bfloat16, compiled"}
 
     # Without a mode in bfloat16 alone, and where that is slow not even that.
-    assert isinstance(for_sampling(small_unet(), GPU).network, UNet) and len(compiled) == 1
+    assert isinstance(for_sampling(small_unet(), GPU).network, UNet) and len(meta_is_a_gpu) == 1
     monkeypatch.setattr(gpu, "has_bfloat16", lambda device: False)
     assert isinstance(for_sampling(small_unet(), GPU), UNet)
+
+
+def test_it_is_compiled_for_its_largest_batch_at_once(meta_is_a_gpu, monkeypatch):
+    "So that the first arm that is timed does not pay for all."
+    monkeypatch.setattr(gpu, "has_bfloat16", lambda device: False)  # torch has no autocast for meta
+    fast = for_sampling(small_unet(), GPU, mode="default", batch=(8, *SHAPE))
+    assert isinstance(fast, FixedBatches) and fast.size == 8
+
+
+def test_where_torch_cannot_compile_it_says_so_and_draws(meta_is_a_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "can_compile", lambda device: False)
+    with pytest.warns(UserWarning, match="cannot compile for meta"):
+        fast = for_sampling(small_unet(), GPU, mode="default")
+    assert isinstance(fast.network, UNet) and meta_is_a_gpu == []
+    assert gpu_in_words(GPU) == {"sampling": "bfloat16, not compiled"}
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_protected_model_is_refused_since_it_would_hide_its_guard(meta_is_a_gpu, device):
+    guarded = protect(small_unet(), guard_of("x_t", []))
+    with pytest.raises(ValueError, match="protect, or give conditions to, what it returns"):
+        for_sampling(guarded, device, mode="default")
+
+
+def test_a_model_behind_it_is_protected_as_ever(meta_is_a_gpu):
+    guarded = protect(for_sampling(small_unet(), GPU, mode="default"), guard_of("x_t", []))
+    assert tuple(guarded.config["shape"]) == SHAPE and guarded.schedule is guarded.guard.schedule
+    with pytest.raises(ValueError, match="another noise schedule"):
+        generate(guarded, make_schedule("cosine"), SHAPE, 2, steps=3)
+
+
+def test_the_last_word_of_a_run_is_asked_in_all_digits(meta_is_a_gpu, monkeypatch):
+    "Calibration has measured what it recognises with these."
+    network, asked_about = small_unet(), []
+    guard = guard_of("x_t", [])
+    guard.recognition = {}
+    model = protect(for_sampling(network, GPU, mode="default"), guard)
+    run = runs.ProtectedRun(model, SCHEDULE, SHAPE, guard, "cpu")
+    monkeypatch.setattr(
+        recognition, "unrecognised_by", lambda guard, model: asked_about.append(model)
+    )
+    cli.last_word(run, no_check=False)
+    assert asked_about == [network]
 
 
 def test_all_arms_of_a_degree_draw_with_one_compiled_model(monkeypatch):
@@ -255,16 +355,31 @@ def test_all_arms_of_a_degree_draw_with_one_compiled_model(monkeypatch):
 
 @pytest.fixture
 def with_a_gpu(monkeypatch):
-    "A machine with a GPU of 1,000 free bytes."
+    "A machine with a GPU of 1,000 free bytes, of which torch keeps 200 for itself."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (800, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 300)
 
 
-def test_images_on_a_cpu_are_worked_on_by_the_gpu_if_they_fit(with_a_gpu):
+@pytest.mark.parametrize("asked_for", [None, "cuda"])
+def test_images_on_a_cpu_are_worked_on_by_the_gpu_if_they_fit(with_a_gpu, asked_for):
     x = torch.zeros(2, 3)
-    assert work_device(x).type == "cuda"
-    assert work_device(x, needs=500).type == "cuda" and work_device(x, needs=501).type == "cpu"
-    assert work_device(x.to(GPU), needs=501) == GPU
+    with working_on(asked_for) if asked_for else contextlib.nullcontext():
+        assert work_device(x).type == "cuda"
+        assert work_device(x, needs=500).type == "cuda" and work_device(x, needs=501).type == "cpu"
+        assert work_device(x, work=1e6).type == "cpu" and work_device(x, work=1e12).type == "cuda"
+        assert work_device(x.to(GPU), needs=501) == GPU
+
+
+def test_a_gpu_that_cannot_be_asked_is_left_alone(with_a_gpu, monkeypatch):
+    "In a fork of a process that uses it, say."
+
+    def broken():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert work_device(torch.zeros(2), needs=1).type == "cpu"
 
 
 def test_who_asks_for_a_cpu_gets_it_until_the_end_whatever_happens(with_a_gpu):
@@ -275,6 +390,33 @@ def test_who_asks_for_a_cpu_gets_it_until_the_end_whatever_happens(with_a_gpu):
         assert work_device(x).type == "cpu"
         raise OSError
     assert work_device(x).type == "cuda"
+
+
+def test_a_command_on_the_cpu_searches_there(with_a_gpu, monkeypatch, tmp_path):
+    "`--device cpu`, of every command that has it; and nothing of it is left for the next."
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seen = []
+
+    def load(*_, **__):
+        seen.append(work_device(torch.zeros(2)).type)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(runs, "load_protected_run", load)
+    monkeypatch.setattr(runs, "members_of", load)
+    for command in ("sample", "attack", "audit"):
+        folder = tmp_path / command
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+        for device in ("cpu", "cuda"):
+            result = CliRunner().invoke(cli.app, [command, str(folder), "--device", device])
+            assert "enough" in result.output
+    assert seen == ["cpu", "cuda"] * 3 and work_device(torch.zeros(2)).type == "cuda"
+
+
+@pytest.mark.parametrize("space", [space for space in feature_spaces if space[-1].isdigit()])
+def test_an_experiment_in_any_space_has_a_plan(space):
+    e = replace(CIFAR10["colab"], space=space)
+    assert plan_table(e).count("\n") > 8
 
 
 def test_neighbours_are_searched_there_and_the_answer_comes_back(monkeypatch):
@@ -310,14 +452,20 @@ def test_features_are_computed_there_and_come_back(monkeypatch):
     assert places == [GPU, GPU] and f.device.type == "cpu" and f.shape == (5, 4)
 
 
-def test_groups_are_searched_where_their_images_are(monkeypatch):
-    "On a CPU everything stays what it was, to the bit."
+def test_groups_are_sent_there_once(monkeypatch):
     x, refs = torch.rand(20, 4), torch.rand(30, 4).repeat(2, 1)
-    groups = torch.arange(30).repeat(2)
-    plain = nearest_groups(x, refs, groups, k=3)
-    with working_on("cpu"):
-        again = nearest_groups(x, refs, groups, k=3)
-    assert all(torch.equal(one, other) for one, other in zip(plain, again))
+    groups, sent = torch.arange(30).repeat(2), []
+    direct = torch.cdist(x, refs[:30]).sort(1)
+
+    def place_of_search(x, refs, backend):
+        sent.append(refs.device)
+        return refs.device
+
+    monkeypatch.setattr(neighbours, "_place_of_search", place_of_search)
+    distances, rows = nearest_groups(x, refs, groups, k=3)
+    torch.testing.assert_close(distances, direct.values[:, :3])
+    assert torch.equal(rows % 30, direct.indices[:, :3])
+    assert len(sent) >= 2 and neighbours.work_device(x, work=0) == x.device
 
 
 # The rows of `make bench`: what is compared has to be the same work.

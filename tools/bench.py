@@ -33,6 +33,7 @@ gpu_guarded_some_tuned          behind a guard that is certain of some rows, wit
                                 kernels (cudnn.benchmark), over the same without
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -438,8 +439,8 @@ def gpu_sampling_jobs(network: nn.Module, device: str) -> dict[str, Job]:
     graphs = for_sampling(network, device, mode="reduce-overhead")
 
     # Every image from the same noise; the calls from any.
-    def draw(model: nn.Module) -> Tensor:
-        options = {"steps": GPU_SAMPLE_STEPS, "device": device}
+    def draw(model: nn.Module, seed: int = 0) -> Tensor:
+        options = {"steps": GPU_SAMPLE_STEPS, "device": device, "seed": seed}
         return generate(model, schedule, shape, GPU_IMAGES, **options)
 
     @torch.no_grad()
@@ -502,8 +503,12 @@ def gpu_sampling_ratios() -> dict:
     rows = ratios_to_first(pairs, GPU_SAMPLE_ROUNDS)
     ratios |= {f"gpu_guarded_{name}": rows[name] for name in ("never", "always")}
 
-    # With kernels that are tuned for each size of batch.
-    pair = {"plain": pairs["some"], "tuned": partial(with_tuned_kernels, pairs["some"])}
+    # With kernels that are tuned for each size of batch: every round has new ones.
+    some, seeds = pairs["some"], itertools.count(1)
+    pair = {
+        "plain": lambda: some(seed=next(seeds)),
+        "tuned": partial(with_tuned_kernels, lambda: some(seed=next(seeds))),
+    }
     ratios["gpu_guarded_some_tuned"] = ratios_to_first(pair, GPU_SAMPLE_ROUNDS)["tuned"]
     return ratios
 

@@ -32,7 +32,7 @@ from cpsample.core.schedule import (
     row_generators,
     same_levels,
 )
-from ..workshop.gpu import one_ahead
+from ..workshop.gpu import is_gpu, sent_ahead
 from ..workshop.registry import networks
 from ..workshop.seeds import checked_seed, whole_number
 
@@ -384,11 +384,12 @@ def _noise_of_walk(shape, generator, levels, *, device="cpu", dtype=torch.float3
 
     # Rows with generators of their own draw 16 steps in one go; for a GPU ahead of time.
     sizes = [min(16, levels - done) for done in range(1, levels, 16)]
-    blocks = (randn((shape[0], size, *shape[1:]), generator, dtype=dtype) for size in sizes)
-    if torch.device(device).type != "cpu":
-        blocks = one_ahead(blocks)
-    for block in blocks:
-        yield from block.to(device).unbind(1)
+    drawn_on_cpu = {of_row.device.type for of_row in generator} == {"cpu"}
+    ahead = drawn_on_cpu and device is not None and is_gpu(device)
+    place = dict(device="cpu" if ahead else device, dtype=dtype)
+    blocks = (randn((shape[0], size, *shape[1:]), generator, **place) for size in sizes)
+    for block in sent_ahead(blocks, device) if ahead else blocks:
+        yield from block.unbind(1)
 
 # %% ../../nbs/1_core/04_ddpm.ipynb #6a7369e6
 @torch.no_grad()

@@ -63,7 +63,7 @@ from cpsample.workshop.files import (
     save_picture,
     writable,
 )
-from ..workshop.gpu import HalfPrecision, for_sampling, gpu_in_words
+from ..workshop.gpu import HalfPrecision, for_sampling, gpu_in_words, is_gpu
 from cpsample.workshop.ledgers import (
     VOLUME,
     Entries,
@@ -404,7 +404,8 @@ class DegreesRun:
 
     def drawing_model(self, entry: str) -> nn.Module:
         "The same for drawing thousands of images: on a GPU in bfloat16 and compiled."
-        return for_sampling(self.model(entry), self.device, mode="default")
+        batch = (self.experiment.chunk, *self.experiment.config.shape)
+        return for_sampling(self.model(entry), self.device, mode="default", batch=batch)
 
 
 def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1373,7 +1374,7 @@ def run_two_degrees(
         describe = partial(_origin, command, device)
         ledger = open_ledger(
             folder,
-            settings_of(e),
+            settings_of(e) | gpu_in_words(device),  # a GPU's images differ in their last digits
             describe,
             stopwatch=stopwatch,
             volume=volume,
@@ -1402,7 +1403,10 @@ def _run_stages(run: DegreesRun, last: str | None) -> str | None:
 # %% ../../nbs/4_production/10_degrees.ipynb #e08b58e6
 def _origin(command: str, device: str) -> dict:
     "What a run says about its beginning."
-    return {"command": command, **provenance(), **gpu_in_words(device)}
+    origin = {"command": command, **provenance()}
+    if is_gpu(device):
+        origin["hardware"] = torch.cuda.get_device_name(device)
+    return origin
 
 
 def _as_begun(e: TwoDegrees, folder: Path) -> TwoDegrees:
