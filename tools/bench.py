@@ -494,17 +494,19 @@ def gpu_sampling_ratios() -> dict:
     pair = {"network": jobs["network"], "fast": fast}
     ratios["gpu_sample_fast_over_network"] = ratios_to_first(pair, GPU_SAMPLE_ROUNDS)["fast"]
 
-    # Behind a guard.
-    guards = guards_for_bench(config.shape, "cuda")
-    model = fast.args[0]
-    pairs = {"fast": fast}
-    for name, guard in guards.items():
-        pairs[name] = partial(fast.func, protect(model, guard))
-    rows = ratios_to_first(pairs, GPU_SAMPLE_ROUNDS)
-    ratios |= {f"gpu_guarded_{name}": rows[name] for name in ("never", "always")}
+    return ratios | gpu_guard_ratios(fast.func, fast.args[0], config.shape)
 
-    # With kernels that are tuned for each size of batch: every round has new ones.
-    some, seeds = pairs["some"], itertools.count(1)
+
+def gpu_guard_ratios(draw: Callable, model: nn.Module, shape: tuple[int, ...]) -> dict:
+    "What a guard costs draw(model, seed=…), and what kernels tuned for each size of batch cost it."
+    jobs = {"plain": partial(draw, model)}
+    for name, guard in guards_for_bench(shape, "cuda").items():
+        jobs[name] = partial(draw, protect(model, guard))
+    rows = ratios_to_first(jobs, GPU_SAMPLE_ROUNDS)
+    ratios = {f"gpu_guarded_{name}": rows[name] for name in ("never", "always")}
+
+    # Every round has new numbers of rows that the guard is certain of.
+    some, seeds = jobs["some"], itertools.count(1)
     pair = {
         "plain": lambda: some(seed=next(seeds)),
         "tuned": partial(with_tuned_kernels, lambda: some(seed=next(seeds))),
