@@ -18,10 +18,10 @@ __all__ = ['for_one_command', 'app', 'SHARING', 'Quiet', 'Run', 'Device', 'Seed'
            'guard_of_pipeline', 'guard_command', 'check_memory', 'pushed_in_words', 'last_word', 'drawn_images',
            'write_samples', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders',
            'draws_from_run', 'read_prompts', 'given_prompts', 'sets_of_pipeline', 'end_with', 'print_prompts',
-           'print_audit', 'origins_of_pipeline', 'origins', 'ToAudit', 'images_to_audit', 'pipeline_to_audit',
-           'who_draws', 'audit_and_report', 'audit_command', 'attack_in_words', 'some_of', 'attack_scores',
-           'strangers_for_attack', 'attack_command', 'command_without_folders', 'reproduce_experiment', 'InPieces',
-           'reproduce_in_pieces', 'sized_study', 'reproduce_study', 'compare_method', 'reproduce_command']
+           'print_audit', 'origins_of_pipeline', 'origins', 'ToAudit', 'against_copies', 'images_to_audit',
+           'pipeline_to_audit', 'who_draws', 'audit_and_report', 'audit_command', 'attack_in_words', 'some_of',
+           'attack_scores', 'strangers_for_attack', 'attack_command', 'command_without_folders', 'reproduce_experiment',
+           'InPieces', 'reproduce_in_pieces', 'sized_study', 'reproduce_study', 'compare_method', 'reproduce_command']
 
 # %% ../nbs/cli.ipynb #75602a49
 import errno
@@ -2069,11 +2069,28 @@ class ToAudit(NamedTuple):
     sets: (generated images, or functions that draw them; training images; held-out images or None).
     about: of which model, and where the images are from.
     n: how many are to be drawn; None where the images are there.
+    advice: what to try if copies are found.
     """
 
     sets: tuple[Any, Any, Any]
     about: dict[str, Any]
     n: int | None = None
+    advice: str = ""
+
+
+def against_copies(run: str, unguarded: bool) -> str:
+    "What to try where a run draws copies."
+    if unguarded:
+        return ""
+    from cpsample.core.guard_files import load_guard
+
+    # What was seen on pictures in colour stands in chapter 4.4.
+    if load_guard(Path(run) / "guard").at == "x0":
+        return (
+            "The guard asks about the predicted picture; the one that asks about the noisy picture "
+            f"may leave fewer copies: cpsample guard {shown(run)} --preset x_t, then audit again."
+        )
+    return "Push harder: cpsample audit with --strength 2, and sample with the same."
 
 
 def images_to_audit(
@@ -2094,7 +2111,8 @@ def images_to_audit(
         return ToAudit(sets, origins(generated, training, held_out, False))
     strict = reading["strict"]
     sets = images_of_run(Path(generated), held_out=held_out, strict=strict, **drawing)
-    return ToAudit(sets, origins(generated, training, held_out, drawing["unguarded"]))
+    about = origins(generated, training, held_out, drawing["unguarded"])
+    return ToAudit(sets, about, advice=against_copies(generated, drawing["unguarded"]))
 
 
 def pipeline_to_audit(
@@ -2187,13 +2205,13 @@ def audit_and_report(
     seed, options: of `audit`.
     device: see `work_shared`; of several processes the first writes, speaks and has the verdict.
     """
-    from cpsample.judgement.copy_audit import audit
+    from cpsample.judgement.copy_audit import Answer, audit
     from cpsample.judgement.report import check_report, write_report
 
     # Where to is known before anything is drawn.
     check_report(out, "--out", thumbnails=thumbnails)
     with work_shared(device) as (is_first, _):
-        sets, about, n = compared()
+        sets, about, n, advice = compared()
 
         # Count; then write the report, and say the numbers.
         pairs = 1000 if thumbnails else 12
@@ -2207,6 +2225,8 @@ def audit_and_report(
         written = write_report(audited, out, verdict, thumbnails=thumbnails, **about)
         print_audit(audited, verdict, written)
         print(verdict.sentence)
+        if advice and verdict.answer is Answer.COPIES:
+            say(advice)
     return verdict
 
 

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binom, mannwhitneyu, norm
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import gaussian_blur
 from typer.testing import CliRunner
 
 import cpsample.judgement.copy_audit
+from cpsample import cli
 from cpsample.cli import app, strangers_for_attack
+from cpsample.core.classifier import MLPClassifier
 from cpsample.core.copying import (
     CHANGES,
     RENDERINGS,
@@ -30,7 +33,10 @@ from cpsample.core.copying import (
     proportion_ci,
     renderings_of,
 )
+from cpsample.core.guard import Guard
+from cpsample.core.guard_files import save_guard
 from cpsample.core.images import ContrastWarning, load_digits, pixels, plant_duplicates, to_bytes
+from cpsample.core.schedule import make_schedule
 from cpsample.judgement.audit_study import smooth_images
 from cpsample.judgement.copy_audit import (
     TESTS,
@@ -442,6 +448,25 @@ def test_a_run_is_audited_and_attacked(tmp_path):
     assert record["members"] == 16 and record["others"] == 30
     assert "oracle" not in record["attacks"]
     assert 0 <= record["attacks"]["SimA"]["auc"] <= 1
+
+
+@pytest.mark.parametrize("at, advice", [("x0", "--preset x_t"), ("x_t", "--strength 2")])
+def test_where_a_guarded_run_copies_it_is_said_what_to_try(tmp_path, capsys, at, advice):
+    guard = Guard(MLPClassifier((1, 8, 8), 1, 8), make_schedule(), t_max=100, at=at)
+    nn.init.normal_(guard.classifier.out.weight)
+    save_guard(guard, tmp_path / "guard")
+    words = cli.against_copies(str(tmp_path), unguarded=False)
+    assert advice in words and cli.against_copies(str(tmp_path), unguarded=True) == ""
+
+    # It is said where there are copies, and only there.
+    digits = load_digits()[0]
+    for drawn, is_said in ((digits[:200], True), (digits[400:800], False)):
+        sets = drawn, digits[:200], digits[800:1200]
+        about = cli.origins(str(tmp_path), None, None, False)
+        compared = cli.ToAudit(sets, about, advice=words)
+        options = dict(test="ratio", seed=0, device="cpu", thumbnails=False, max_copy_rate=0.2)
+        verdict = cli.audit_and_report(lambda: compared, tmp_path / "audit", **options)
+        assert (verdict.exit_status == 1) == is_said == (words in capsys.readouterr().out)
 
 
 def test_images_that_taught_the_guard_are_no_strangers(tmp_path):
