@@ -1313,7 +1313,7 @@ def guard_of_run(
     # Where to train, and what the model learned.
     accelerator, place = processes(device)
     description, members, non_members = members_of(run)
-    _, schedule, _ = load_model(run / "model.safetensors")
+    model, schedule, _ = load_model(run / "model.safetensors")
 
     # Others of the same kind, which the guard should leave alone.
     if reference:
@@ -1339,6 +1339,7 @@ def guard_of_run(
         schedule,
         run / "guard",
         preset=preset,
+        model=model.to(place),
         accelerator=accelerator,
         device=place,
         replaces=True,

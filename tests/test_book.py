@@ -173,7 +173,7 @@ def test_what_ships_is_small_and_says_how_it_was_made():
 @pytest.mark.parametrize(
     "name, first, tables",
     [
-        ("index", "#| echo: false", 6),
+        ("index", "#| echo: false", 7),
         ("3_judgement/09_comparison", "# results", 9),
         ("4_production/07_stable_diffusion_study", "# results", 5),
     ],

@@ -466,7 +466,7 @@ def test_a_guard_that_knows_too_few_copies_is_refused_and_left_alone():
         ({"wanted": 1.1}, "wanted must lie in"),
         ({"allowed": 1.0}, "allowed in"),
         ({"allowed": float("nan")}, "allowed in"),
-        ({"draws": 0}, "at least 1"),
+        ({"draws": -1}, "at least 0"),
         ({"noisings": 0}, "at least 1"),
         ({"levels": ()}, r"levels must lie in \[0, 400\)"),
         ({"levels": (1000,)}, r"levels must lie in \[0, 400\)"),

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cpsample.cli import app
+from cpsample.core.calibration import UncoveredGuardError
 from cpsample.core.guard import UncalibratedGuardWarning
 from cpsample.core.guard_files import load_guard, save_guard
 from cpsample.core.images import first_occurrence, pixels
@@ -60,6 +61,32 @@ def run(tmp_path_factory):
     succeeds(*TRAIN, "--out", folder)
     assert "Certain of" in succeeds("guard", folder, "--steps", "800")
     return folder
+
+
+def test_a_guard_of_a_run_asks_its_model_before_it_has_the_last_word(run):
+    "Behind its own push it sees little by itself."
+    guard, model = load_guard(run / "guard"), load_model(run / "model.safetensors").model
+    members = pixels(members_of(run).members)
+    assert guard.recognition["through"] == 100
+    assert recognise(guard, members, model).float().mean() > 0.9
+    with pytest.raises(ValueError, match="asks the model first .* give model="):
+        recognise(guard, members)
+
+
+def test_without_a_model_or_where_that_sees_too_little_the_guard_is_asked_itself(run, monkeypatch):
+    guard, asked = load_guard(run / "guard"), []
+    members = pixels(members_of(run).members)
+    images = runs._GuardImages(members, members, members, members)
+
+    def calibrate_check(guard, covered, held_out, *, model, through=None, **options):
+        asked.append((model, through))
+        if through is not None:
+            raise UncoveredGuardError(0.5, 0.99, "it recognises too few")
+
+    monkeypatch.setattr(runs, "calibrate_check", calibrate_check)
+    runs.calibrate_best_check(guard, images, None)
+    runs.calibrate_best_check(guard, images, "model")
+    assert asked == [(None, None), ("model", 100), ("model", None)]
 
 
 def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
@@ -297,8 +324,8 @@ def test_the_check_of_a_run_is_calibrated_and_kept(tmp_path):
     # Nothing is trained: the guard is the same, and knows now what it recognises of the model's.
     said = succeeds("guard", run, "--check")
     assert re.search(found.format("drawn by the model"), said)
-    after = load_guard(run / "guard")
-    assert recognise(after, pixels(members_of(run).members)).all()
+    after, model = load_guard(run / "guard"), load_model(run / "model.safetensors").model
+    assert recognise(after, pixels(members_of(run).members), model).all()
     for name, weight in before.classifier.state_dict().items():
         assert torch.equal(weight, after.classifier.state_dict()[name])
     assert (after.alpha, after.scale, after.report) == (before.alpha, before.scale, before.report)

@@ -112,7 +112,7 @@ def redrawn(model: Denoiser, schedule: Schedule, x: Tensor, *, level: int = 50) 
     """
     noise = _noise_of_check(1, tuple(x.shape[1:]))[0].to(x)
     predictions = [x[:0]]
-    for part in x.split(256):
+    for part in x.split(256) if len(x) > 0 else ():
         t = torch.full((len(part),), level, device=x.device)
         x_t, _ = add_noise(part, t, schedule, noise=noise.expand_as(part))
         predictions.append(eps_to_x0(x_t, t, model(x_t, t), schedule))
@@ -307,6 +307,8 @@ def drawn_by(
         return check_images(model, "the model's images").to(members.device)
     if isinstance(model, Protected):
         raise ValueError("a check is measured on what the model draws by itself: give its .model")
+    if n == 0:
+        return members[:0]
 
     # In portions, from one stream of noise.
     walk = partial(
@@ -435,7 +437,7 @@ def _check_asked(
         raise ValueError(
             f"levels must lie in [0, {top}), which this guard has learned, got {levels}"
         )
-    whole_number(draws, "draws", 1)
+    whole_number(draws, "draws", 0)
     whole_number(look["noisings"], "noisings", 1)
     if look["through"] is not None:
         check_asks(model, look["through"])
@@ -555,7 +557,8 @@ def calibrate_check(
         then members with a little noise stand for copies).
     wanted: share of the copies that have to be recognised.
     allowed: share of held-out images that may be, at most.
-    draws, steps: how many images the model draws, with how many network calls each.
+    draws, steps: how many images the model draws, with how many network calls each; of 0 draws
+        members with a little noise stand for copies, as without a model.
     levels, noisings: at which noise levels an image is shown to the guard, how often at each.
     mirrored: whether the mirror image is asked about, too.
     through: noise level up to which an image is noised, for the model to say where it would take

@@ -675,7 +675,7 @@ _DRAWN = {
     "safe_denoiser": Arm(_made_safe),
 }
 _ATTACKED = ("unguarded", "guarded", "guarded_xt", "paper")
-_SHOWN = ("unguarded", "guarded", "accepted")
+_SHOWN = ("unguarded", "guarded", "guarded_xt", "accepted")
 
 
 def arms_of(e: TwoDegrees) -> dict[str, Arm]:
