@@ -15,7 +15,9 @@ from test_experiments import LargestReal, crops_in_archives
 from typer.testing import CliRunner
 
 from cpsample.cli import app
+from cpsample.core.calibration import UncoveredGuardError
 from cpsample.core.ddpm import Accepted
+from cpsample.core.guard import Guard
 from cpsample.core.images import pixels
 from cpsample.practice.runs import CONFIGS
 from cpsample.practice.unet import UNetClassifier
@@ -45,6 +47,7 @@ from cpsample.production.degrees import (
     write_pack,
 )
 from cpsample.workshop import choices, ledgers
+from cpsample.workshop.gpu import HalfPrecision
 from cpsample.workshop.ledgers import VOLUME, Ledger, open_ledger
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +263,35 @@ def test_the_folder_of_the_h100_size_is_at_most_eight_files(tmp_path):
     assert max(path.stat().st_size for path in tmp_path.iterdir()) <= VOLUME
     ledger.keep({}, {"low": None, "rows": None, "unguarded": None})
     assert len([*tmp_path.iterdir()]) + 2 <= 8
+
+
+def test_the_last_word_of_an_arm_is_calibrated_for_its_model_and_asks_it_first(demo, monkeypatch):
+    network = network_of(TINY.config)
+    guard = Guard(lambda x, t: x.flatten(1)[:, :1], demo.schedule, alpha=0.3, t_max=100)
+    half = {name: w.half() for name, w in network.state_dict().items()}
+    demo.ledger.keep({}, {"low": half})
+    calibrated, asked = [], []
+
+    def calibrate(guard, members, held_out, *, model, draws):
+        calibrated.append((len(members), len(held_out), type(model), draws))
+
+    monkeypatch.setattr(degrees, "why_no_guard", lambda run, preset: "")
+    monkeypatch.setattr(degrees, "read_guard", lambda run, preset: guard)
+    monkeypatch.setattr(degrees, "calibrate_best_check", calibrate)
+    monkeypatch.setattr(degrees, "unrecognised_by", lambda guard, model: asked.append(model))
+    arm = arms_of(replace(TINY, arms=("checked",)))["checked"]
+    assert degrees._guard_of_arm(demo, "low", arm) == (guard, "")
+    assert calibrated == [(TINY.members, TINY.reference // 4, type(network), 0)]
+
+    # Drawn with half of the digits, judged with all.
+    arm.build(HalfPrecision(network), guard, demo)
+    assert asked == [network]
+
+    def refuse(*_, **__):
+        raise UncoveredGuardError(0.5, 0.99, "it recognises too few")
+
+    monkeypatch.setattr(degrees, "calibrate_best_check", refuse)
+    assert "too few copies" in degrees._guard_of_arm(demo, "low", arm)[1]
 
 
 def planted(run, share):

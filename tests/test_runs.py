@@ -76,7 +76,6 @@ def test_a_guard_of_a_run_asks_its_model_before_it_has_the_last_word(run):
 def test_without_a_model_or_where_that_sees_too_little_the_guard_is_asked_itself(run, monkeypatch):
     guard, asked = load_guard(run / "guard"), []
     members = pixels(members_of(run).members)
-    images = runs._GuardImages(members, members, members, members)
 
     def calibrate_check(guard, covered, held_out, *, model, through=None, **options):
         asked.append((model, through))
@@ -84,8 +83,8 @@ def test_without_a_model_or_where_that_sees_too_little_the_guard_is_asked_itself
             raise UncoveredGuardError(0.5, 0.99, "it recognises too few")
 
     monkeypatch.setattr(runs, "calibrate_check", calibrate_check)
-    runs.calibrate_best_check(guard, images, None)
-    runs.calibrate_best_check(guard, images, "model")
+    runs.calibrate_best_check(guard, members, members, model=None)
+    runs.calibrate_best_check(guard, members, members, model="model")
     assert asked == [(None, None), ("model", 100), ("model", None)]
 
 

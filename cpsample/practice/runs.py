@@ -921,18 +921,18 @@ THROUGH = 0.1  # of all noise levels: so far a finished image is noised for the 
 
 
 def calibrate_best_check(
-    guard: Guard, images: _GuardImages, model: Denoiser | None, **options: Any
+    guard: Guard, members: Tensor, held_out: Tensor, *, model: Denoiser | None, **options: Any
 ) -> None:
-    """Calibrate what a guard recognises, asking the model first if there is one.
+    """`calibrate_check`, asking the model first if there is one.
 
     A push moves a sample to just where its guard is no longer certain, so behind it the guard by
     itself sees little; the model takes such a sample back. Where too few copies are recognised that
     way, or there is no model, the guard is asked about the finished image.
+    guard, members, held_out, options: as for `calibrate_check`.
     model: the denoiser without its guard, or None.
-    options: of `calibrate_check`.
     Raises UncoveredGuardError when it recognises too few copies either way.
     """
-    check = partial(calibrate_check, guard, images.covered, images.held_out, model=model, **options)
+    check = partial(calibrate_check, guard, members, held_out, model=model, **options)
     if model is not None:
         with contextlib.suppress(UncoveredGuardError):
             check(through=int(THROUGH * guard.schedule.T))
@@ -950,7 +950,7 @@ def _calibrate_both(
     """
     calibrate(guard, images.covered, images.held_out, wanted=wanted)
     with contextlib.suppress(UncoveredGuardError):
-        calibrate_best_check(guard, images, model, draws=0)
+        calibrate_best_check(guard, images.covered, images.held_out, model=model, draws=0)
 
 
 def _with_advice(
@@ -1243,8 +1243,9 @@ def calibrate_check_of_run(
     images = _images_of_guard(config, "x0", members, for_guard, protected.device)
     calibrate_best_check(
         protected.guard,
-        images,
-        protected.model.model,
+        images.covered,
+        images.held_out,
+        model=protected.model.model,
         wanted=wanted,
         draws=draws,
         steps=config.sample_steps,

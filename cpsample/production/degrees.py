@@ -47,7 +47,14 @@ from ..judgement.copy_audit import feature_space
 from ..judgement.inference import loss_test, verdicts
 from ..practice.datasets import load_folder
 from ..practice.quality_measures import precision_recall
-from ..practice.runs import CONFIGS, Config, fit_run_guard, train_denoiser
+from cpsample.practice.runs import (
+    CONFIGS,
+    Config,
+    calibrate_best_check,
+    calibration_images,
+    fit_run_guard,
+    train_denoiser,
+)
 from ..practice.training import weights_fingerprint
 from .capacity import Cell, Grid, Pool, grid_record, measure_cell, pool_from
 from .cifar10 import CIFAR10
@@ -63,7 +70,13 @@ from cpsample.workshop.files import (
     save_picture,
     writable,
 )
-from ..workshop.gpu import HalfPrecision, for_sampling, gpu_in_words, is_gpu
+from cpsample.workshop.gpu import (
+    HalfPrecision,
+    for_sampling,
+    gpu_in_words,
+    in_all_digits,
+    is_gpu,
+)
 from cpsample.workshop.ledgers import (
     VOLUME,
     Entries,
@@ -640,12 +653,17 @@ def _pushed_toward(model: Denoiser, guard: Guard, run: DegreesRun) -> Sampler:
     return Sampler(protect(model, replace(guard, form="toward", scale=1.0)))
 
 
+def _last_word(model: nn.Module, guard: Guard) -> Callable[[Tensor], Tensor]:
+    "What the guard does not recognise, in all digits if it asks the model first."
+    return unrecognised_by(guard, in_all_digits(model))
+
+
 def _checked(model: Denoiser, guard: Guard, run: DegreesRun) -> Sampler:
-    return Sampler(model, unrecognised_by(guard))
+    return Sampler(model, _last_word(model, guard))
 
 
 def _pushed_and_checked(model: Denoiser, guard: Guard, run: DegreesRun) -> Sampler:
-    return Sampler(protect(model, guard), unrecognised_by(guard))
+    return Sampler(protect(model, guard), _last_word(model, guard))
 
 
 def _members_on_device(run: DegreesRun) -> Tensor:
@@ -867,13 +885,31 @@ def _arm_numbers(run: DegreesRun, name: str, so_far: dict, rows: dict[str, Tenso
     return numbers_of(run, {kind: values[:most] for kind, values in rows.items()}) | notes
 
 # %% ../../nbs/4_production/10_degrees.ipynb #9dbcbf61
+def _why_no_last_word(run: DegreesRun, guard: Guard, model: nn.Module) -> str:
+    "Calibrate the guard's check for this model; why that cannot be done, or nothing."
+    members = pixels(run.pictures.members).to(run.device)
+    held_out = calibration_images(run.experiment.config, run.pictures.reference)
+    held_out = pixels(held_out).to(run.device)
+    try:
+        calibrate_best_check(guard, members, held_out, model=model, draws=0)
+    except UncoveredGuardError:
+        return "the guard recognises too few copies of its members to have the last word"
+    return ""
+
+
+def _guard_of_arm(run: DegreesRun, degree: str, arm: Arm) -> tuple[Guard | None, str]:
+    "The guard that an arm asks, if it asks one, and why it cannot be asked."
+    reason = why_no_guard(run, arm.preset)
+    guard = None if reason else read_guard(run, arm.preset)
+    if arm.is_judged and guard is not None:
+        reason = _why_no_last_word(run, guard, in_all_digits(run.model(degree)))
+    return guard, reason
+
+
 def _measure_arm(run: DegreesRun, degree: str, name: str, model: nn.Module) -> None:
     "Draw an arm, as far as it is not drawn, and keep its numbers."
     ledger, key, arm = run.ledger, f"{degree} {name}", arms_of(run.experiment)[name]
-    reason = why_no_guard(run, arm.preset)
-    guard = None if reason else read_guard(run, arm.preset)
-    if arm.is_judged and guard is not None and guard.recognition is None:
-        reason = "the guard recognises too few copies of its members to have the last word"
+    guard, reason = _guard_of_arm(run, degree, arm)
     if reason:
         ledger.keep({key: {"n": 0, "refused": reason}})
         return
@@ -889,6 +925,9 @@ def _measure_arm(run: DegreesRun, degree: str, name: str, model: nn.Module) -> N
 
     # The unguarded arm's rows stay until exact rejection has used them.
     numbers = _arm_numbers(run, name, so_far, rows)
+    if arm.is_judged:
+        seen = ("through", "coverage", "false_alarms")
+        numbers["check"] = {key: guard.recognition[key] for key in seen}
     changes: dict[str, Any] = {"rows": None}
     if name == "unguarded" and "rejection" in run.experiment.arms:
         changes["unguarded"] = rows
