@@ -14,9 +14,9 @@ __all__ = ['for_one_command', 'app', 'SHARING', 'Quiet', 'Run', 'Device', 'Seed'
            'shorter_training', 'cpu_setting_in_words', 'training_in_words', 'how_to_go_on', 'timed_training',
            'TrainingOrder', 'TrainingMaterial', 'training_material', 'description_of', 'plan_training',
            'train_as_ordered', 'train_command', 'guard_of_run', 'check_pipeline_guard', 'count_of_pictures',
-           'name_of_member', 'mirrored_pictures', 'print_coverage', 'print_recognition', 'check_guard_of_run',
-           'guard_of_pipeline', 'guard_command', 'check_memory', 'pushed_in_words', 'last_word', 'drawn_images',
-           'write_samples', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders',
+           'name_of_member', 'mirrored_pictures', 'print_coverage', 'who_is_asked', 'print_recognition',
+           'check_guard_of_run', 'guard_of_pipeline', 'guard_command', 'check_memory', 'pushed_in_words', 'last_word',
+           'drawn_images', 'write_samples', 'sample_command', 'strangers_of_run', 'images_of_run', 'images_of_folders',
            'draws_from_run', 'read_prompts', 'given_prompts', 'sets_of_pipeline', 'end_with', 'print_prompts',
            'print_audit', 'origins_of_pipeline', 'origins', 'ToAudit', 'against_copies', 'images_to_audit',
            'pipeline_to_audit', 'who_draws', 'audit_and_report', 'audit_command', 'attack_in_words', 'some_of',
@@ -1417,6 +1417,13 @@ def print_coverage(guard: Any, out: Path, pictures: int | None = None) -> None:
     print_recognition(guard, pictures)
 
 
+def who_is_asked(report: dict[str, Any]) -> str:
+    "Who looks at a finished image first, of a guard's `recognition`."
+    if report["through"] is None:
+        return "by itself; behind its own push it may see next to nothing"
+    return f"after the model was asked where it would take them (t = {report['through']})"
+
+
 def print_recognition(guard: Any, pictures: int | None = None) -> None:
     """What a guard recognises of what was drawn, as calibration measured it.
 
@@ -1431,7 +1438,7 @@ def print_recognition(guard: Any, pictures: int | None = None) -> None:
     copies, others = report["coverage"], report["false_alarms"]
     say(
         f"Recognises {copies['share']:.1%} of {copies['n']} copies ({report['copies']}) and "
-        f"{others['share']:.1%} of {others['n']} unseen images"
+        f"{others['share']:.1%} of {others['n']} unseen images, {who_is_asked(report)}"
     )
 
     # And which member it knows least.
@@ -2085,13 +2092,21 @@ def against_copies(run: str, unguarded: bool) -> str:
         return ""
     from cpsample.core.guard_files import load_guard
 
+    guard, name = load_guard(Path(run) / "guard"), shown(run)
+    if guard.report is None:
+        return (
+            f"Nobody has measured this guard: cpsample guard {name} trains one that is calibrated."
+        )
+
     # What was seen on pictures in colour stands in chapter 4.4.
-    if load_guard(Path(run) / "guard").at == "x0":
+    if guard.at == "x0":
         return (
             "The guard asks about the predicted picture; the one that asks about the noisy picture "
-            f"may leave fewer copies: cpsample guard {shown(run)} --preset x_t, then audit again."
+            f"left fewer on one model in colour, more on digits: keep a copy of {name}/guard.*, "
+            f"cpsample guard {name} --preset x_t, and audit again, the one you take with a fresh "
+            "--seed."
         )
-    return "Push harder: cpsample audit with --strength 2, and sample with the same."
+    return "Try a harder push, cpsample audit with --strength 2, and sample with the same."
 
 
 def images_to_audit(

@@ -338,6 +338,16 @@ def test_a_guard_has_the_last_word():
     torch.testing.assert_close(served, wanted, atol=0.005, rtol=0)
 
 
+def test_a_check_that_asks_a_denoiser_first_is_refused_in_words_of_its_own():
+    "A pipeline is none; a function that has the denoiser is taken."
+    digits, _ = load_digits()
+    pipe = pixel_pipeline()
+    guard = fit_guard(digits[:20], schedule_of(pipe.scheduler), steps=2, width=16)
+    guard.recognition = {"through": 100}
+    with pytest.raises(ValueError, match=r"asks a denoiser first.*unrecognised_by\(guard, model"):
+        protect_pipeline(pipe, guard, accept=True)
+
+
 class Replaying:
     "A pipeline that hands out what it was made with, call by call."
 

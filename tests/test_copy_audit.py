@@ -450,13 +450,20 @@ def test_a_run_is_audited_and_attacked(tmp_path):
     assert 0 <= record["attacks"]["SimA"]["auc"] <= 1
 
 
-@pytest.mark.parametrize("at, advice", [("x0", "--preset x_t"), ("x_t", "--strength 2")])
-def test_where_a_guarded_run_copies_it_is_said_what_to_try(tmp_path, capsys, at, advice):
-    guard = Guard(MLPClassifier((1, 8, 8), 1, 8), make_schedule(), t_max=100, at=at)
+@pytest.mark.parametrize(
+    "at, report, advice",
+    [
+        ("x0", {"alpha": 0.05}, "keep a copy of .*--preset x_t"),
+        ("x_t", {"alpha": 0.05}, "--strength 2"),
+        ("x_t", None, "Nobody has measured this guard"),
+    ],
+)
+def test_where_a_guarded_run_copies_it_is_said_what_to_try(tmp_path, capsys, at, report, advice):
+    guard = Guard(MLPClassifier((1, 8, 8), 1, 8), make_schedule(), t_max=100, at=at, report=report)
     nn.init.normal_(guard.classifier.out.weight)
     save_guard(guard, tmp_path / "guard")
     words = cli.against_copies(str(tmp_path), unguarded=False)
-    assert advice in words and cli.against_copies(str(tmp_path), unguarded=True) == ""
+    assert re.search(advice, words) and cli.against_copies(str(tmp_path), unguarded=True) == ""
 
     # It is said where there are copies, and only there.
     digits = load_digits()[0]

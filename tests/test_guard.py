@@ -409,6 +409,13 @@ def test_a_guard_says_in_five_lines_what_it_is(schedule):
     assert "changed since" not in repr(guard)
     assert "changed since" in repr(replace(guard, alpha=0.2))
 
+    # Who has the last word, and whether somebody is asked before.
+    share = {"share": 0.99, "n": 400}
+    guard.recognition = {"coverage": share, "false_alarms": {"share": 0.01}, "through": None}
+    assert repr(guard).splitlines()[3].endswith("99.0% of 400 copies, 1.0% of other images")
+    guard.recognition["through"] = 100
+    assert repr(guard).splitlines()[3].endswith("asking the model first (t = 100)")
+
 
 @pytest.mark.parametrize("T", [2, 3, 10, 13, 100, 999])
 @pytest.mark.parametrize("preset", GUARDS)

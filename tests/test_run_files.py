@@ -174,6 +174,14 @@ def test_latents_may_lie_anywhere(shift, tmp_path):
 
 # What a header may say.
 
+CHECK = {
+    "threshold": 1.0,
+    "levels": [0],
+    "noisings": 1,
+    "mirrored": False,
+    "shape": [1, 8, 8],
+    "probe": [0.0],
+}
 BROKEN_GUARDS = {
     "no levels": (lambda t: t.pop("abar"), {}, "abar, are missing"),
     "another shape": (
@@ -185,6 +193,11 @@ BROKEN_GUARDS = {
     "a weight too many": (lambda t: t.update({"more": torch.zeros(1)}), {}, "its more is [1]"),
     "an empty report": (None, {"report": {}}, "its report does not say at which alpha"),
     "a report of texts": (None, {"report": {"alpha": "x"}}, "its report does not say"),
+    "a level that there is not": (
+        None,
+        {"recognition": CHECK | {"through": 1000}},
+        "its check asks the model at t = 1000, of 1000 levels",
+    ),
     "another K": (None, {"config": {"shape": [1, 8, 8], "K": 3}}, "its weights are of another"),
     "an argument too many": (None, {"config": {"wide": 3}}, "wide=3) cannot be built"),
     "a width that is none": (None, {"config": {"shape": [1], "width": -1}}, "cannot be built"),

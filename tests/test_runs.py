@@ -83,8 +83,8 @@ def test_without_a_model_or_where_that_sees_too_little_the_guard_is_asked_itself
             raise UncoveredGuardError(0.5, 0.99, "it recognises too few")
 
     monkeypatch.setattr(runs, "calibrate_check", calibrate_check)
-    runs.calibrate_best_check(guard, members, members, model=None)
-    runs.calibrate_best_check(guard, members, members, model="model")
+    runs.calibrate_check_asking_first(guard, members, members, model=None)
+    runs.calibrate_check_asking_first(guard, members, members, model="model")
     assert asked == [(None, None), ("model", 100), ("model", None)]
 
 
@@ -315,7 +315,8 @@ def test_the_check_of_a_run_is_calibrated_and_kept(tmp_path):
     run = tmp_path / "run"
     succeeds("train", "digits", "--images", "10", "--steps", "600", "--out", run)
     said = succeeds("guard", run, "--steps", "1200")
-    found = r"Recognises \d+\.\d% of \d+ copies \({}\) and \d+\.\d% of \d+ unseen"
+    found = r"Recognises \d+\.\d% of \d+ copies \({}\) and \d+\.\d% of \d+ unseen images, "
+    found += r"(after the model was asked .*t = 100|by itself; behind its own push)"
     assert re.search(found.format("members with noise"), said)
     before = load_guard(run / "guard")
     assert before.at == "x0" and before.recognition["copies"] == "members with noise"

@@ -593,10 +593,17 @@ def sampling_ratios() -> dict:
     return {f"sample_{name}": row for name, row in ratios.items()}
 
 
+def on_hardware(ratios: dict, hardware: str) -> dict:
+    "The rows, each with what it was measured on."
+    return {name: row | {"hardware": hardware} for name, row in ratios.items()}
+
+
 def main() -> None:
     ratios = sampler_ratios() | guard_ratios() | training_ratios() | sampling_ratios()
+    ratios = on_hardware(ratios, provenance()["hardware"])
     if torch.cuda.is_available():
-        ratios |= gpu_training_ratios() | gpu_sampling_ratios()
+        of_gpu = gpu_training_ratios() | gpu_sampling_ratios()
+        ratios |= on_hardware(of_gpu, torch.cuda.get_device_name())
     else:
         print("there is no GPU here: the rows gpu_… are left out")
     settings = {

@@ -211,7 +211,9 @@ def _recognised_in_words(recognition: dict[str, Any] | None) -> str:
     if recognition is None or "coverage" not in recognition:
         return "not measured: calibrate_check(guard, members, held_out)"
     copies, others = recognition["coverage"], recognition["false_alarms"]
-    return f"{copies['share']:.1%} of {copies['n']} copies, {others['share']:.1%} of other images"
+    words = f"{copies['share']:.1%} of {copies['n']} copies, {others['share']:.1%} of other images"
+    through = recognition.get("through")
+    return words if through is None else f"{words}, asking the model first (t = {through})"
 
 
 @dataclass

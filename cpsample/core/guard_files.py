@@ -164,7 +164,7 @@ class _Check:
     through: int | None = None
 
 
-def _check_reports(record: dict[str, Any]) -> None:
+def _check_reports(record: dict[str, Any], levels: int) -> None:
     "Raise ValueError unless a report says at which gate, and a check how it asks and rings."
     report, recognition = record["report"], record.get("recognition")
     if report is not None and not isinstance(report.get("alpha"), float):
@@ -177,6 +177,8 @@ def _check_reports(record: dict[str, Any]) -> None:
     check = read_record(_Check, known, "its check")
     if not check.levels or not all(map(math.isfinite, (check.threshold, *check.probe))):
         raise ValueError("its check holds no levels, or numbers that are not finite")
+    if check.through is not None and not 0 <= check.through < levels:
+        raise ValueError(f"its check asks the model at t = {check.through}, of {levels} levels")
 
 
 def _rebuilt(
@@ -194,7 +196,7 @@ def _rebuilt(
     weights = {name.removeprefix("classifier."): weight for name, weight in tensors.items()}
     _refuse_whole_numbers(classifier, weights)
     fill_network(unwrapped(classifier), weights)
-    _check_reports(record)
+    _check_reports(record, schedule.T)
     known = [name for name in SETTINGS if name in record]  # of an old file, the first six
     settings = {SETTINGS[name]: record[name] for name in known}
     return Guard(classifier, schedule, **settings)

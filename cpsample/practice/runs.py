@@ -6,8 +6,8 @@
 __all__ = ['CONFIGS', 'THROUGH', 'Config', 'config_for_cpu', 'write_model', 'save_model', 'SavedModel', 'load_model', 'run_of',
            'check_same_run', 'describe_run', 'run_locked', 'check_config', 'BegunRun', 'begun_run', 'model_to_tune',
            'TrainedDenoiser', 'train_denoiser', 'probe_denoiser', 'NonMembers', 'divide_non_members',
-           'calibration_images', 'coverage_watch', 'steps_needed', 'calibrate_best_check', 'fit_run_guard', 'RunImages',
-           'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run',
+           'calibration_images', 'coverage_watch', 'steps_needed', 'calibrate_check_asking_first', 'fit_run_guard',
+           'RunImages', 'read_like', 'members_of', 'ProtectedRun', 'UnknownMembersWarning', 'load_protected_run',
            'calibrate_check_of_run']
 
 # %% ../../nbs/2_practice/04_runs.ipynb #ee419b1f
@@ -920,7 +920,7 @@ def _check_same_guard(
 THROUGH = 0.1  # of all noise levels: so far a finished image is noised for the model to be asked
 
 
-def calibrate_best_check(
+def calibrate_check_asking_first(
     guard: Guard, members: Tensor, held_out: Tensor, *, model: Denoiser | None, **options: Any
 ) -> None:
     """`calibrate_check`, asking the model first if there is one.
@@ -950,7 +950,7 @@ def _calibrate_both(
     """
     calibrate(guard, images.covered, images.held_out, wanted=wanted)
     with contextlib.suppress(UncoveredGuardError):
-        calibrate_best_check(guard, images.covered, images.held_out, model=model, draws=0)
+        calibrate_check_asking_first(guard, images.covered, images.held_out, model=model, draws=0)
 
 
 def _with_advice(
@@ -996,7 +996,7 @@ def fit_run_guard(
     preset: a key of `GUARDS`; "paper" takes no reference and is written without calibration.
     wanted: share of the members to cover, see `calibrate`.
     model: the run's own, without a guard, on the device: it will be asked before the guard has the
-        last word, see `calibrate_best_check` (default: the guard has it alone).
+        last word, see `calibrate_check_asking_first` (default: the guard has it alone).
     accelerator: of Hugging Face accelerate, for several processes (default: one process).
     device: of the training; that of the accelerator if there is one.
     progress: show a bar.
@@ -1241,7 +1241,7 @@ def calibrate_check_of_run(
     # The same images as in the guard's own calibration.
     for_guard = divide_non_members(members, non_members).for_guard
     images = _images_of_guard(config, "x0", members, for_guard, protected.device)
-    calibrate_best_check(
+    calibrate_check_asking_first(
         protected.guard,
         images.covered,
         images.held_out,

@@ -1244,6 +1244,13 @@ def _judge_of(guard: Guard, accept: bool | Accept) -> Accept:
             "nobody has measured what this guard recognises: calibrate_check(guard, encode(pipe, "
             "members), encode(pipe, held_out)) measures it, with the encode of this module"
         )
+
+    # By itself, that is: there is no denoiser here that a check could ask first.
+    if accept is True and guard.recognition.get("through") is not None:
+        raise ValueError(
+            "the check of this guard asks a denoiser first, and a pipeline is none: calibrate it "
+            "without through= (calibrate_check), or give accept=unrecognised_by(guard, model)"
+        )
     if accept is True:
         return unrecognised_by(guard)
     if not callable(accept):
@@ -1502,8 +1509,8 @@ def named_pipeline_sets(
     prompts: what it is asked; none for a pipeline that draws without.
     training, held_out: folder, archive or several (or what `read_data` takes), cut to the size that
         the pipeline draws.
-    guard: file of the guard that protects it; if it is calibrated to recognise, it has the last
-        word, too (default: none).
+    guard: file of the guard that protects it; if it is calibrated to recognise by itself, it has
+        the last word, too (default: none).
     fit, strict: see `load_folder`.
     settings: of every call, such as num_inference_steps.
     Raises OSError when the pipeline cannot be had, ValueError for prompts or images that do not fit
@@ -1517,8 +1524,9 @@ def named_pipeline_sets(
     # As it serves: with the guard, and its last word where there is one.
     if guard is not None:
         loaded = load_guard(guard)
-        accept = None if loaded.recognition is None else True
-        protect_pipeline(pipe, loaded, accept=accept)
+        check = loaded.recognition
+        has_check = check is not None and check.get("through") is None
+        protect_pipeline(pipe, loaded, accept=True if has_check else None)
     training, *others = [through_autoencoder(pipe, x) for x in images]
     is_latent = _autoencoder_of(pipe) is not None
     return PipelineSets(generate, training, others[0] if others else None, is_latent)
