@@ -99,6 +99,11 @@ def test_samples_are_guarded_unless_told_otherwise(run, tmp_path):
     assert images.shape == (12, 28, 28, 1) and images.dtype == np.uint8 and images.std() > 1
     assert (tmp_path / "guarded.png").stat().st_size > 1000
 
+    # What makes a GPU faster changes nothing here, and says so.
+    said, fast = sample("fast", "--fast")
+    assert "--fast is for a GPU: on cpu images are drawn as always" in said
+    assert np.array_equal(fast, images)
+
     said, unguarded = sample("unguarded", "--unguarded")
     assert "The guard" not in said and unguarded.std() > 1
     _, again = sample("again")
