@@ -1419,9 +1419,10 @@ def print_coverage(guard: Any, out: Path, pictures: int | None = None) -> None:
 
 def who_is_asked(report: dict[str, Any]) -> str:
     "Who looks at a finished image first, of a guard's `recognition`."
-    if report["through"] is None:
+    through = report.get("through")  # of an older file there is none
+    if through is None:
         return "by itself; behind its own push it may see next to nothing"
-    return f"after the model was asked where it would take them (t = {report['through']})"
+    return f"after the model was asked where it would take them (t = {through})"
 
 
 def print_recognition(guard: Any, pictures: int | None = None) -> None:
