@@ -504,7 +504,10 @@ def demo(
 
 # %% ../nbs/cli.ipynb #664b79ce
 def on_device(device: str | None) -> str:
-    "The device that was asked for, if it is there, or cuda where there is one."
+    """The device that was asked for, if it is there, or cuda where there is one.
+
+    All of the command works there, see `work_until_the_end_on`.
+    """
     import torch
 
     cudas = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -72,3 +73,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.path).stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def bench():
+    "tools/bench.py, as a module."
+    path = Path(__file__).parent.parent / "tools" / "bench.py"
+    spec = importlib.util.spec_from_file_location("bench", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -27,6 +27,7 @@ from cpsample.production.capacity import (
     measure_grid,
     pictures_held,
     pool_of,
+    price_of_doubling,
     right_bits,
 )
 from cpsample.workshop.choices import studies
@@ -204,6 +205,19 @@ def test_what_makes_no_formula_is_refused():
     for ideal in (0.5, 0.49, float("nan")):
         with pytest.raises(ValueError, match="nothing can be known"):
             held({"levels": {"0": {"bits": 0.5, "ideal": ideal}}}, 0)
+
+
+@pytest.mark.parametrize("factor", ["steps", "parameters"])
+def test_the_price_of_twice_the_pictures_is_the_planted_one(factor):
+    price = price_of_doubling(planted_cells(TRUTH), 0, factor, draws=50)
+    expected = 2 ** (-TRUTH["members"] / TRUTH[factor])
+    assert price.times == pytest.approx(expected, rel=1e-3)
+    assert price.low == pytest.approx(expected, rel=1e-2) == price.high
+
+
+def test_what_does_not_help_has_no_price():
+    price = price_of_doubling(planted_cells(TRUTH | {"steps": -0.1}), 0, "steps", draws=50)
+    assert price.times == price.low == price.high == float("inf")
 
 
 def test_a_level_without_a_formula_takes_no_measurement_along():

@@ -241,10 +241,10 @@ def test_the_size_for_two_cores_is_planned_at_their_pace():
 
 
 def test_the_plan_for_two_cores_is_within_a_fifth_of_the_run_on_file():
-    """Stage by stage; of the fine-tuning those legs count that had a core for themselves.
+    """Stage by stage: it counts what the run does, for its pace was taken from that very run.
 
-    The check of that run refused three draws of four, since then it asks the model first: its arm
-    is left out on both sides.
+    Of the fine-tuning those legs count that had a core for themselves. The check of that run
+    refused three draws of four, since then it asks the model first: its arm is left out.
     """
     record = json.loads((data_path("results") / "cifar10-cores.json").read_text())
     training, high = record["training"], record["degrees"]["high"]

@@ -1,11 +1,9 @@
 "What sampling, judging and a guard ask of a GPU, seen without one."
 
 import contextlib
-import importlib.util
 import threading
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -469,15 +467,6 @@ def test_groups_are_sent_there_once(monkeypatch):
 
 
 # The rows of `make bench`: what is compared has to be the same work.
-
-
-@pytest.fixture(scope="module")
-def bench():
-    path = Path(__file__).parent.parent / "tools" / "bench.py"
-    spec = importlib.util.spec_from_file_location("bench", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_benchs_guards_are_never_certain_always_and_now_and_then(bench):

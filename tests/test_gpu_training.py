@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -422,15 +421,6 @@ def test_a_unet_is_compiled_in_one_piece_and_once_for_all_levels():
 
 
 # The ratio of `make bench`: the two loops have to do the same work, or it says nothing.
-
-
-@pytest.fixture(scope="module")
-def bench():
-    path = Path(__file__).parent.parent / "tools" / "bench.py"
-    spec = importlib.util.spec_from_file_location("bench", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_plain_loop_of_the_bench_draws_what_ours_draws_and_waits_for_nothing(

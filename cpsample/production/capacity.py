@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTORS', 'FASHION', 'PARTS', 'STUDY', 'ideal_logits', 'right_bits', 'Cell', 'Grid', 'Pool', 'pool_from', 'pool_of',
            'new_classifier', 'Learned', 'learn_cell', 'ask', 'measure_cell', 'Fit', 'held', 'formula', 'fit_formula',
-           'pictures_held', 'grid_record', 'measure_grid']
+           'Price', 'price_of_doubling', 'pictures_held', 'grid_record', 'measure_grid']
 
 # %% ../../nbs/4_production/09_capacity.ipynb #840b1cd4
 import itertools
@@ -289,8 +289,8 @@ def _fitted(x: np.ndarray, h: np.ndarray) -> np.ndarray:
     return np.array([model.intercept_[0] - slopes @ columns.mean_, *slopes])
 
 
-def _bounds(x: np.ndarray, h: np.ndarray, draws: int, seed: int) -> list[list[float]]:
-    "Of each coefficient 95 % of what comes out of cells drawn anew, with replacement: (low, high)."
+def _fitted_anew(x: np.ndarray, h: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    "The coefficients of cells drawn anew, with replacement: [draws, 1 + F]."
     rng, varies = np.random.default_rng(seed), x.std(0) > 0
     others: list[np.ndarray] = []
     while len(others) < draws:
@@ -299,7 +299,13 @@ def _bounds(x: np.ndarray, h: np.ndarray, draws: int, seed: int) -> list[list[fl
         # What varied has to vary still.
         if (x[rows].std(0) > 0)[varies].all() and 0 < h[rows].mean() < 1:
             others.append(_fitted(x[rows], h[rows]))
-    return np.percentile(others, [2.5, 97.5], axis=0).T.tolist()
+    return np.array(others)
+
+
+def _factors_and_shares(cells: Sequence[dict], level: int) -> tuple[np.ndarray, np.ndarray]:
+    "The factors of cells [cells, F], and what they hold at a level [cells]."
+    factors = np.array([[cell[name] for name in FACTORS] for cell in cells], dtype=float)
+    return factors, np.array([held(cell, level) for cell in cells])
 
 
 def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: int = 0) -> Fit:
@@ -311,13 +317,14 @@ def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: in
     """
     if len(cells) < 6:
         raise ValueError(f"a fit of five numbers needs at least 6 cells, got {len(cells)}")
-    factors = np.array([[cell[name] for name in FACTORS] for cell in cells], dtype=float)
-    x, h = np.log2(factors), np.array([held(cell, level) for cell in cells])
+    factors, h = _factors_and_shares(cells, level)
+    x = np.log2(factors)
     if h.mean() in (0, 1):
         what = "everything, measure more" if h.mean() else "nothing, measure fewer"
         raise ValueError(f"all cells hold {what} pictures: no formula fits level {level}")
     best = _fitted(x, h)
-    names, bounds = ("constant", *FACTORS), _bounds(x, h, draws, seed)
+    names = ("constant", *FACTORS)
+    bounds = np.percentile(_fitted_anew(x, h, draws, seed), [2.5, 97.5], axis=0).T.tolist()
 
     # Of a factor that never varies nothing is known.
     varies = (True, *(x.std(0) > 0))
@@ -327,6 +334,39 @@ def fit_formula(cells: Sequence[dict], level: int, *, draws: int = 200, seed: in
         float(np.abs(expit(best[0] + x @ best[1:]) - h).max()),
         {name: (min(column), max(column)) for name, column in zip(FACTORS, factors.T.tolist())},
     )
+
+
+class Price(NamedTuple):
+    """What twice as many pictures cost.
+
+    times: as much of a factor pays for them, by the formula.
+    low, high: the interval of 95 %; infinite where the factor may not help at all.
+    """
+
+    times: float
+    low: float
+    high: float
+
+
+def price_of_doubling(
+    cells: Sequence[dict], level: int, factor: str, *, draws: int = 200, seed: int = 0
+) -> Price:
+    """How many times as much of a factor pays for twice as many pictures, at one level.
+
+    cells: of `measure_cell`.
+    factor: "parameters" or "steps".
+    draws, seed: of cells with replacement, for the interval.
+    """
+    factors, h = _factors_and_shares(cells, level)
+    x, column = np.log2(factors), 1 + FACTORS.index(factor)
+    fits = np.vstack([_fitted(x, h), _fitted_anew(x, h, draws, seed)])
+
+    # The formula stays what it is where c_N + c·log₂(times) = 0; a factor without use has no price.
+    of_members, of_factor = fits[:, 1 + FACTORS.index("members")], fits[:, column]
+    with np.errstate(divide="ignore", over="ignore"):
+        times = np.where(of_factor > 0, np.exp2(-of_members / of_factor), np.inf)
+    low, high = np.quantile(times[1:], (0.025, 0.975), method="nearest")
+    return Price(float(times[0]), float(low), float(high))
 
 
 def pictures_held(

@@ -60,7 +60,7 @@ from .capacity import Cell, Grid, Pool, grid_record, measure_cell, pool_from
 from .cifar10 import CIFAR10
 from .experiments import ATTACKS, DATA, archived_images, with_archives
 from ..workshop.archives import Archive, ArchivePath, is_archive
-from ..workshop.costs import network_cost
+from ..workshop.costs import Shadow
 from cpsample.workshop.files import (
     atomic,
     locked,
@@ -74,8 +74,8 @@ from cpsample.workshop.gpu import (
     HalfPrecision,
     for_sampling,
     gpu_in_words,
+    gpu_name,
     in_all_digits,
-    is_gpu,
 )
 from cpsample.workshop.ledgers import (
     VOLUME,
@@ -1133,11 +1133,9 @@ class StagePlan(NamedTuple):
 
 
 def _flops(config: Config) -> tuple[int, int]:
-    "(a call, a step's share) of FLOPs for one image, counted on a network without memory."
-    with torch.device("meta"):
-        network = network_of(config)
-    forward = network_cost(network, config.shape)
-    return forward.flops, network_cost(network, config.shape, "train").flops
+    "(a call, a step's share) of FLOPs for one image."
+    shadow = Shadow(config.network, config.shape, config.options)
+    return shadow.forward.flops, shadow.training.flops
 
 # %% ../../nbs/4_production/10_degrees.ipynb #e21b0690
 def expected_draws(e: TwoDegrees, name: str, copied: float) -> float:
@@ -1442,10 +1440,7 @@ def _run_stages(run: DegreesRun, last: str | None) -> str | None:
 # %% ../../nbs/4_production/10_degrees.ipynb #e08b58e6
 def _origin(command: str, device: str) -> dict:
     "What a run says about its beginning."
-    origin = {"command": command, **provenance()}
-    if is_gpu(device):
-        origin["hardware"] = torch.cuda.get_device_name(device)
-    return origin
+    return {"command": command, **provenance(), **gpu_name(device)}
 
 
 def _as_begun(e: TwoDegrees, folder: Path) -> TwoDegrees:

@@ -63,7 +63,7 @@ from cpsample.workshop.files import (
     save_json,
     writable,
 )
-from ..workshop.gpu import for_sampling, gpu_in_words, is_gpu
+from ..workshop.gpu import for_sampling, gpu_in_words, gpu_name
 from ..workshop.neighbours import working_on
 from ..workshop.registry import Registry, build_network
 from cpsample.workshop.studies import (
@@ -923,10 +923,6 @@ def _refuse_foreign(run: Run) -> None:
         )
 
 
-def _gpu_name(device: str) -> dict:
-    return {"hardware": torch.cuda.get_device_name(device)} if is_gpu(device) else {}
-
-
 def _claim_folder(run: Run, command: str) -> dict:
     """Claim the folder of a run for its experiment; returns how the run was begun.
 
@@ -937,7 +933,7 @@ def _claim_folder(run: Run, command: str) -> dict:
         _refuse_foreign(run)
 
     def describe() -> dict:
-        origin = {"command": command, **provenance(), **_gpu_name(run.device)}
+        origin = {"command": command, **provenance(), **gpu_name(run.device)}
         return {**experiment, "made": origin}
 
     # Whoever comes second finds what the first has written.

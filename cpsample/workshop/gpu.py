@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'is_gpu', 'has_bfloat16', 'HalfPrecision', 'in_batch_of', 'FixedBatches', 'can_compile', 'for_sampling',
-           'in_all_digits', 'gpu_in_words', 'tunes_kernels', 'asked', 'one_ahead', 'sent_ahead']
+           'in_all_digits', 'gpu_name', 'gpu_in_words', 'tunes_kernels', 'asked', 'one_ahead', 'sent_ahead']
 
 # %% ../../nbs/5_workshop/13_gpu.ipynb #042ec342
 import importlib.util
@@ -28,12 +28,8 @@ def has_bfloat16(device: str | torch.device) -> bool:
     return is_gpu(device) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-class HalfPrecision(nn.Module):
-    """A network that computes in bfloat16 where that is safe; its answers are float32.
-
-    network: on a device, its weights float32.
-    Source: torch.autocast.
-    """
+class _Around(nn.Module):
+    "What stands round a network, and to whom asks for its `config`, or None, is that network."
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -41,8 +37,15 @@ class HalfPrecision(nn.Module):
 
     @property
     def config(self) -> Any:
-        "The network's own `config`, or None."
         return getattr(self.network, "config", None)
+
+
+class HalfPrecision(_Around):
+    """A network that computes in bfloat16 where that is safe; its answers are float32.
+
+    network: on a device, its weights float32.
+    Source: torch.autocast.
+    """
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
@@ -65,7 +68,7 @@ def in_batch_of(size: int, network: Callable[..., Tensor], x: Tensor, t: Tensor)
     return network(x_filled, t_filled)[: len(x)]
 
 
-class FixedBatches(nn.Module):
+class FixedBatches(_Around):
     """A compiled network that is asked about batches of one size, that of the largest so far.
 
     network: (x, t) → a tensor with a row for each row of x; rows must not depend on each other.
@@ -73,15 +76,9 @@ class FixedBatches(nn.Module):
     """
 
     def __init__(self, network: nn.Module, compiled: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.size = 0
         self._compiled = [compiled]  # no part of this module: its weights are the network's
-
-    @property
-    def config(self) -> Any:
-        "The network's own `config`, or None."
-        return getattr(self.network, "config", None)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.size = max(self.size, len(x))
@@ -145,9 +142,14 @@ def for_sampling(
 
 def in_all_digits(network: nn.Module) -> nn.Module:
     "The network that `for_sampling` was given, as it was: float32, not compiled."
-    while isinstance(network, HalfPrecision | FixedBatches):
+    while isinstance(network, _Around):
         network = network.network
     return unwrapped(network)
+
+
+def gpu_name(device: torch.device | str) -> dict[str, str]:
+    "The name of a GPU, for a record, as `hardware`; elsewhere nothing."
+    return {"hardware": torch.cuda.get_device_name(device)} if is_gpu(device) else {}
 
 
 def gpu_in_words(device: torch.device | str) -> dict[str, str]:
