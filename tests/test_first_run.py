@@ -471,7 +471,7 @@ def test_draws_that_are_taken_back_are_counted(tmp_path, monkeypatch, capsys):
     protected = runs.ProtectedRun(model, make_schedule(), shape, None, "cpu")
     kept = cli.drawn_images(protected, 4, steps=2, seed=0, tries=2)
     said = capsys.readouterr().out
-    assert len(kept) == 3
+    assert len(kept.images) == 3 and kept.counts == {"drawn_anew": 3, "left_out": 1, "draws": 8}
     assert "recognised 4 of 4 images in the end: 3 were drawn anew, 1 left out" in said
     assert "(5 of 8 draws were taken back)" in said
 
@@ -531,3 +531,42 @@ def test_help_has_every_default():
         "celeba64": True,
         "folder": True,
     }
+
+
+def test_verbose_shows_the_numbers_behind_the_sentences(tmp_path):
+    "Each command says more with it than without, and the sentences stay."
+    run = tmp_path / "run"
+    tiny = ["train", "fashion-small", "--images", "16", "--tiny", "--out", run]
+    assert re.search(r"^batch_size +8$", succeeds(*tiny, "--verbose"), re.M)
+    printed = succeeds("guard", run, "--steps", "800", "-v")
+    report = json.loads((run / "guard.json").read_text())["report"]
+    for t, covered, alarms in zip(report["levels"], report["coverage"], report["false_alarms"]):
+        assert re.search(rf"^ *{t} +{covered:.1%} +{alarms:.1%}$", printed, re.M)
+
+    # Of sampling, how often images were drawn; the file has it, too.
+    sample = ["sample", run, "-n", "6", "--out", tmp_path / "s", "--json", tmp_path / "s.json"]
+    printed, record = succeeds(*sample, "-v"), json.loads((tmp_path / "s.json").read_text())
+    often = re.findall(r"^(\d+) images were drawn (\d+) times$", printed, re.M)
+    assert sum(int(images) for images, _ in often) == record["asked_for"] == 6
+    assert sum(int(images) * int(number) for images, number in often) == record["draws"]
+    assert record["served"] + record["left_out"] == 6
+    assert f"{record['rows_pushed'] / record['rows_seen']:.1%} of all rows" in printed
+    assert "were drawn 1 times" not in succeeds(*sample)
+
+    # Of an audit, what has no threshold.
+    arrays = tmp_path / "s.npz"
+    audit = ["audit", arrays, "fashion-small", "--out", tmp_path / "a", "--max-copy-rate", "0.9"]
+    assert "AuthPct" in call(*audit, "-v")[1] and "AuthPct" not in call(*audit)[1]
+
+
+@pytest.mark.parametrize("words", [["-q", "-v"], ["--verbose", "--quiet"]])
+def test_a_command_cannot_be_quiet_and_verbose(words, tmp_path):
+    refused("give --quiet or --verbose", *TINY, "--out", tmp_path / "run", *words)
+
+
+def test_a_record_that_is_somebody_elses_is_not_replaced(tmp_path):
+    (tmp_path / "s.json").write_text('{"name": "sample"}')
+    succeeds(*TINY, "--out", tmp_path / "run")
+    sample = ["sample", tmp_path / "run", "--unguarded", "-n", "2", "--out", tmp_path / "s"]
+    refused("has not written it", *sample, "--json", tmp_path / "s.json")
+    assert not (tmp_path / "s.npz").exists()

@@ -214,6 +214,7 @@ def config_for_cpu(config: Config, n: int) -> Config:
         config,
         batch_size=min(choices.CPU_BATCH_SIZE, config.batch_size),
         steps=min(wanted_steps, config.steps),
+        guard_batch_size=min(choices.CPU_GUARD_BATCH_SIZE, config.guard_batch_size),
     )
 
 # %% ../../nbs/2_practice/04_runs.ipynb #2bdca527

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'PRESETS', 'COPY_TESTS', 'SEARCHES', 'FITS', 'ARCHIVES', 'SPACES', 'EXPERIMENTS', 'SIZES', 'IN_PIECES',
-           'STAGES', 'OF_ARCHIVES', 'TRAINING', 'CPU_BATCH_SIZE', 'CPU_STEPS', 'CPU_STEPS_PER_IMAGE', 'CPU_MINUTES',
-           'DEMO', 'DEMO_LABELS', 'DEMO_SEEDS', 'studies', 'check_choice']
+           'STAGES', 'OF_ARCHIVES', 'TRAINING', 'CPU_BATCH_SIZE', 'CPU_GUARD_BATCH_SIZE', 'CPU_STEPS',
+           'CPU_STEPS_PER_IMAGE', 'CPU_MINUTES', 'DEMO', 'DEMO_LABELS', 'DEMO_SEEDS', 'studies', 'check_choice']
 
 # %% ../../nbs/5_workshop/08_choices.ipynb #1f73805b
 from typing import Any
@@ -34,6 +34,7 @@ OF_ARCHIVES = ("cifar10",)  # experiments whose data set can be given as archive
 # The training of a model for pictures in a folder: with a GPU, and what a CPU gets.
 TRAINING: dict[str, Any] = {"steps": 20_000, "batch_size": 128, "lr": 5e-4}
 CPU_BATCH_SIZE = 32
+CPU_GUARD_BATCH_SIZE = 64
 CPU_STEPS = 6000  # and more where there are many images:
 CPU_STEPS_PER_IMAGE = 6
 CPU_MINUTES = 50  # but no more steps than fit into these
