@@ -440,6 +440,7 @@ class FakeGuard:
 
     def __init__(self, at, t_max, report):
         self.at, self.t_max, self.report = at, t_max, report
+        self.alpha, self.scale = 0.1, 2.0
 
 
 def test_the_normal_share_of_guarded_steps_is_that_of_unseen_pictures():

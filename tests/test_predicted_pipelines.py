@@ -348,7 +348,13 @@ def test_a_guard_of_predictions_is_trained_for_a_pipeline(kind, tmp_path):
         largest = encode(pipe, pictures(40, 3, 16)).abs().max().item()
         pipe.vae.register_to_config(scaling_factor=5 * 0.9 / largest)
     members, others = pictures(6, channels, side), pictures(40, channels, side)
-    small = {"steps": 350, "options": {"width": 8}, "progress": False, "preset": "x0"}
+    small = {
+        "steps": 350,
+        "batch_size": 256,
+        "options": {"width": 8},
+        "progress": False,
+        "preset": "x0",
+    }
     fit_pipeline_guard(pipe, members, others, tmp_path / "guard", **small)
 
     guard = load_guard(tmp_path / "guard")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Says', 'WORDS_FIRST', 'PipelineDenoiser', 'as_denoiser', 'UnguardedWarning', 'PipelineGuard', 'protect_pipeline',
-           'image_shape', 'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance', 'pipeline_samplers',
-           'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
+           'image_shape', 'encode', 'guard_config', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance',
+           'pipeline_samplers', 'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #c2873e90
 import hashlib
@@ -50,7 +50,7 @@ from ..core.recognition import unrecognised_by
 from ..core.schedule import MOST_TRIES, make_schedule
 from ..judgement.copy_audit import Generate
 from ..practice.datasets import read_data
-from ..practice.runs import CONFIGS, fit_run_guard
+from ..practice.runs import CONFIGS, Config, config_for_cpu, fit_run_guard
 from .hub import hub_errors
 from cpsample.production.schedulers import (
     TO_EPS,
@@ -881,6 +881,38 @@ def _check_drawn(pipe: "DiffusionPipeline", images: Tensor, name: str) -> None:
     warnings.warn(f"{found} {advice}", stacklevel=3)
 
 
+def guard_config(
+    x_members: Tensor,
+    device: torch.device,
+    steps: int,
+    batch_size: int | None,
+    *,
+    options: dict | None,
+    seed: int,
+) -> Config:
+    """How the guard of a pipeline is trained: as for a folder of pictures, but never mirrored.
+
+    x_members [N, C, H, W]: what the network sees of the members; a latent is not the mirror image's
+        latent.
+    The rest is as `fit_pipeline_guard` takes it.
+    """
+    config = CONFIGS["folder"]
+    if device.type == "cpu":
+        config = config_for_cpu(config, len(x_members))
+
+    # Its length is asked for; its network and batches may be.
+    return replace(
+        config,
+        data="pipeline",
+        shape=tuple(x_members.shape[1:]),
+        mirror=False,
+        guard=options or config.guard,
+        guard_steps=steps,
+        guard_batch_size=batch_size or config.guard_batch_size,
+        seed=seed,
+    )
+
+
 def fit_pipeline_guard(
     pipe: "DiffusionPipeline",
     members: Tensor,
@@ -888,6 +920,7 @@ def fit_pipeline_guard(
     path: Path | str,
     *,
     steps: int = 4000,
+    batch_size: int | None = None,
     preset: str = "x0",
     options: dict | None = None,
     seed: int = 0,
@@ -904,6 +937,7 @@ def fit_pipeline_guard(
         labels).
     others [M, C, H, W]: images of the same kind.
     steps: of the training, which goes on where it was stopped.
+    batch_size: images per step, half members and half others (default: 256, on a CPU 64).
     preset: a key of `GUARDS`.
     options: of the classifier (see `UNetClassifier`).
     device: of the training (default: that of the pipeline).
@@ -929,16 +963,9 @@ def fit_pipeline_guard(
 
     space = _space_of(pipe)
 
-    # As for a folder of pictures, but never mirrored: a latent is not the mirror image's latent.
-    config = replace(
-        CONFIGS["folder"],
-        data="pipeline",
-        shape=tuple(x_members.shape[1:]),
-        mirror=False,
-        guard=options or CONFIGS["folder"].guard,
-        guard_steps=steps,
-        seed=seed,
-    )
+    # The training is that of a guard for a folder of pictures.
+    device = torch.device(_device_of(network) if device is None else device)
+    config = guard_config(x_members, device, steps, batch_size, options=options, seed=seed)
 
     # Latents have no bound; a predicted picture is clipped as samplers clip it.
     settings["clip"] = 1.0 if space is None else None
@@ -950,7 +977,7 @@ def fit_pipeline_guard(
             schedule=schedule,
             path=path,
             preset=preset,
-            device=_device_of(network) if device is None else device,
+            device=device,
             progress=progress,
             **settings,
         )

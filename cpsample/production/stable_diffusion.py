@@ -473,6 +473,7 @@ def make_guard(
         path,
         preset="x_t",
         steps=size.guard_steps,
+        batch_size=256,
         options={"width": 16, "mults": (1, 2), "unshuffle": 1},
         progress=progress,
         t_max=t_max,
