@@ -1704,8 +1704,6 @@ def counted_draws(drawn: Any, tries: int) -> dict[str, int]:
     tries: that each image had, at most.
     Raises ValueError when none of them passes.
     """
-    from torch import Tensor
-
     n = len(drawn.tries)
     left_out = int((~drawn.accepted).sum())
     replaced = int((drawn.accepted & (drawn.tries > 1)).sum())
@@ -1717,8 +1715,9 @@ def counted_draws(drawn: Any, tries: int) -> dict[str, int]:
     )
 
     # How often each was drawn.
-    for number, images in zip(*map(Tensor.tolist, drawn.tries.unique(return_counts=True))):
-        detail(f"{images} images were drawn {number} times")
+    numbers, images = drawn.tries.unique(return_counts=True)
+    for number, count in zip(numbers.tolist(), images.tolist()):
+        detail(f"Drawn {number}×: {count} of {n} images")
     if left_out == n:
         raise ValueError(
             f"the guard recognised all {n} images in {tries} tries each: the model draws next to "

@@ -547,12 +547,12 @@ def test_verbose_shows_the_numbers_behind_the_sentences(tmp_path):
     # Of sampling, how often images were drawn; the file has it, too.
     sample = ["sample", run, "-n", "6", "--out", tmp_path / "s", "--json", tmp_path / "s.json"]
     printed, record = succeeds(*sample, "-v"), json.loads((tmp_path / "s.json").read_text())
-    often = re.findall(r"^(\d+) images were drawn (\d+) times$", printed, re.M)
-    assert sum(int(images) for images, _ in often) == record["asked_for"] == 6
-    assert sum(int(images) * int(number) for images, number in often) == record["draws"]
+    often = re.findall(r"^Drawn (\d+)×: (\d+) of 6 images$", printed, re.M)
+    assert sum(int(images) for _, images in often) == record["asked_for"] == 6
+    assert sum(int(number) * int(images) for number, images in often) == record["draws"]
     assert record["served"] + record["left_out"] == 6
     assert f"{record['rows_pushed'] / record['rows_seen']:.1%} of all rows" in printed
-    assert "were drawn 1 times" not in succeeds(*sample)
+    assert "Drawn 1×" not in succeeds(*sample)
 
     # Of an audit, what has no threshold.
     arrays = tmp_path / "s.npz"

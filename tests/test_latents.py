@@ -1,7 +1,4 @@
-"Guards in the space of a pipeline: latents, training, the command line, the lines of the README."
-
-import re
-from pathlib import Path
+"Guards in the space of a pipeline: latents, training, the command line."
 
 import numpy as np
 import pytest
@@ -18,16 +15,17 @@ from typer.testing import CliRunner
 
 from cpsample.cli import app
 from cpsample.core.guard_files import load_guard
+from cpsample.practice.datasets import read_data
 from cpsample.production import pipelines
 from cpsample.production.pipelines import (
     encode,
     fit_named_pipeline_guard,
+    fit_pipeline_guard,
     image_shape,
     protect_pipeline,
 )
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -176,19 +174,12 @@ def test_arrays_of_another_size_are_refused(tmp_path):
         fit_named_pipeline_guard(str(tmp_path / "pipe"), *arrays, tmp_path / "guard")
 
 
-def test_the_lines_of_the_readme(tmp_path, monkeypatch):
-    "Run as printed, but for fewer steps of training, on a small pipeline and two folders."
-    blocks = re.findall(r"~~~python\n(.*?)~~~", (ROOT / "README.md").read_text(), re.S)
-    (block,) = [block for block in blocks if "fit_pipeline_guard" in block]
-    block = block.replace('"secret/guard")', '"secret/guard", steps=250, t_max=300)')
-    monkeypatch.chdir(tmp_path)
-    pixel_pipeline("DDIM", channels=3).save_pretrained("my_pipeline")
-    save_noise(Path("my_pictures"), 6, 8)
-    save_noise(Path("other_pictures"), 40, 8)
-
-    names = {}
-    exec(block, names)
-    assert names["protection"].rows_seen == 50
-    assert Path("secret/guard.safetensors").exists()
-    assert names["guard"].calibrated
-    assert names["guard"].t_max == 300  # settings override those of the preset
+def test_settings_override_those_of_the_preset(tmp_path):
+    "Here the level below which the guard acts, and it is calibrated with it."
+    pipe = pixel_pipeline("DDIM", channels=3)
+    for name, n in (("mine", 6), ("others", 40)):
+        save_noise(tmp_path / name, n, 8)
+    images = [read_data(str(tmp_path / name), 8) for name in ("mine", "others")]
+    how = dict(steps=250, t_max=300, progress=False)
+    guard = fit_pipeline_guard(pipe, *images, tmp_path / "guard", **how)
+    assert guard.t_max == 300 and guard.calibrated

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Says', 'WORDS_FIRST', 'PipelineDenoiser', 'as_denoiser', 'UnguardedWarning', 'PipelineGuard', 'protect_pipeline',
-           'image_shape', 'encode', 'guard_config', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance',
-           'pipeline_samplers', 'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
+           'image_shape', 'encode', 'fit_pipeline_guard', 'fit_named_pipeline_guard', 'Acceptance', 'pipeline_samplers',
+           'through_autoencoder', 'PipelineSets', 'named_pipeline_sets']
 
 # %% ../../nbs/4_production/02_pipelines.ipynb #c2873e90
 import hashlib
@@ -881,7 +881,7 @@ def _check_drawn(pipe: "DiffusionPipeline", images: Tensor, name: str) -> None:
     warnings.warn(f"{found} {advice}", stacklevel=3)
 
 
-def guard_config(
+def _guard_config(
     x_members: Tensor,
     device: torch.device,
     steps: int,
@@ -965,7 +965,7 @@ def fit_pipeline_guard(
 
     # The training is that of a guard for a folder of pictures.
     device = torch.device(_device_of(network) if device is None else device)
-    config = guard_config(x_members, device, steps, batch_size, options=options, seed=seed)
+    config = _guard_config(x_members, device, steps, batch_size, options=options, seed=seed)
 
     # Latents have no bound; a predicted picture is clipped as samplers clip it.
     settings["clip"] = 1.0 if space is None else None
